@@ -1,0 +1,24 @@
+""" Pyramid Vision Transformer (v1) for timm. Importing this package registers the models. """
+from .pvt import (
+    PyramidVisionTransformer,
+    checkpoint_filter_fn,
+    pvt_huge_v2,
+    pvt_large,
+    pvt_medium,
+    pvt_small,
+    pvt_tiny,
+    test_pvt,
+)
+from .version import __version__
+
+__all__ = [
+    'PyramidVisionTransformer',
+    '__version__',
+    'checkpoint_filter_fn',
+    'pvt_huge_v2',
+    'pvt_large',
+    'pvt_medium',
+    'pvt_small',
+    'pvt_tiny',
+    'test_pvt',
+]

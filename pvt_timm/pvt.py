@@ -1,0 +1,810 @@
+""" Pyramid Vision Transformer (v1)
+
+Paper: `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions`
+    - https://arxiv.org/abs/2102.12122
+
+Original code and weights at https://github.com/whai362/PVT (Apache-2.0). The numbers that this model computes are those
+of the original `classification/pvt.py`, `detection/pvt.py` and `segmentation/pvt.py`, the code is written for timm.
+
+Two modes:
+  * classification (the default): a class token joins stage 4, `forward_features` returns all tokens of stage 4 after
+    the final norm, `global_pool` picks 'token' (as published), 'avg' (mean of the patch tokens) or '' (all tokens).
+  * dense (`class_token=False`, the default under `features_only=True`): no class token, no final norm, every stage
+    returns its feature map, as in the original detection and segmentation backbones.
+
+Any height and width from 32 pixels up works in both modes. Position embeddings are stored at the grid of `img_size` and
+resized (bilinear) stage by stage to the grid of the input.
+"""
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, LayerNorm, Mlp, get_norm_layer, to_2tuple, trunc_normal_, use_fused_attn
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    resolve_pretrained_cfg,
+)
+
+from .checkpoints import adapt_to_model
+from .pos_embed import resample_pos_embed, stage_grids
+from .pretrained import clear_errors
+
+try:  # timm >= 1.0.29 keeps construction arguments in step with `set_input_size`, for `save_for_hf`
+    from timm.models._input import update_model_input_size
+except ImportError:
+    update_model_input_size = None
+
+__all__ = ['PyramidVisionTransformer']
+
+Size_ = Tuple[int, int]
+
+
+@torch.fx.wrap
+@register_notrace_function
+def check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
+    """Refuse an input that a stage cannot take.
+
+    Args:
+        x: Input of a stage (B, C, H, W).
+        in_chans: Number of channels that the stage takes.
+        min_size: Smallest height and width that the stage and those after it take.
+
+    Raises:
+        ValueError: Wrong number of dimensions or channels, or smaller than `min_size`.
+    """
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return  # a Python branch on a shape would tie the graph to the example input
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f'Expected an input of shape (batch, {in_chans}, height, width), got {list(x.shape)}. '
+            f'Pass images with {in_chans} channels or create the model with another in_chans.')
+    if x.shape[2] < min_size or x.shape[3] < min_size:
+        raise ValueError(
+            f'Expected an input of at least {min_size}x{min_size}, got {x.shape[2]}x{x.shape[3]}. '
+            f'Resize or pad the input.')
+
+
+def take_indices_of(num_stages: int, indices: Optional[Union[int, Sequence[int]]] = None) -> Tuple[List[int], int]:
+    """Stage indices counted from the first, and the largest, as timm's `feature_take_indices` gives them.
+
+    Raises:
+        ValueError: An index that is out of range or there twice.
+    """
+    if indices is None:
+        indices = num_stages
+    if isinstance(indices, int):
+        take_indices = list(range(num_stages - indices, num_stages))
+    else:
+        take_indices = [i + num_stages if i < 0 else i for i in indices]
+    if not take_indices or len(set(take_indices)) < len(take_indices) or not (
+            0 <= min(take_indices) and max(take_indices) < num_stages):
+        raise ValueError(
+            f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
+            f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
+    return take_indices, max(take_indices)
+
+
+class Attention(nn.Module):
+    """Spatial-reduction attention (paper section 3.3): keys and values come from a grid reduced `sr_ratio` times."""
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            sr_ratio: int = 1,
+            qkv_bias: bool = True,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if dim % num_heads != 0:
+            raise ValueError(f'Expected a dim divisible by num_heads, got dim {dim} and num_heads {num_heads}.')
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim ** -0.5
+        self.fused_attn = use_fused_attn()
+
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.kv = nn.Linear(dim, dim * 2, bias=qkv_bias, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+        self.sr_ratio = sr_ratio
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd)
+            self.norm = nn.LayerNorm(dim, **dd)  # eps 1e-5 here, unlike the block norms
+        else:
+            self.sr = None
+            self.norm = None
+
+    def forward(self, x: torch.Tensor, size: Size_) -> torch.Tensor:
+        B, N, C = x.shape
+        q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+
+        if self.sr is not None:
+            x = x.transpose(1, 2).reshape(B, C, size[0], size[1])  # a channels_last view, no copy
+            x = self.sr(x).flatten(2).transpose(1, 2)
+            x = self.norm(x)
+        kv = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        k, v = kv.unbind(0)
+
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
+        else:
+            q = q * self.scale
+            attn = q @ k.transpose(-2, -1)
+            attn = attn.softmax(dim=-1)
+            attn = self.attn_drop(attn)
+            x = attn @ v
+
+        x = x.transpose(1, 2).reshape(B, N, C)
+        x = self.proj(x)
+        x = self.proj_drop(x)
+        return x
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on tokens (B, N, C)."""
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            sr_ratio: int = 1,
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            proj_drop: float = 0.,
+            attn_drop: float = 0.,
+            drop_path: float = 0.,
+            norm_layer=partial(LayerNorm, eps=1e-6),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = Attention(
+            dim,
+            num_heads=num_heads,
+            sr_ratio=sr_ratio,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **dd,
+        )
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(in_features=dim, hidden_features=int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor, size: Size_) -> torch.Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x), size))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens. A remainder that does not fill a patch is dropped, as in the original."""
+
+    def __init__(
+            self,
+            patch_size: int = 4,
+            in_chans: int = 3,
+            embed_dim: int = 64,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.norm = nn.LayerNorm(embed_dim, **dd)  # eps 1e-5 here, unlike the block norms
+
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Size_]:
+        x = self.proj(x)
+        size = (x.shape[2], x.shape[3])
+        x = self.norm(x.flatten(2).transpose(1, 2))
+        return x, size
+
+
+class PyramidVisionTransformerStage(nn.Module):
+    """One stage: patch embedding, position embedding, (class token,) blocks.
+
+    Takes (B, C_in, H, W). Returns the feature map (B, C, H', W') in channels_last memory format, or, for
+    `output_fmt='NLC'`, the tokens (B, num_prefix_tokens + H' * W', C).
+    """
+    output_nchw: torch.jit.Final[bool]
+
+    def __init__(
+            self,
+            in_chans: int,
+            dim: int,
+            depth: int,
+            grid_size: Tuple[int, int],
+            patch_size: int = 2,
+            min_input_size: int = 1,
+            num_heads: int = 8,
+            sr_ratio: int = 1,
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            class_token: bool = False,
+            output_fmt: str = 'NCHW',
+            pos_drop: float = 0.,
+            proj_drop: float = 0.,
+            attn_drop: float = 0.,
+            drop_path: Tuple[float, ...] = (),
+            norm_layer=partial(LayerNorm, eps=1e-6),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if class_token and sr_ratio != 1:
+            raise ValueError(f'Expected sr_ratio 1 in the stage with the class token, got {sr_ratio}.')
+        self.in_chans = in_chans
+        self.dim = dim
+        self.grid_size = grid_size
+        self.min_input_size = min_input_size
+        self.num_prefix_tokens = 1 if class_token else 0
+        self.output_nchw = output_fmt == 'NCHW'
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(patch_size=patch_size, in_chans=in_chans, embed_dim=dim, **dd)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd)) if class_token else None
+        num_tokens = self.num_prefix_tokens + grid_size[0] * grid_size[1]
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim, **dd))
+        self.pos_drop = nn.Dropout(p=pos_drop)
+        self.blocks = nn.ModuleList([
+            Block(
+                dim,
+                num_heads=num_heads,
+                sr_ratio=sr_ratio,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop,
+                attn_drop=attn_drop,
+                drop_path=drop_path[i],
+                norm_layer=norm_layer,
+                **dd,
+            ) for i in range(depth)])
+
+    def init_pos_embed(self) -> None:
+        """Initialise the parameters that no submodule owns."""
+        trunc_normal_(self.pos_embed, std=.02)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=.02)
+
+    def set_grid_size(self, grid_size: Tuple[int, int]) -> None:
+        """Resize the stored position embedding to another grid, in place of the parameter."""
+        if grid_size == self.grid_size:
+            return
+        with torch.no_grad():
+            pos_embed = resample_pos_embed(self.pos_embed, grid_size, self.grid_size, self.num_prefix_tokens)
+        self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
+        self.grid_size = grid_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_input(x, self.in_chans, self.min_input_size)
+        B = x.shape[0]
+        x, size = self.patch_embed(x)
+        pos_embed = resample_pos_embed(self.pos_embed, size, self.grid_size, self.num_prefix_tokens)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)
+        x = self.pos_drop(x + pos_embed)
+
+        for blk in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(blk, x, size)
+            else:
+                x = blk(x, size)
+
+        if self.output_nchw:
+            x = x[:, self.num_prefix_tokens:].transpose(1, 2).reshape(B, self.dim, size[0], size[1])
+        return x
+
+
+class PyramidVisionTransformer(nn.Module):
+    """ Pyramid Vision Transformer (v1), https://arxiv.org/abs/2102.12122
+
+    Takes images (B, in_chans, H, W) of any size from 32x32 up (`min_input_size` for other configurations).
+    """
+    output_nchw: torch.jit.Final[bool]
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: int = 4,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: Optional[str] = None,
+            class_token: bool = True,
+            output_fmt: Optional[str] = None,
+            embed_dims: Tuple[int, ...] = (64, 128, 320, 512),
+            depths: Tuple[int, ...] = (3, 4, 6, 3),
+            num_heads: Tuple[int, ...] = (1, 2, 5, 8),
+            sr_ratios: Tuple[int, ...] = (8, 4, 2, 1),
+            mlp_ratios: Tuple[float, ...] = (8., 8., 4., 4.),
+            qkv_bias: bool = True,
+            drop_rate: float = 0.,
+            pos_drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            attn_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            norm_layer=None,
+            weight_init: str = '',
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            img_size: Input size of the stored position embeddings. Other sizes work, this only sets the stored grid.
+            patch_size: Patch size of the first stage, the later stages use 2.
+            in_chans: Number of input channels.
+            num_classes: Number of classes for the classification head, 0 for none.
+            global_pool: 'token', 'avg' (mean of patch tokens) or '' (none). Default 'token' where class token and
+                tokens are there, otherwise 'avg'.
+            class_token: Use the class token in the last stage.
+            output_fmt: Output of `forward_features`. 'NLC': all tokens of the last stage after the final norm, the
+                default with the class token. 'NCHW': feature map of the last stage without a final norm, the default
+                without it.
+            embed_dims: Channels per stage.
+            depths: Blocks per stage.
+            num_heads: Attention heads per stage.
+            sr_ratios: Spatial reduction of keys and values per stage.
+            mlp_ratios: MLP hidden size over channels per stage.
+            qkv_bias: Bias in the query, key and value projections.
+            drop_rate: Dropout before the head.
+            pos_drop_rate: Dropout after the position embeddings (the original's `drop_rate`).
+            proj_drop_rate: Dropout after the attention projection and in the MLP (the original's `drop_rate`).
+            attn_drop_rate: Dropout of attention weights.
+            drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
+            norm_layer: Norm of the blocks and final norm (default LayerNorm with eps 1e-6). The norms of patch
+                embeddings and spatial reductions are always LayerNorm with eps 1e-5.
+            weight_init: '' for the original's initialisation, 'skip' for none.
+
+        Raises:
+            ValueError: An argument is outside of what it accepts.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        num_stages = len(depths)
+        for name, values in dict(
+                embed_dims=embed_dims, num_heads=num_heads, sr_ratios=sr_ratios, mlp_ratios=mlp_ratios).items():
+            if len(values) != num_stages:
+                raise ValueError(f'Expected {num_stages} {name} as there are {num_stages} depths, got {len(values)}.')
+        if weight_init not in ('', 'skip'):
+            raise ValueError(f"Expected weight_init '' or 'skip', got {weight_init!r}.")
+        if output_fmt is None:
+            output_fmt = 'NLC' if class_token else 'NCHW'
+        if output_fmt not in ('NLC', 'NCHW'):
+            raise ValueError(f"Expected output_fmt 'NLC' or 'NCHW', got {output_fmt!r}.")
+        norm_layer = get_norm_layer(norm_layer) or partial(LayerNorm, eps=1e-6)
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.class_token = class_token
+        self.output_fmt = output_fmt
+        self.output_nchw = output_fmt == 'NCHW'
+        self.num_prefix_tokens = 1 if class_token and not self.output_nchw else 0
+        if global_pool is None:
+            global_pool = 'token' if self.num_prefix_tokens else 'avg'
+        self.global_pool = self._check_global_pool(global_pool)
+        self.depths = tuple(depths)
+        self.embed_dims = tuple(embed_dims)
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+
+        reductions = [patch_size * 2 ** i for i in range(num_stages)]
+        self.reductions = tuple(reductions)
+        self.min_input_size = max(r * sr for r, sr in zip(reductions, sr_ratios))
+        grid_sizes = self._grid_sizes(to_2tuple(img_size))
+        dpr = [x.tolist() for x in torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(list(depths))]
+        stages = []
+        self.feature_info = []
+        for i in range(num_stages):
+            last = i == num_stages - 1
+            stages.append(PyramidVisionTransformerStage(
+                in_chans=in_chans if i == 0 else embed_dims[i - 1],
+                dim=embed_dims[i],
+                depth=depths[i],
+                grid_size=grid_sizes[i],
+                patch_size=patch_size if i == 0 else 2,
+                min_input_size=self.min_input_size if i == 0 else self.min_input_size // reductions[i - 1],
+                num_heads=num_heads[i],
+                sr_ratio=sr_ratios[i],
+                mlp_ratio=mlp_ratios[i],
+                qkv_bias=qkv_bias,
+                class_token=class_token and last,
+                output_fmt=output_fmt if last else 'NCHW',
+                pos_drop=pos_drop_rate,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=dpr[i],
+                norm_layer=norm_layer,
+                **dd,
+            ))
+            self.feature_info += [dict(num_chs=embed_dims[i], reduction=reductions[i], module=f'stages.{i}')]
+        self.stages = nn.Sequential(*stages)
+
+        self.norm = nn.Identity() if self.output_nchw else norm_layer(self.num_features, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+        if weight_init != 'skip':
+            self.init_weights(needs_reset=False)
+
+    def _check_global_pool(self, global_pool: str) -> str:
+        accepted = ('token', 'avg', '') if self.num_prefix_tokens else ('avg', '')
+        if global_pool not in accepted:
+            why = '' if self.num_prefix_tokens else " ('token' needs the class token in the output)"
+            raise ValueError(f'Expected global_pool in {accepted}{why}, got {global_pool!r}.')
+        return global_pool
+
+    def _grid_sizes(self, img_size: Tuple[int, int]) -> List[Tuple[int, int]]:
+        if min(img_size) < self.min_input_size:
+            raise ValueError(
+                f'Expected an img_size of at least {self.min_input_size}x{self.min_input_size}, '
+                f'got {img_size[0]}x{img_size[1]}.')
+        patch_size = self.reductions[0]
+        return stage_grids((img_size[0] // patch_size, img_size[1] // patch_size), len(self.reductions))
+
+    @torch.jit.ignore
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        """Initialise all weights as the original does.
+
+        Args:
+            mode: Only '' (the original's) is accepted.
+            needs_reset: Also reset modules whose constructor did it already (convolutions, norms). Needed after
+                `to_empty()`.
+        """
+        if mode != '':
+            raise ValueError(f"Expected mode '', got {mode!r}.")
+        for stage in self.stages:
+            stage.init_pos_embed()
+        self.apply(partial(self._init_weights, needs_reset=needs_reset))
+
+    def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
+        if isinstance(m, nn.Linear):
+            trunc_normal_(m.weight, std=.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif needs_reset and hasattr(m, 'reset_parameters'):
+            m.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return {f'stages.{len(self.depths) - 1}.cls_token'} if self.class_token else set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r'^stages\.0\.(?:patch_embed|pos_embed)',
+            blocks=[(r'^stages\.(\d+)', None), (r'^norm', (99999,))] if coarse else [
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^stages\.(\d+)\.(?:patch_embed|pos_embed|cls_token)', (0,)),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head.
+
+        Args:
+            num_classes: Number of classes, 0 for no head.
+            global_pool: Pooling, None to keep the present one.
+
+        Raises:
+            ValueError: `global_pool` is not supported. The model is unchanged then.
+        """
+        if global_pool is not None:
+            self.global_pool = self._check_global_pool(global_pool)
+        like = next(self.parameters())
+        self.num_classes = num_classes
+        self.head = nn.Identity() if num_classes <= 0 else nn.Linear(
+            self.num_features, num_classes, device=like.device, dtype=like.dtype)
+        self.head.train(self.training)
+
+    def set_input_size(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            patch_size: Optional[int] = None,
+    ) -> None:
+        """Resize the stored position embeddings, as creating the model with that `img_size` and loading would.
+
+        Args:
+            img_size: Height and width in pixels, None to keep the present one.
+            patch_size: Must be None or the present one, the patch embeddings are not resized.
+
+        Raises:
+            ValueError: A size that is too small or another patch size. The model is unchanged then.
+        """
+        present = self.stages[0].patch_embed.patch_size
+        if patch_size is not None and to_2tuple(patch_size) != to_2tuple(present):
+            raise ValueError(f'Expected patch_size {present} or None (patches are not resized), got {patch_size}.')
+        if img_size is None:
+            return
+        img_size = to_2tuple(img_size)
+        for stage, grid_size in zip(self.stages, self._grid_sizes(img_size)):
+            stage.set_grid_size(grid_size)
+        if update_model_input_size is not None:
+            update_model_input_size(self, img_size)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """ Forward features that returns intermediates.
+
+        Args:
+            x: Input image tensor (B, in_chans, H, W).
+            indices: Take last n stages if int, all if None, select matching indices if sequence.
+            norm: Apply the final norm to the output of the last stage (the others have no norm of their own).
+            stop_early: Stop iterating over stages when last desired intermediate hit.
+            output_fmt: Shape of intermediate feature outputs, only 'NCHW'. The class token is left out.
+            intermediates_only: Only return intermediate features.
+
+        Returns:
+            List of feature maps (B, C, H / reduction, W / reduction), after what `forward_features` returns unless
+            `intermediates_only`.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"Expected output_fmt 'NCHW', got '{output_fmt}'.")
+        take_indices, max_index = take_indices_of(len(self.stages), indices)
+        last_index = len(self.stages) - 1
+        intermediates: List[torch.Tensor] = []
+
+        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+        for i, stage in enumerate(stages):
+            B, H, W = x.shape[0], x.shape[2], x.shape[3]
+            x = stage(x)
+            last = i == last_index
+            feat = x
+            if last:
+                feat = self.norm(x) if norm else x
+                if not self.output_nchw:
+                    feat = feat[:, self.num_prefix_tokens:].transpose(1, 2).reshape(
+                        B, -1, H // stage.patch_embed.patch_size, W // stage.patch_embed.patch_size)
+                x = self.norm(x)
+            if i in take_indices:
+                intermediates.append(feat)
+
+        if intermediates_only:
+            return intermediates
+
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """ Prune layers not required for specified intermediates.
+
+        Args:
+            indices: Stages to keep the outputs of, as in `forward_intermediates`.
+            prune_norm: Remove the final norm.
+            prune_head: Remove the head. It goes in any case when the last stage goes.
+
+        Returns:
+            The indices kept, counted from the first stage.
+        """
+        take_indices, max_index = take_indices_of(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[:max_index + 1]
+        if prune_end:
+            # what is left ends in a feature map without class token
+            self.class_token = False
+            self.num_prefix_tokens = 0
+            self.output_fmt = 'NCHW'
+            self.output_nchw = True
+            self.depths = self.depths[:max_index + 1]
+            self.embed_dims = self.embed_dims[:max_index + 1]
+            self.reductions = self.reductions[:max_index + 1]
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to normed tokens (B, 1 + H/32 * W/32, C) of the last stage, the class token first,
+        or to its feature map (B, C, H/32, W/32) with `output_fmt='NCHW'`."""
+        x = self.stages(x)
+        x = self.norm(x)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool, drop out and classify what `forward_features` returns."""
+        if self.output_nchw:
+            x = x.flatten(2).transpose(1, 2) if self.global_pool == 'avg' else x.permute(0, 2, 3, 1)
+        if self.global_pool == 'token':
+            x = x[:, 0]
+        elif self.global_pool == 'avg':
+            x = x[:, self.num_prefix_tokens:].mean(dim=1)
+        x = self.head_drop(x)
+        x = x if pre_logits else self.head(x)
+        if self.output_nchw and self.global_pool == '':
+            x = x.permute(0, 3, 1, 2)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """ Map any PVT v1 checkpoint to `model`. See `checkpoints.py` for the formats and errors. """
+    return adapt_to_model(state_dict, model)
+
+
+# Tags of weights that come from a dense backbone and have no class token
+_DENSE_TAGS = ('retinanet_coco',)
+
+
+def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    if kwargs.pop('output_stride', 32) != 32:
+        raise ValueError(
+            'Expected output_stride 32, the only one that PVT has (feature strides are 4, 8, 16, 32). '
+            'Use a decoder that takes a feature pyramid, such as FPN, UPerNet or Unet.')
+    _check_arguments(kwargs)
+    num_stages = len(kwargs['depths'])
+    out_indices = kwargs.pop('out_indices', tuple(range(num_stages)))
+    pretrained_cfg = resolve_pretrained_cfg(
+        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+    if kwargs.get('features_only', False):
+        take_indices_of(num_stages, out_indices)
+        kwargs.setdefault('class_token', False)
+        if kwargs.setdefault('output_fmt', 'NCHW') != 'NCHW':
+            raise ValueError(f"Expected output_fmt 'NCHW' with features_only=True, got {kwargs['output_fmt']!r}.")
+    elif pretrained_cfg.tag in _DENSE_TAGS:
+        kwargs.setdefault('class_token', False)
+    with clear_errors(variant, pretrained, pretrained_cfg, kwargs.get('cache_dir')):
+        return build_model_with_cfg(
+            PyramidVisionTransformer,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg.to_dict(),
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+            **kwargs,
+        )
+
+
+def _check_arguments(kwargs: Dict[str, Any]) -> None:
+    accepted = set(signature(PyramidVisionTransformer).parameters)
+    builder = set(signature(build_model_with_cfg).parameters)
+    builder |= {'features_only', 'out_indices', 'feature_cls', 'no_rewrite'}  # taken from its **kwargs
+    unknown = sorted(set(kwargs) - accepted - builder)
+    if unknown:
+        raise TypeError(
+            f"PyramidVisionTransformer got an unexpected keyword argument {', '.join(map(repr, unknown))}, "
+            f"accepted are {', '.join(sorted(accepted))} and timm's features_only, out_indices, feature_cls.")
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': False, 'min_input_size': (3, 32, 32),
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stages.0.patch_embed.proj', 'classifier': 'head',
+        'license': 'apache-2.0', 'origin_url': 'https://github.com/whai362/PVT',
+        'paper_ids': 'arXiv:2102.12122',
+        'paper_name': 'Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions',
+        **kwargs,
+    }
+
+
+def _in1k_cfg(variant: str, revision: str = '') -> Dict[str, Any]:
+    # The hub repositories hold the original weights in transformers' format, the url is the original release.
+    hf_hub_id = f'Zetatech/pvt-{variant}-224'
+    return _cfg(
+        url=f'https://github.com/whai362/PVT/releases/download/v2/pvt_{variant}.pth',
+        hf_hub_id=f'{hf_hub_id}@{revision}' if revision else hf_hub_id,
+    )
+
+
+def _retinanet_coco_cfg(name: str) -> Dict[str, Any]:
+    # OpenMMLab's COCO detectors, of which the backbone is taken. A dense backbone has no class token, norm or head.
+    return _cfg(
+        url=f'https://download.openmmlab.com/mmdetection/v2.0/pvt/{name}.pth',
+        num_classes=0,
+        origin_url='https://github.com/open-mmlab/mmdetection/tree/main/configs/pvt',
+    )
+
+
+default_cfgs = generate_default_cfgs({
+    'pvt_tiny.in1k': _in1k_cfg('tiny', '6a44ba96dda6a6f3e2b6913682acfa0071482e83'),
+    'pvt_tiny.retinanet_coco': _retinanet_coco_cfg(
+        'retinanet_pvt-t_fpn_1x_coco/retinanet_pvt-t_fpn_1x_coco_20210831_103110-17b566bd'),
+    'pvt_small.in1k': _in1k_cfg('small'),
+    'pvt_small.retinanet_coco': _retinanet_coco_cfg(
+        'retinanet_pvt-s_fpn_1x_coco/retinanet_pvt-s_fpn_1x_coco_20210906_142921-b6c94a5b'),
+    'pvt_medium.in1k': _in1k_cfg('medium', '84cba75de906ada79a85f558d3d742c5771064a5'),
+    'pvt_medium.retinanet_coco': _retinanet_coco_cfg(
+        'retinanet_pvt-m_fpn_1x_coco/retinanet_pvt-m_fpn_1x_coco_20210831_103243-55effa1b'),
+    'pvt_large.in1k': _in1k_cfg('large'),
+    'pvt_huge_v2.untrained': _cfg(),
+    'test_pvt.digits': _cfg(
+        file=str(Path(__file__).parent / 'weights' / 'test_pvt_digits.safetensors'),
+        num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0,
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        label_names=tuple(str(i) for i in range(10)),
+        origin_url='https://archive.ics.uci.edu/dataset/80', paper_ids=None, paper_name=None,
+    ),
+})
+
+
+@register_model
+def pvt_tiny(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(depths=(2, 2, 2, 2))
+    return _create_pvt('pvt_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pvt_small(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(depths=(3, 4, 6, 3))
+    return _create_pvt('pvt_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pvt_medium(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(depths=(3, 4, 18, 3))
+    return _create_pvt('pvt_medium', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pvt_large(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(depths=(3, 8, 27, 3))
+    return _create_pvt('pvt_large', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pvt_huge_v2(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(embed_dims=(128, 256, 512, 768), depths=(3, 10, 60, 3), num_heads=(2, 4, 8, 12))
+    return _create_pvt('pvt_huge_v2', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_pvt(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(
+        img_size=32, embed_dims=(16, 32, 40, 64), depths=(1, 2, 2, 1), num_heads=(1, 2, 5, 8), sr_ratios=(4, 2, 1, 1),
+        mlp_ratios=(4., 4., 4., 4.))
+    return _create_pvt('test_pvt', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,1 @@
+""" Convert PVT v1 checkpoints to timm and back. """
