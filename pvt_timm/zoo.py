@@ -4,7 +4,6 @@ from typing import Any, Dict, List, Optional, Tuple
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.models import is_model_pretrained
 
 from .pvt import PyramidVisionTransformer, default_cfgs
 
