@@ -53,8 +53,6 @@ def test_client_resumes_after_one_fault(hub, repo, no_waits, kind):
     hub.fail(kind, 'cdn/', method='GET', times=1)
     assert open(hf_hub_download(repo, 'model.safetensors'), 'rb').read() == DATA
     assert hub.count('GET', 'cdn/') == 2
-    if kind == 'truncate':
-        assert hub.requests[-1].headers['Range'] == f'bytes={len(DATA) // 2}-'
 
 
 @pytest.mark.parametrize('kind', ['truncate', 'short', 'drop', 404, 500])
@@ -73,6 +71,8 @@ def test_plain_files(hub, tmp_path):
     assert urllib.request.urlopen(hub.add_redirect('b/x.pth', url)).read() == DATA
     with pytest.raises(urllib.error.HTTPError, match='404'):
         urllib.request.urlopen(hub.url + '/nothing')
+    request = urllib.request.Request(url, headers={'Range': 'bytes=100-199'})
+    assert urllib.request.urlopen(request).read() == DATA[100:200]
     hub.fail('garbage', 'x.pth')
     assert urllib.request.urlopen(url).read() == bytes(len(DATA))
 
