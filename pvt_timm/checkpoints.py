@@ -577,7 +577,7 @@ def adapt_to_model(checkpoint: Mapping[str, Any], model: torch.nn.Module) -> Sta
     if model.class_token and not info.class_token:
         raise ValueError(
             'Expected a checkpoint with class token, got the one of a dense backbone (detector, segmenter): '
-            'create the model with features_only=True or class_token=False.')
+            'create the model with features_only=True, or class_token=False and num_classes=0.')
 
     parts = [] if model.class_token or not (info.class_token or info.class_row) else ['class_token']
     parts += [part for part in ('norm', 'head') if f'{part}.weight' not in reference]

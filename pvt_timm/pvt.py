@@ -676,6 +676,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 # Tags of weights that come from a dense backbone and have no class token
 _DENSE_TAGS = ('retinanet_coco',)
+_FEATURE_CLS = ('list', 'dict', 'hook', 'getter', 'fx')
 
 
 def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
@@ -690,18 +691,35 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
         variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     if kwargs.get('features_only', False):
         take_indices_of(num_stages, out_indices)
+        feature_cls = kwargs.get('feature_cls', 'list')
+        if isinstance(feature_cls, str) and feature_cls.lower() not in _FEATURE_CLS:
+            raise ValueError(f'Expected feature_cls in {_FEATURE_CLS} or a class, got {feature_cls!r}.')
         kwargs.setdefault('class_token', False)
+        kwargs['num_classes'] = 0  # no head, so that weights need not have one
         if kwargs.setdefault('output_fmt', 'NCHW') != 'NCHW':
             raise ValueError(f"Expected output_fmt 'NCHW' with features_only=True, got {kwargs['output_fmt']!r}.")
     elif pretrained_cfg.tag in _DENSE_TAGS:
         kwargs.setdefault('class_token', False)
-    with clear_errors(variant, pretrained, pretrained_cfg, kwargs.get('cache_dir')):
+    if pretrained and pretrained_cfg.tag in _DENSE_TAGS and kwargs.get('class_token', True):
+        raise ValueError(
+            f'Expected class_token=False, the weights of {variant}.{pretrained_cfg.tag} are those of a dense backbone.')
+
+    with clear_errors(variant, pretrained, pretrained_cfg, kwargs.get('cache_dir')) as progress:
+        def create(**model_args):
+            model = PyramidVisionTransformer(**model_args)
+            progress.constructed = True
+            return model
+
+        def filter_fn(state_dict, model):
+            progress.read = True
+            return checkpoint_filter_fn(state_dict, model)
+
         return build_model_with_cfg(
-            PyramidVisionTransformer,
+            create,
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg.to_dict(),
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=filter_fn,
             feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
             **kwargs,
         )
@@ -738,6 +756,7 @@ def _in1k_cfg(variant: str, revision: str = '') -> Dict[str, Any]:
     return _cfg(
         url=f'https://github.com/whai362/PVT/releases/download/v2/pvt_{variant}.pth',
         hf_hub_id=f'{hf_hub_id}@{revision}' if revision else hf_hub_id,
+        hf_hub_filename='model.safetensors',
     )
 
 
