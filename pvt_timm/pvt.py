@@ -142,7 +142,7 @@ class Attention(nn.Module):
             x = x.transpose(1, 2).reshape(B, C, size[0], size[1])  # a channels_last view, no copy
             x = self.sr(x).flatten(2).transpose(1, 2)
             x = self.norm(x)
-        kv = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        kv = self.kv(x).reshape(B, x.shape[1], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)
 
         if self.fused_attn:
@@ -597,7 +597,7 @@ class PyramidVisionTransformer(nn.Module):
                 feat = self.norm(x) if norm else x
                 if not self.output_nchw:
                     feat = feat[:, self.num_prefix_tokens:].transpose(1, 2).reshape(
-                        B, -1, H // stage.patch_embed.patch_size, W // stage.patch_embed.patch_size)
+                        B, x.shape[2], H // stage.patch_embed.patch_size, W // stage.patch_embed.patch_size)
                 x = self.norm(x)
             if i in take_indices:
                 intermediates.append(feat)
@@ -690,7 +690,12 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
     pretrained_cfg = resolve_pretrained_cfg(
         variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     if kwargs.get('features_only', False):
-        take_indices_of(num_stages, out_indices)
+        try:
+            take_indices_of(num_stages, out_indices)
+        except TypeError:
+            raise ValueError(
+                f'Expected out_indices to be a number of last stages (1 to {num_stages}) or different stage indices '
+                f'(0 to {num_stages - 1}, negative ones count from the end), got {out_indices!r}.') from None
         feature_cls = kwargs.get('feature_cls', 'list')
         if isinstance(feature_cls, str) and feature_cls.lower() not in _FEATURE_CLS:
             raise ValueError(f'Expected feature_cls in {_FEATURE_CLS} or a class, got {feature_cls!r}.')
