@@ -10,17 +10,14 @@ import timm
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
-from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
 from .checkpoints import adapt_to_model, convert, describe
-from .files import read_checkpoint
+from .files import find_checkpoint, read_checkpoint
 from .pvt import PyramidVisionTransformer, default_cfgs
 from .zoo import MODELS, has_weights
 
 __all__ = ['Classifier', 'UserError', 'extract', 'load_model', 'open_image', 'predict']
-
-_WEIGHT_FILES = ('model.safetensors', 'pytorch_model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth')
 
 
 class UserError(Exception):
@@ -154,13 +151,8 @@ def _load_folder(path: Path, config: Dict[str, Any], name: Optional[str], kwargs
 
 def _load_file(path: Path, config: Dict[str, Any], name: Optional[str], kwargs: Dict[str, Any]) -> Classifier:
     """A checkpoint file, or a folder with one (and transformers' config.json)."""
-    file = path
-    if path.is_dir():
-        found = [path / n for n in _WEIGHT_FILES if (path / n).is_file()] or sorted(path.glob('*.safetensors'))
-        if not found:
-            raise UserError(f'Expected a folder with weights ({", ".join(_WEIGHT_FILES)}), found none in {path}')
-        file = found[0]
     with user_errors():
+        file = find_checkpoint(path)
         checkpoint = read_checkpoint(file)
     with user_errors(f'Cannot use {file}: '):
         info = describe(convert(checkpoint).state_dict)
@@ -271,7 +263,7 @@ def extract(
         classifier: Classifier,
         image: Image.Image,
         img_size: Optional[Tuple[int, int]] = None,
-) -> Tuple[Image.Image, List[torch.Tensor]]:
+) -> Tuple[List[torch.Tensor], Tuple[int, int]]:
     """Dense features of a whole image.
 
     Args:
@@ -281,7 +273,7 @@ def extract(
             longer one keeps the aspect to within 32 pixels.
 
     Returns:
-        The resized image and the feature map (C, H, W) of every stage.
+        The feature map (C, H, W) of every stage, and the height and width that the image was resized to.
 
     Raises:
         UserError: Not enough memory, or the weights give no numbers.
@@ -289,12 +281,10 @@ def extract(
     model, data = classifier.model, classifier.data
     if img_size is None:
         img_size = fit_size(*image.size, short=min(data['input_size'][1:]), multiple=model.reductions[-1])
-    size = to_2tuple(img_size)
+    squash = dict(data, input_size=(data['input_size'][0], *img_size), crop_pct=1., crop_mode='squash')
     with user_errors('Cannot run the model: '):
-        transform = create_transform(**{**data, 'input_size': (data['input_size'][0], *size), 'crop_pct': 1.,
-                                        'crop_mode': 'squash'}, is_training=False)
-        resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        features = model.forward_intermediates(transform(image)[None], intermediates_only=True)
+        x = create_transform(**squash, is_training=False)(image)
+        features = model.forward_intermediates(x[None], intermediates_only=True)
     if not all(f.isfinite().all() for f in features):
         raise UserError(f'{classifier.name} gives values that are not finite, the weights are damaged')
-    return resized, [f[0].contiguous() for f in features]
+    return [f[0].contiguous() for f in features], tuple(img_size)
