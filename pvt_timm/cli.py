@@ -231,10 +231,10 @@ def _shapes(features: Sequence[torch.Tensor]) -> str:
     return ', '.join('x'.join(map(str, f.shape)) for f in features)
 
 
-def _draw(output: Any, image, features: Sequence[torch.Tensor], size: Tuple[int, int], name: str) -> None:
+def _draw(output: Any, image, features: Sequence[torch.Tensor], size: Tuple[int, int], name: str, **kwargs) -> None:
     try:
         with user_errors(f'Cannot draw {output}: '):
-            draw_pyramid(image, features, output, title=name, img_size=size)
+            draw_pyramid(image, features, output, title=name, img_size=size, **kwargs)
     except ImportError as e:
         raise UserError(e) from e
 
@@ -281,7 +281,9 @@ def run_demo(args: argparse.Namespace) -> None:
     backbone = load_model('test_pvt', dense=True)
     features, size = extract(backbone, sheet, (sheet.height, sheet.width))
     picture = output / 'pyramid.png'
-    _draw(picture, sheet, features, size, backbone.name)
+    _draw(
+        picture, sheet, features, size, backbone.name, cells=(sheet.height // side, len(columns)),
+        note=f'{len(files)} handwritten digits, a column each for 0 to 9. At stride 32 a digit is one position.')
     print(f'Features of all of them as one image of {sheet.width}x{sheet.height}: {picture}')
 
     print(f'''

@@ -85,6 +85,8 @@ def draw_pyramid(
         output: Union[str, Path],
         title: Optional[str] = None,
         img_size: Optional[Tuple[int, int]] = None,
+        note: Optional[str] = None,
+        cells: Tuple[int, int] = (1, 1),
 ) -> None:
     """Draw an image and its four feature levels, each labelled with stride, channels and size.
 
@@ -94,6 +96,8 @@ def draw_pyramid(
         output: File to write, its extension says the format (png, pdf, svg, jpg...).
         title: Line above everything.
         img_size: Height and width that the model saw, those of `image` by default.
+        note: Line below everything, before what the colours are.
+        cells: Rows and columns of an image that is a sheet of images, to draw lines between them.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -127,7 +131,7 @@ def draw_pyramid(
     # All in inches. Widths are chosen for a slide (or a page, if it is upright).
     aspect = min(max(width / height, 1 / 12), 12)
     arrangement, columns, rows = _layout(aspect)
-    gap, margin, header, footer = .18, .25, .45 if title else 0., .3
+    gap, margin, header, footer = .18, .25, .45 if title else 0., .45 if note else .28
     wide = arrangement in ('row', 'left')
     panel_w = ((12.8 if wide else 7.2) - 2 * margin - (columns - 1) * gap) / columns
     panel_h = panel_w / aspect
@@ -159,6 +163,10 @@ def draw_pyramid(
         axes = figure.add_axes((
             (margin + x) / total_w, 1 - (top + h) / total_h, w / total_w, h / total_h))
         axes.imshow(pixels, interpolation='nearest', aspect='auto')
+        for i in range(1, cells[0]):
+            axes.axhline(pixels.shape[0] * i / cells[0] - .5, color='white', linewidth=1)
+        for i in range(1, cells[1]):
+            axes.axvline(pixels.shape[1] * i / cells[1] - .5, color='white', linewidth=1)
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
@@ -171,9 +179,9 @@ def draw_pyramid(
             figure.text((margin + x + w) / total_w, text_y, size, fontsize=10.5, color=SUBTLE, va='top', ha='right')
     if title:
         figure.text(margin / total_w, 1 - margin / total_h, title, fontsize=15, weight='bold', color=INK, va='top')
-    figure.text(
-        margin / total_w, .12 / total_h, 'False colour: the first three principal components of each level',
-        fontsize=9, color=SUBTLE, va='bottom')
+    notes = [note] if note else []
+    notes.append('Colours: the first three principal components of each level')
+    figure.text(margin / total_w, .14 / total_h, '\n'.join(notes), fontsize=9.5, color=SUBTLE, va='bottom')
     save_atomically(output, lambda f: figure.savefig(f, format=suffix))
 
 
