@@ -32,8 +32,8 @@ def user_errors(prefix: str = '', kinds=(ValueError, OSError, RuntimeError, Memo
     except UserError:
         raise
     except kinds as e:
-        reason = ' '.join(str(e).split()) or type(e).__name__
-        raise UserError(f'{prefix}{reason}') from e
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else ' '.join(str(e).split()) or type(e).__name__
+        raise UserError(reason if reason.startswith('Cannot load') else f'{prefix}{reason}') from e
 
 
 @dataclass
@@ -70,7 +70,7 @@ def load_model(
     Raises:
         UserError: The model is not known, or has no (fitting) weights, or they cannot be had.
     """
-    kwargs = dict(class_token=False, num_classes=0) if dense else {}
+    kwargs = dict(class_token=False, num_classes=0, global_pool='avg') if dense else {}
     if checkpoint is None:
         loaded = _load_published(model, kwargs)
     else:
@@ -87,6 +87,7 @@ def load_model(
     if not dense and loaded.model.num_classes == 0:
         raise UserError(f'{loaded.name} is a backbone without a classifier: use `features`, or weights with a head')
     if img_size is not None:
+        _check_size(img_size)
         smallest = loaded.model.min_input_size
         if min(img_size) < smallest:
             raise UserError(
@@ -94,6 +95,13 @@ def load_model(
         loaded.data['input_size'] = (loaded.data['input_size'][0], *img_size)
     loaded.model.eval()
     return loaded
+
+
+def _check_size(img_size: Tuple[int, int], what: str = 'image size') -> None:
+    """Refuse what would only end in a lack of memory, at Pillow's limit for images."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and img_size[0] * img_size[1] > limit:
+        raise UserError(f'Expected an {what} of {limit} pixels at most, got {img_size[0]}x{img_size[1]}')
 
 
 def _check_name(name: str) -> None:
@@ -119,8 +127,11 @@ def _load_published(name: str, kwargs: Dict[str, Any]) -> Classifier:
                 f'{name} is a backbone without a classifier: use `features`, or a model with a head (see `list`)')
         tag = split_model_name_tag(name)[1] or cfg.tag
         name = f'{split_model_name_tag(name)[0]}.{tag}'
-    with user_errors('' if not hub else f'Cannot load {name}: '):
-        model = timm.create_model(name, pretrained=True, **kwargs)
+    try:
+        with user_errors(f'Cannot load {name}: '):
+            model = timm.create_model(name, pretrained=True, **kwargs)
+    except UserError as e:
+        raise UserError(f'{e} (--checkpoint takes weights from a file, --model test_pvt needs no network)') from e
     return _with_data(model, name, model.pretrained_cfg)
 
 
@@ -243,6 +254,8 @@ def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[T
     Raises:
         UserError: Not enough memory, or the weights give no numbers.
     """
+    resized = fit_size(*image.size, short=max(classifier.data['input_size'][1:]), multiple=1)
+    _check_size(resized, 'image that resizes to an area')
     transform = create_transform(**classifier.data, is_training=False)
     with user_errors('Cannot run the model: '):
         logits = classifier.model(transform(image)[None])[0].float()
@@ -281,6 +294,7 @@ def extract(
     model, data = classifier.model, classifier.data
     if img_size is None:
         img_size = fit_size(*image.size, short=min(data['input_size'][1:]), multiple=model.reductions[-1])
+    _check_size(img_size)
     squash = dict(data, input_size=(data['input_size'][0], *img_size), crop_pct=1., crop_mode='squash')
     with user_errors('Cannot run the model: '):
         x = create_transform(**squash, is_training=False)(image)
