@@ -136,11 +136,11 @@ def draw_pyramid(
     panel_w = ((12.8 if wide else 7.2) - 2 * margin - (columns - 1) * gap) / columns
     panel_h = panel_w / aspect
     if panel_h > 4:  # upright images
-        panel_w = max(2., 4 * aspect)
-        panel_h = panel_w / aspect
+        panel_w, panel_h = 4 * aspect, 4
+    slot_w = max(panel_w, 2.)  # narrow panels leave room for their captions
     two_lines = panel_w < 2.75
     caption = .62 if two_lines else .48
-    step_x, step_y = panel_w + gap, panel_h + caption
+    step_x, step_y = slot_w + gap, panel_h + caption
     if arrangement == 'row':
         boxes = [(i * step_x, 0, panel_w, panel_h) for i in range(5)]
     elif arrangement == 'column':
@@ -153,7 +153,7 @@ def draw_pyramid(
         big_w = 2 * panel_w + gap
         boxes = [(0, 0, big_w, big_w / aspect)]
         boxes += [(x * step_x, big_w / aspect + caption + y * step_y, panel_w, panel_h) for y in (0, 1) for x in (0, 1)]
-    total_w = max(x + w for x, _, w, _ in boxes) + 2 * margin
+    total_w = max(x + max(w, slot_w) for x, _, w, _ in boxes) + 2 * margin
     total_h = max(y + h for _, y, _, h in boxes) + caption + header + footer + margin
 
     figure = Figure(figsize=(total_w, total_h), dpi=150, facecolor='white')
