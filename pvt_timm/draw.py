@@ -136,8 +136,9 @@ def draw_pyramid(
     panel_w = ((12.8 if wide else 7.2) - 2 * margin - (columns - 1) * gap) / columns
     panel_h = panel_w / aspect
     if panel_h > 4:  # upright images
-        panel_w, panel_h = 4 * aspect, 4
-    slot_w = max(panel_w, 2.)  # narrow panels leave room for their captions
+        panel_h = min(max(4, 1.8 / aspect), 6)
+        panel_w = panel_h * aspect
+    slot_w = max(panel_w, 1.8)  # narrow panels leave room for their captions
     two_lines = panel_w < 2.75
     caption = .62 if two_lines else .48
     step_x, step_y = slot_w + gap, panel_h + caption
