@@ -4,6 +4,7 @@ A user's error ends in one line on stderr and exit code 2. An error of the packa
 """
 import argparse
 import builtins
+import contextlib
 import importlib.util
 import json
 import logging
@@ -54,6 +55,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         except UserError as e:
             return _report(e)
         return 0
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold what the terminal cannot show
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors='backslashreplace')
     parser = build_parser()
     args = parser.parse_args(_join_img_size(argv))
     if args.command is None:
@@ -114,7 +118,8 @@ def _positive(text: str) -> int:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        '--model', help=f'name with or without tag, see `list` (default {DEFAULT_MODEL}, or what the checkpoint is)')
+        '--model', help='name with or without tag, see `list`, or hf-hub:OWNER/REPO '
+        f'(default {DEFAULT_MODEL}, or what the checkpoint is)')
     parser.add_argument(
         '--checkpoint', metavar='FILE_OR_DIR', help='weights: a file of any known format, or a folder of timm or '
         'transformers (default the published ones)')

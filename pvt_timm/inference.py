@@ -42,7 +42,7 @@ class Classifier:
 
     Attributes:
         model: In evaluation mode.
-        name: Model and tag, or model and file.
+        name: Model and tag, or model and name of the file or folder.
         data: timm's data config (input_size, mean, std, interpolation, crop_pct...).
         labels: Name of every class, None for a backbone without a head.
     """
@@ -157,7 +157,7 @@ def _load_folder(path: Path, config: Dict[str, Any], name: Optional[str], kwargs
         raise UserError(f'Expected a checkpoint of {name}, but {path} holds {architecture}')
     with user_errors(f'Cannot load {path}: ', Exception):  # timm reads its config.json without checks
         model = timm.create_model(f'local-dir:{path}', pretrained=True, **kwargs)
-    return _with_data(model, f'{architecture} from {path}', model.pretrained_cfg)
+    return _with_data(model, f'{architecture} from {path.name}', model.pretrained_cfg)
 
 
 def _load_file(path: Path, config: Dict[str, Any], name: Optional[str], kwargs: Dict[str, Any]) -> Classifier:
@@ -183,7 +183,7 @@ def _load_file(path: Path, config: Dict[str, Any], name: Optional[str], kwargs: 
     labels = config.get('id2label')
     if isinstance(labels, dict) and len(labels) == model.num_classes:
         cfg['label_names'] = [str(labels[k]) for k in sorted(labels, key=int)]
-    return _with_data(model, f'{info.variant} from {file}', cfg)
+    return _with_data(model, f'{info.variant} from {path.name}', cfg)
 
 
 def _with_data(model: torch.nn.Module, name: str, cfg: Dict[str, Any]) -> Classifier:

@@ -399,6 +399,14 @@ def test_process(tmp_path, client_env):
     assert done.stderr == 'pvt-timm: error: No such file: nope.png\n'
 
 
+def test_file_name_that_the_terminal_cannot_show(tmp_path, client_env):
+    name = tmp_path / 'drei \udcff\u4e09.png'
+    name.write_bytes(DIGIT.read_bytes())
+    env = {**client_env, 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0', 'LC_ALL': 'C'}
+    done = python('-m', 'pvt_timm', 'predict', name.name, '--model', 'test_pvt', '--topk', 1, env=env, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith('drei ')
+
+
 def test_closed_pipe(tmp_path, client_env):
     env = {**os.environ, **client_env}
     done = subprocess.run(
