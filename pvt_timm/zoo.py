@@ -65,7 +65,8 @@ def zoo() -> List[Dict[str, Any]]:
     rows = []
     for name in MODELS:
         for tag, cfg in default_cfgs[name].cfgs.items():
-            model = timm.create_model(f'{name}.{tag}' if tag else name, num_classes=cfg.num_classes, device='meta', weight_init='skip')
+            model = timm.create_model(
+                f'{name}.{tag}' if tag else name, num_classes=cfg.num_classes, device='meta', weight_init='skip')
             img_size = tuple(cfg.input_size[1:])
             rows.append(dict(
                 model=name,
