@@ -93,9 +93,12 @@ def take_indices_of(num_stages: int, indices: Optional[Union[int, List[int]]] = 
     for n, i in enumerate(take_indices):
         valid = valid and 0 <= i < num_stages and i not in take_indices[:n]
     if not valid:
-        raise ValueError(
-            f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
-            f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
+        if torch.jit.is_scripting():
+            raise ValueError('indices out of range or repeated')  # a scripted Union cannot be formatted and saved
+        else:
+            raise ValueError(
+                f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
+                f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
     return take_indices, max(take_indices)
 
 
