@@ -18,7 +18,7 @@ resized (bilinear) stage by stage to the grid of the input.
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -75,23 +75,30 @@ def check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
             f'Resize or pad the input.')
 
 
-def take_indices_of(num_stages: int, indices: Optional[Union[int, Sequence[int]]] = None) -> Tuple[List[int], int]:
+def take_indices_of(num_stages: int, indices: Optional[Union[int, List[int]]] = None) -> Tuple[List[int], int]:
     """Stage indices counted from the first, and the largest, as timm's `feature_take_indices` gives them.
 
     Raises:
         ValueError: An index that is out of range or there twice.
     """
+    take_indices: List[int] = []
     if indices is None:
-        indices = num_stages
-    if isinstance(indices, int):
-        take_indices = list(range(num_stages - indices, num_stages))
+        take_indices += list(range(num_stages))
+    elif isinstance(indices, int):
+        take_indices += list(range(num_stages - indices, num_stages))
     else:
-        take_indices = [i + num_stages if i < 0 else i for i in indices]
-    if not take_indices or len(set(take_indices)) < len(take_indices) or not (
-            0 <= min(take_indices) and max(take_indices) < num_stages):
-        raise ValueError(
-            f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
-            f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
+        for i in indices:
+            take_indices.append(i + num_stages if i < 0 else i)
+    valid = len(take_indices) > 0
+    for n, i in enumerate(take_indices):
+        valid = valid and 0 <= i < num_stages and i not in take_indices[:n]
+    if not valid:
+        if torch.jit.is_scripting():
+            raise ValueError('indices out of range or repeated')  # a scripted Union cannot be formatted and saved
+        else:
+            raise ValueError(
+                f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
+                f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
     return take_indices, max(take_indices)
 
 
@@ -686,7 +693,8 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
             'Use a decoder that takes a feature pyramid, such as FPN, UPerNet or Unet.')
     _check_arguments(kwargs)
     num_stages = len(kwargs['depths'])
-    out_indices = kwargs.pop('out_indices', tuple(range(num_stages)))
+    feature_cfg = kwargs.pop('feature_cfg', None) or {}
+    out_indices = kwargs.pop('out_indices', feature_cfg.get('out_indices', tuple(range(num_stages))))
     pretrained_cfg = resolve_pretrained_cfg(
         variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     if kwargs.get('features_only', False):
@@ -725,7 +733,7 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
             pretrained,
             pretrained_cfg=pretrained_cfg.to_dict(),
             pretrained_filter_fn=filter_fn,
-            feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+            feature_cfg=dict(feature_cfg, flatten_sequential=True, out_indices=out_indices),
             **kwargs,
         )
 
