@@ -4,7 +4,8 @@
 
 Writes results/scale_out.json and results/scale_out.png. Takes about 10 minutes on 2 cores. Three runs on the digits:
 - whole: every step sees all of 640 images, so one and two processes must follow the same curve up to rounding;
-- batches: the digits recipe with 64 images per step; the processes draw other batches, so the curves agree on the whole;
+- batches: the digits recipe with 64 images per step; the processes draw other batches, so the curves
+  agree on the whole;
 - killed: two processes, one killed with SIGKILL in the middle of an epoch, against the same run left alone.
 """
 import argparse
