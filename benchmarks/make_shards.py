@@ -3,8 +3,8 @@
     python benchmarks/make_shards.py FOLDER SHARDS [--images 1000]
 
 writes SHARDS/<split>-0000.tar ... and SHARDS/_info.json. Train with
-`--dataset wds/NAME --data-dir SHARDS --train-split train --val-split validation --aug-repeats 0` (pip install webdataset).
-Use at least as many training shards as there are loader workers in all processes together.
+`--dataset wds/NAME --data-dir SHARDS --train-split train --val-split validation --aug-repeats 0`
+(pip install webdataset). Use at least as many training shards as there are loader workers in all processes together.
 """
 import argparse
 import io
