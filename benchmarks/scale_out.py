@@ -4,7 +4,8 @@
 
 Writes results/scale_out.json and results/scale_out.png. Takes about 10 minutes on 2 cores. Three runs on the digits:
 - whole: every step sees all of 640 images, so one and two processes must follow the same curve up to rounding;
-- batches: the digits recipe with 64 images per step; the processes draw other batches, so the curves agree on the whole;
+- batches: the digits recipe with 64 images per step; the processes draw other batches, so the curves
+  agree on the whole;
 - killed: two processes, one killed with SIGKILL in the middle of an epoch, against the same run left alone.
 """
 import argparse
@@ -148,9 +149,9 @@ def draw(results: Dict[str, Any], file: Path) -> None:
     axes[2].plot(r['train_loss'], label='killed and resumed', lw=1, color='tab:red', marker='.')
     k = r['before_kill']
     axes[2].axvline(
-        k['epoch'] - 1 + k['step'] / k['steps'], color='k', ls='--', lw=0.8,
-        label=f'SIGKILL in epoch {k["epoch"]}, step {k["step"]} of {k["steps"]}')
-    axes[2].set_title(f'A worker killed\nlargest difference {r["largest_difference"]["loss"]:.1e}', fontsize=10)
+        k['epoch'] - 1 + k['step'] / k['steps'], color='k', ls='--', lw=0.8, label='SIGKILL')
+    axes[2].set_title(f'A worker killed in epoch {k["epoch"]}, step {k["step"]} of {k["steps"]}\n'
+                      f'largest difference {r["largest_difference"]["loss"]:.1e}', fontsize=10)
     for ax in axes:
         ax.set_xlabel('epoch')
         ax.set_ylabel('training loss')
