@@ -97,8 +97,14 @@ class _PackedBlock(NamedTuple):
     fc2: Linear
 
 
+class _State(NamedTuple):
+    plain: str  # why the stage takes the plain path, '' for the fast one
+    requires_grad: bool = False
+    key: tuple = ()  # address and version of each parameter
+
+
 class _Packed(NamedTuple):
-    key: tuple  # what the packed weights were made of, see `FusedStage._key`
+    key: tuple  # that of the parameters that were packed
     owners: List[torch.Tensor]  # keeps the storages of the key alive, so that no other one can get their addresses
     embed: Linear
     blocks: List[_PackedBlock]
@@ -197,53 +203,69 @@ class FusedStage(PyramidVisionTransformerStage):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        reason = self._reason()
-        if not reason and not _works(self.pos_embed.dtype):
-            reason = f'no fast operators for {self.pos_embed.dtype}'
-        return f'path=plain, {reason}' if reason else 'path=fast (oneDNN) without gradients'
+        state = self._inspect()
+        if state.plain:
+            return f'path=plain ({state.plain})'
+        if not _works(self.pos_embed.dtype):
+            return f'path=plain (no fast operators for {self.pos_embed.dtype})'
+        return 'path=fast (without gradients)' if state.requires_grad else 'path=fast'
 
-    def _reason(self) -> str:
-        """Why the plain path is taken, as far as it lies in the module, '' for the fast path."""
+    def _inspect(self) -> _State:
+        """Look at all inner modules and parameters. Runs at every forward, therefore written to be quick."""
         if self.training:
-            return 'training mode'
+            return _State('training mode')
         if not torch.backends.mkldnn.enabled:
-            return 'oneDNN is disabled'
-        for m in self.modules():
-            if m is self:
+            return _State('oneDNN is disabled')
+        dtype = self.pos_embed.dtype
+        key, requires_grad = [], False
+        parameters = [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
+        modules = list(self._modules.values())
+        while modules:
+            m = modules.pop()
+            if m is None:
                 continue
             if type(m) not in _KNOWN or 'forward' in m.__dict__:
-                return f'{type(m).__name__} has no fast form'
+                return _State(f'{type(m).__name__} has no fast form')
             if m._forward_hooks or m._forward_pre_hooks:
-                return 'hooks on inner modules'
+                return _State('hooks on inner modules')
             if type(m) is nn.GELU and m.approximate != 'none':
-                return 'approximate GELU'
-        for p in self.parameters():
-            if p.device.type != 'cpu' or p.dtype != self.pos_embed.dtype or type(p.data) is not torch.Tensor:
-                return 'parameters that are not all plain CPU tensors of one dtype'
+                return _State('approximate GELU')
+            if m._modules:
+                modules.extend(m._modules.values())
+            if m._parameters:
+                parameters.extend(m._parameters.values())
+        for p in parameters:
+            if p is None:
+                continue
+            if p.dtype is not dtype or p.device.type != 'cpu' or type(p) not in (nn.Parameter, torch.Tensor):
+                return _State('parameters that are not plain CPU tensors of one dtype')
             if p.is_inference():
-                return 'parameters made in inference mode'
-        return ''
+                return _State('parameters made in inference mode')
+            requires_grad = requires_grad or p.requires_grad
+            key.append((p.data_ptr(), p._version))
+        return _State('', requires_grad, tuple(key))
 
-    def _fast(self, x: torch.Tensor) -> bool:
-        """Whether this call can take the fast path."""
-        return (
-            type(x) is torch.Tensor
-            and x.device.type == 'cpu'
-            and x.dtype == self.pos_embed.dtype
-            and x.numel() > 0
-            and not (torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'))
-            and _works(x.dtype)
-            and not _intercepted()
-            and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())))
-            and not self._reason()
-        )
+    def _fast_key(self, x: torch.Tensor) -> Optional[tuple]:
+        """What `_get_packed` takes if this call can take the fast path, otherwise None."""
+        if (
+                type(x) is not torch.Tensor
+                or x.device.type != 'cpu'
+                or x.dtype != self.pos_embed.dtype
+                or x.numel() == 0
+                or torch.jit.is_tracing()
+                or torch.is_autocast_enabled('cpu')
+                or not _works(x.dtype)
+                or _intercepted()
+        ):
+            return None
+        state = self._inspect()
+        if state.plain or torch.is_grad_enabled() and (x.requires_grad or state.requires_grad):
+            return None
+        return state.key
 
-    def _key(self) -> tuple:
-        return tuple((p.data_ptr(), p._version) for p in self.parameters())
-
-    def _get_packed(self) -> _Packed:
-        """Packed weights of the present parameters."""
-        packed, key = self._packed, self._key()
+    def _get_packed(self, key: tuple) -> _Packed:
+        """Packed weights of the parameters that `key` stands for."""
+        packed = self._packed
         if packed is None or packed.key != key:
             with _lock:
                 packed = self._packed
@@ -257,10 +279,16 @@ class FusedStage(PyramidVisionTransformerStage):
                     self.__dict__['_packed'] = packed
         return packed
 
-    def _fused_forward(self, x: torch.Tensor, num_tokens: Optional[int] = None) -> Tuple[torch.Tensor, Tuple[int, int]]:
+    @torch.no_grad()
+    def _fused_forward(
+            self,
+            x: torch.Tensor,
+            key: tuple,
+            num_tokens: Optional[int] = None,
+    ) -> Tuple[torch.Tensor, Tuple[int, int]]:
         """Tokens after the blocks (only `num_tokens` leading ones) and the grid size."""
         check_input(x, self.in_chans, self.min_input_size)
-        packed = self._get_packed()
+        packed = self._get_packed(key)
         patch_size = self.patch_embed.patch_size
         size = (x.shape[2] // patch_size, x.shape[3] // patch_size)
         x = _norm(self.patch_embed.norm, packed.embed(_patches(x.permute(0, 2, 3, 1), patch_size)))
@@ -274,19 +302,19 @@ class FusedStage(PyramidVisionTransformerStage):
         return x, size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if not torch.compiler.is_compiling() and self._fast(x):
-                with torch.no_grad():
-                    x, size = self._fused_forward(x)
-                    if self.output_nchw:
-                        x = x[:, self.num_prefix_tokens:].unflatten(1, size).permute(0, 3, 1, 2)
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            key = self._fast_key(x)
+            if key is not None:
+                x, size = self._fused_forward(x, key)
+                if self.output_nchw:
+                    x = x[:, self.num_prefix_tokens:].unflatten(1, size).permute(0, 3, 1, 2)
                 return x
         return self.forward_plain(x)
 
     def forward_class_token(self, x: torch.Tensor) -> torch.Tensor:
-        """What `forward` returns, or only its class token where that is less work."""
-        hooks = self._forward_hooks or self._forward_pre_hooks
-        if hooks or self.output_nchw or torch.compiler.is_compiling() or not self._fast(x):
-            return self(x)
-        with torch.no_grad():
-            return self._fused_forward(x, num_tokens=1)[0]
+        """What `forward` returns, or only the class token of it where that is less work."""
+        if not (self._forward_hooks or self._forward_pre_hooks or self.output_nchw or torch.compiler.is_compiling()):
+            key = self._fast_key(x)
+            if key is not None:
+                return self._fused_forward(x, key, num_tokens=1)[0]
+        return self(x)
