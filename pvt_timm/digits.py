@@ -1,0 +1,111 @@
+""" scikit-learn's handwritten digits as an image folder, the data that `test_pvt` was trained on.
+
+    python -m pvt_timm.digits FOLDER
+
+writes `FOLDER/train/<label>/*.png` (1437 images) and `FOLDER/validation/<label>/*.png` (360 held-out ones, 36 of every
+label), 32x32 grey levels. The same files come out every time. Needs scikit-learn and Pillow.
+"""
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Union
+
+SEED = 0
+HELD_OUT_PER_LABEL = 36  # of 174 to 183, a fifth of all
+
+
+def upscale(image):
+    """Enlarge grey levels 0..16 (H, W) four times to 0..255 (4 * H, 4 * W).
+
+    Bilinear with pixel centres at halves, in integers, so that the result does not depend on any library.
+    """
+    import numpy as np
+
+    def lines(x, axis):
+        before, after = np.roll(x, 1, axis), np.roll(x, -1, axis)
+        first, last = [slice(None)] * 2, [slice(None)] * 2
+        first[axis], last[axis] = 0, -1
+        before[tuple(first)], after[tuple(last)] = x[tuple(first)], x[tuple(last)]
+        phases = [5 * x + 3 * before, 7 * x + before, 7 * x + after, 5 * x + 3 * after]
+        shape = list(x.shape)
+        shape[axis] *= 4
+        return np.stack(phases, axis + 1).reshape(shape)
+
+    x = lines(lines(np.asarray(image).round().astype(np.int64), 0), 1)  # 64 times the grey level
+    return ((x * 255 + 512) // 1024).astype(np.uint8)
+
+
+def split_indices(labels: Sequence[int]) -> Dict[str, List[int]]:
+    """Indices of the images in each split, drawn per label with a fixed seed."""
+    import numpy as np
+    rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
+    splits = {'train': [], 'validation': []}
+    for label in sorted(set(int(i) for i in labels)):
+        indices = rng.permutation([i for i, other in enumerate(labels) if other == label]).tolist()
+        splits['validation'] += sorted(indices[:HELD_OUT_PER_LABEL])
+        splits['train'] += sorted(indices[HELD_OUT_PER_LABEL:])
+    return splits
+
+
+def write_digits(output: Union[str, Path], splits: Sequence[str] = ('train', 'validation')) -> Path:
+    """Write the image folder.
+
+    Args:
+        output: Folder to write, created if it is not there. It must not hold one of the splits already.
+        splits: Which splits to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder holds a split already.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    output = Path(output)
+    for split in splits:
+        if (output / split).exists():
+            raise FileExistsError(f'Expected a folder without {split!r}, but {output / split} exists.')
+    output.mkdir(parents=True, exist_ok=True)
+    digits = load_digits()
+    indices = split_indices(digits.target)
+    for split in splits:
+        # written aside first, so that a split is there completely or not at all
+        partial = Path(tempfile.mkdtemp(prefix=f'.{split}-', dir=output))
+        try:
+            for i in indices[split]:
+                folder = partial / str(digits.target[i])
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(upscale(digits.images[i])).save(folder / f'{i:04d}.png')
+            partial.chmod(0o755)
+            os.replace(partial, output / split)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return output
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog='python -m pvt_timm.digits', description="Write scikit-learn's handwritten digits as an image folder.")
+    parser.add_argument('output', metavar='FOLDER', help='folder to write train/ and validation/ into')
+    args = parser.parse_args(argv)
+    try:
+        write_digits(args.output)
+    except ImportError as e:
+        print(f'Expected scikit-learn and Pillow: {e}. Run: pip install scikit-learn pillow', file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f'Cannot write the digits to {args.output}: {e}', file=sys.stderr)
+        return 2
+    for split in ('train', 'validation'):
+        print(f'{len(list(Path(args.output, split).glob("*/*.png")))} images in {Path(args.output, split)}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

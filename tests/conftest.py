@@ -1,0 +1,93 @@
+""" Fixtures for all tests. No test reaches a real model hub and none touches the caches of whoever runs them. """
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import loopback  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# huggingface_hub reads its settings when it is imported, so the server has to be there before that.
+if 'huggingface_hub' in sys.modules:
+    raise pytest.UsageError('huggingface_hub was imported before tests/conftest.py: run pytest without that plugin.')
+_scratch = tempfile.TemporaryDirectory(prefix='pvt_timm_tests_')
+_server = loopback.LoopbackServer()
+os.environ.update(loopback.isolate(Path(_scratch.name), _server))
+for _name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE'):
+    os.environ.pop(_name, None)
+
+
+def pytest_unconfigure(config):
+    _server.close()
+    _scratch.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory, monkeypatch):
+    """Every test has empty hub and torch caches, in this process and, through the environment, in subprocesses."""
+    from huggingface_hub import constants
+
+    root = tmp_path_factory.mktemp('caches')
+    for name, value in loopback.isolate(root, _server).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(root / 'hf' / 'hub'))
+    monkeypatch.setattr(constants, 'HF_HOME', str(root / 'hf'))
+    yield root
+
+
+@pytest.fixture
+def hub():
+    """The loopback server, empty. `HF_ENDPOINT` points to it for all tests."""
+    _server.clear()
+    yield _server
+    _server.clear()
+
+
+@pytest.fixture
+def hub_cache(own_caches):
+    """Folder of the hub's cache of this test."""
+    return own_caches / 'hf' / 'hub'
+
+
+@pytest.fixture
+def torch_cache(own_caches):
+    """Folder where `torch.hub` keeps the downloads of this test."""
+    return own_caches / 'torch' / 'hub' / 'checkpoints'
+
+
+@pytest.fixture
+def client_env(own_caches):
+    """Environment for a client in a subprocess: this test's caches, the loopback server and this repository."""
+    env = loopback.isolate(own_caches, _server)
+    env['PYTHONPATH'] = os.pathsep.join(filter(None, (str(ROOT), env.get('PYTHONPATH'))))
+    return env
+
+
+@pytest.fixture
+def no_waits(monkeypatch):
+    """The hub's client retries without pauses."""
+    import huggingface_hub.file_download
+    import huggingface_hub.utils._http
+    import time
+
+    class Time:
+        def __getattr__(self, name):
+            return getattr(time, name)
+
+        def sleep(self, seconds):
+            pass
+
+    for module in (huggingface_hub.file_download, huggingface_hub.utils._http):
+        if hasattr(module, 'time'):
+            monkeypatch.setattr(module, 'time', Time())
+
+
+@pytest.fixture
+def token(monkeypatch):
+    """A token for uploads, set for this process and subprocesses (request it before `client_env`)."""
+    monkeypatch.setenv('HF_TOKEN', loopback.LoopbackServer.TOKEN)
+    return loopback.LoopbackServer.TOKEN
