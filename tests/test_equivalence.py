@@ -8,6 +8,8 @@ from pvt_timm.checkpoints import VARIANTS, adapt_to_model, from_timm
 from reference import features, images, load_original, logits, max_diff, randomize, tokens
 
 PUBLISHED = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large')
+SLOW_LARGER = [
+    'pvt_tiny', 'pvt_small', *(pytest.param(name, marks=pytest.mark.slow) for name in ('pvt_medium', 'pvt_large'))]
 # the original's position embedding logic holds at these (no stage but the first has 3136 tokens, nor it by chance)
 ORIGINAL_SIZES = [(224, 224), (230, 230), (256, 320), (96, 64)]
 SIZES = [(32, 32), (224, 224), (230, 230), (448, 448), (112, 448), (256, 320)]
@@ -68,7 +70,7 @@ def logits_and_tokens(hf, x):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', PUBLISHED)
+@pytest.mark.parametrize('name', SLOW_LARGER)
 def test_transformers(models, name):
     model = models(name)
     hf = transformers_model(model)
@@ -87,7 +89,7 @@ def test_transformers(models, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', PUBLISHED)
+@pytest.mark.parametrize('name', SLOW_LARGER)
 def test_transformers_float32(name):
     torch.manual_seed(0)
     model = timm.create_model(name).eval()  # weights of the scale that the original starts with
@@ -216,7 +218,7 @@ def test_original_classifier(models, size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', PUBLISHED)
+@pytest.mark.parametrize('name', SLOW_LARGER)
 def test_original_variants(models, name):
     original = getattr(load_original('classification'), name)().double().eval()
     original.load_state_dict(original_state(models(name)))

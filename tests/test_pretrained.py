@@ -114,7 +114,7 @@ def leftovers(folder):
 
 # Weights land exactly
 
-@pytest.mark.parametrize('name', IN1K)
+@pytest.mark.parametrize('name', slow_but('pvt_small', IN1K))
 def test_hub(hub, name):
     source = randomize(timm.create_model(name), seed=3)
     serve_hub(hub, name, transformers_bytes(source))
