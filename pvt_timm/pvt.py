@@ -142,7 +142,7 @@ class Attention(nn.Module):
             x = x.transpose(1, 2).reshape(B, C, size[0], size[1])  # a channels_last view, no copy
             x = self.sr(x).flatten(2).transpose(1, 2)
             x = self.norm(x)
-        kv = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        kv = self.kv(x).reshape(B, x.shape[1], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)
 
         if self.fused_attn:
@@ -597,7 +597,7 @@ class PyramidVisionTransformer(nn.Module):
                 feat = self.norm(x) if norm else x
                 if not self.output_nchw:
                     feat = feat[:, self.num_prefix_tokens:].transpose(1, 2).reshape(
-                        B, -1, H // stage.patch_embed.patch_size, W // stage.patch_embed.patch_size)
+                        B, x.shape[2], H // stage.patch_embed.patch_size, W // stage.patch_embed.patch_size)
                 x = self.norm(x)
             if i in take_indices:
                 intermediates.append(feat)
@@ -676,6 +676,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 # Tags of weights that come from a dense backbone and have no class token
 _DENSE_TAGS = ('retinanet_coco',)
+_FEATURE_CLS = ('list', 'dict', 'hook', 'getter', 'fx')
 
 
 def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
@@ -689,19 +690,41 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
     pretrained_cfg = resolve_pretrained_cfg(
         variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     if kwargs.get('features_only', False):
-        take_indices_of(num_stages, out_indices)
+        try:
+            take_indices_of(num_stages, out_indices)
+        except TypeError:
+            raise ValueError(
+                f'Expected out_indices to be a number of last stages (1 to {num_stages}) or different stage indices '
+                f'(0 to {num_stages - 1}, negative ones count from the end), got {out_indices!r}.') from None
+        feature_cls = kwargs.get('feature_cls', 'list')
+        if isinstance(feature_cls, str) and feature_cls.lower() not in _FEATURE_CLS:
+            raise ValueError(f'Expected feature_cls in {_FEATURE_CLS} or a class, got {feature_cls!r}.')
         kwargs.setdefault('class_token', False)
+        kwargs['num_classes'] = 0  # no head, so that weights need not have one
         if kwargs.setdefault('output_fmt', 'NCHW') != 'NCHW':
             raise ValueError(f"Expected output_fmt 'NCHW' with features_only=True, got {kwargs['output_fmt']!r}.")
     elif pretrained_cfg.tag in _DENSE_TAGS:
         kwargs.setdefault('class_token', False)
-    with clear_errors(variant, pretrained, pretrained_cfg, kwargs.get('cache_dir')):
+    if pretrained and pretrained_cfg.tag in _DENSE_TAGS and kwargs.get('class_token', True):
+        raise ValueError(
+            f'Expected class_token=False, the weights of {variant}.{pretrained_cfg.tag} are those of a dense backbone.')
+
+    with clear_errors(variant, pretrained, pretrained_cfg, kwargs.get('cache_dir')) as progress:
+        def create(**model_args):
+            model = PyramidVisionTransformer(**model_args)
+            progress.constructed = True
+            return model
+
+        def filter_fn(state_dict, model):
+            progress.read = True
+            return checkpoint_filter_fn(state_dict, model)
+
         return build_model_with_cfg(
-            PyramidVisionTransformer,
+            create,
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg.to_dict(),
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=filter_fn,
             feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
             **kwargs,
         )
@@ -738,6 +761,7 @@ def _in1k_cfg(variant: str, revision: str = '') -> Dict[str, Any]:
     return _cfg(
         url=f'https://github.com/whai362/PVT/releases/download/v2/pvt_{variant}.pth',
         hf_hub_id=f'{hf_hub_id}@{revision}' if revision else hf_hub_id,
+        hf_hub_filename='model.safetensors',
     )
 
 

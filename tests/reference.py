@@ -31,7 +31,7 @@ def _norm(sd: StateDict, name: str, x: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _patches(sd: StateDict, name: str, x: torch.Tensor) -> torch.Tensor:
-    """A convolution whose stride is its kernel, on (B, C, H, W), to (B, H', W', C'). What does not fill a patch is cut."""
+    """A convolution whose stride is its kernel, (B, C, H, W) to (B, H', W', C'). What does not fill a patch is cut."""
     weight = sd[f'{name}.weight']
     p = weight.shape[-1]
     B, C, H, W = x.shape
