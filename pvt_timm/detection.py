@@ -515,8 +515,13 @@ def retinanet_from_mmdet(
         **kwargs,
     )
     expected = model.state_dict()
+    missing = [k for k in expected if k not in weights]
+    extra = [k for k in weights if k not in expected]
+    if missing or extra:
+        what = 'Missing in' if missing else 'Not part of the model, in'
+        raise ValueError(f'{what} the checkpoint: {", ".join((missing or extra)[:4])}.')
     wrong = [f'{k} {list(v.shape)} instead of {list(expected[k].shape)}' for k, v in weights.items()
-             if k in expected and v.shape != expected[k].shape]
+             if v.shape != expected[k].shape]
     if wrong:
         raise ValueError(f'Wrong shape in the checkpoint: {", ".join(wrong[:4])}.')
     model.load_state_dict(weights, strict=True)

@@ -8,6 +8,7 @@ average, optimizer and schedule as they were. So the same command starts and con
 crash loses no more than the epoch it happened in.
 """
 import argparse
+import functools
 import os
 import re
 import sys
@@ -219,6 +220,20 @@ def _keep_best(folder: Path, epoch: int) -> None:
             print(f'pvt-timm: cannot keep {best} as {kept}: {e}', file=sys.stderr)
 
 
+def _allow_cpu_processes() -> None:
+    """timm gives DistributedDataParallel the device of the process, which it refuses if that is a CPU."""
+    ddp = torch.nn.parallel.DistributedDataParallel
+    original = ddp.__init__
+
+    @functools.wraps(original)
+    def init(self, module, device_ids=None, *args, **kwargs):
+        if device_ids and all(str(device).partition(':')[0] == 'cpu' for device in device_ids):
+            device_ids = None
+        original(self, module, device_ids, *args, **kwargs)
+
+    ddp.__init__ = init
+
+
 # the command ----------------------------------------------------------------------------------------------------------
 
 def add_train(subparsers) -> None:
@@ -250,7 +265,7 @@ def _read_arguments(args: Sequence[str]) -> Tuple[argparse.Namespace, List[str]]
         args = list(args)
         if config:
             from .recipes import recipe_names, recipe_path
-            if not Path(config).exists() and config in recipe_names():
+            if not Path(config).is_file() and config in recipe_names():
                 config = str(recipe_path(config))
                 args += ['--config', config]  # the last one counts
             if not Path(config).is_file():
@@ -291,6 +306,7 @@ def run_train(args: argparse.Namespace) -> None:
         if os.environ.get('RANK', '0') == '0':
             _keep_best(folder, state['epoch'])
             print(f'pvt-timm: going on after epoch {state["epoch"]} from {file}', file=sys.stderr, flush=True)
+    _allow_cpu_processes()
     run_script(args.script, script_args)
 
 

@@ -18,7 +18,7 @@ resized (bilinear) stage by stage to the grid of the input.
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -34,6 +34,7 @@ from timm.models import (
     register_notrace_function,
     resolve_pretrained_cfg,
 )
+from timm.utils import reparameterize_model
 
 from .checkpoints import adapt_to_model
 from .pos_embed import resample_pos_embed, stage_grids
@@ -75,23 +76,30 @@ def check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
             f'Resize or pad the input.')
 
 
-def take_indices_of(num_stages: int, indices: Optional[Union[int, Sequence[int]]] = None) -> Tuple[List[int], int]:
+def take_indices_of(num_stages: int, indices: Optional[Union[int, List[int]]] = None) -> Tuple[List[int], int]:
     """Stage indices counted from the first, and the largest, as timm's `feature_take_indices` gives them.
 
     Raises:
         ValueError: An index that is out of range or there twice.
     """
+    take_indices: List[int] = []
     if indices is None:
-        indices = num_stages
-    if isinstance(indices, int):
-        take_indices = list(range(num_stages - indices, num_stages))
+        take_indices += list(range(num_stages))
+    elif isinstance(indices, int):
+        take_indices += list(range(num_stages - indices, num_stages))
     else:
-        take_indices = [i + num_stages if i < 0 else i for i in indices]
-    if not take_indices or len(set(take_indices)) < len(take_indices) or not (
-            0 <= min(take_indices) and max(take_indices) < num_stages):
-        raise ValueError(
-            f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
-            f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
+        for i in indices:
+            take_indices.append(i + num_stages if i < 0 else i)
+    valid = len(take_indices) > 0
+    for n, i in enumerate(take_indices):
+        valid = valid and 0 <= i < num_stages and i not in take_indices[:n]
+    if not valid:
+        if torch.jit.is_scripting():
+            raise ValueError('indices out of range or repeated')  # a scripted Union cannot be formatted and saved
+        else:
+            raise ValueError(
+                f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
+                f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
     return take_indices, max(take_indices)
 
 
@@ -139,7 +147,8 @@ class Attention(nn.Module):
         q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
 
         if self.sr is not None:
-            x = x.transpose(1, 2).reshape(B, C, size[0], size[1])  # a channels_last view, no copy
+            # a channels_last view, no copy; by way of NHWC its strides say so at batch size 1 too
+            x = x.reshape(B, size[0], size[1], C).permute(0, 3, 1, 2)
             x = self.sr(x).flatten(2).transpose(1, 2)
             x = self.norm(x)
         kv = self.kv(x).reshape(B, x.shape[1], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -302,6 +311,9 @@ class PyramidVisionTransformerStage(nn.Module):
         self.grid_size = grid_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_plain(x)
+
+    def forward_plain(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_chans, self.min_input_size)
         B = x.shape[0]
         x, size = self.patch_embed(x)
@@ -317,8 +329,14 @@ class PyramidVisionTransformerStage(nn.Module):
                 x = blk(x, size)
 
         if self.output_nchw:
-            x = x[:, self.num_prefix_tokens:].transpose(1, 2).reshape(B, self.dim, size[0], size[1])
+            x = x[:, self.num_prefix_tokens:].reshape(B, size[0], size[1], self.dim).permute(0, 3, 1, 2)
         return x
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The stage for inference, see `fast.py`. `timm.utils.reparameterize_model` calls it."""
+        from .fast import FusedStage
+        return FusedStage.from_stage(self)
 
 
 class PyramidVisionTransformer(nn.Module):
@@ -664,9 +682,24 @@ class PyramidVisionTransformer(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            class_token_stage = getattr(self.stages[-1], 'forward_class_token', None)  # of a fused model
+            if class_token_stage is not None and self.global_pool == 'token':
+                for stage in self.stages[:-1]:
+                    x = stage(x)
+                return self.forward_head(self.norm(class_token_stage(x)))
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
+
+    @torch.jit.ignore
+    def fuse(self, inplace: bool = False) -> 'PyramidVisionTransformer':
+        """Model for inference on CPU: the same results and state dict, faster and with less memory, see `fast.py`.
+
+        Args:
+            inplace: Change and return this model, otherwise a copy.
+        """
+        return reparameterize_model(self, inplace=inplace)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -686,7 +719,8 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
             'Use a decoder that takes a feature pyramid, such as FPN, UPerNet or Unet.')
     _check_arguments(kwargs)
     num_stages = len(kwargs['depths'])
-    out_indices = kwargs.pop('out_indices', tuple(range(num_stages)))
+    feature_cfg = kwargs.pop('feature_cfg', None) or {}
+    out_indices = kwargs.pop('out_indices', feature_cfg.get('out_indices', tuple(range(num_stages))))
     pretrained_cfg = resolve_pretrained_cfg(
         variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     if kwargs.get('features_only', False):
@@ -725,7 +759,7 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
             pretrained,
             pretrained_cfg=pretrained_cfg.to_dict(),
             pretrained_filter_fn=filter_fn,
-            feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+            feature_cfg=dict(feature_cfg, flatten_sequential=True, out_indices=out_indices),
             **kwargs,
         )
 

@@ -124,6 +124,8 @@ def build_command(
         command += ['--batch-size', str(shared.batch_size)]
     if shared.grad_accum_steps > 1:
         command += ['--grad-accum-steps', str(shared.grad_accum_steps)]
+    if recipe.get('aug_repeats') and shared.processes == 1:
+        command += ['--aug-repeats', '0']  # timm's loader refuses it in one process
     if model is not None:
         command += ['--model', model]
     if num_classes is not None:
@@ -196,7 +198,7 @@ def run_recipe(args: argparse.Namespace) -> None:
     if shared.images_per_step != shared.intended:
         print(f'# the recipe is meant for {shared.intended} images per step')
     if recipe.get('aug_repeats') and shared.processes == 1:
-        print('# repeated augmentation needs several processes, one runs without it')
+        print('# timm has repeated augmentation in several processes only, one runs without it')
     if args.nodes > 1:
         print('# run it on every machine; FIRST_MACHINE is the name of one of them, --output a folder that all share')
     if not Path(args.script).is_file():

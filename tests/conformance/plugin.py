@@ -1,8 +1,8 @@
 """ pytest plugin that points timm's own tests at the models of this package.
 
-Loaded by `runner.py` (`pytest -p tests.conformance.plugin`) in the process that runs timm's tests. It imports `pvt_timm`,
-keeps our models only in every list of model names, adds them to the tests whose names are written out (`EXTENDED`), sends
-downloads to a loopback server and writes the outcomes to `PVT_CONFORMANCE_REPORT`.
+Loaded by `runner.py` (`pytest -p conformance.plugin`) in the process that runs timm's tests. It imports `pvt_timm`,
+keeps our models only in every list of model names, adds them to tests whose names are written out (`EXTENDED`), sends
+downloads from a url to the loopback server and writes the outcomes to `PVT_CONFORMANCE_REPORT`.
 """
 import json
 import os
@@ -13,24 +13,13 @@ import timm
 
 import pvt_timm  # noqa: F401  registers the models
 
-from . import weights
-from .cases import EXTENDED, NAME_ARGUMENTS, is_ours
+from . import owl, weights  # noqa: F401
+from .cases import EXTENDED, NAME_ARGUMENTS, excluded, is_ours
 
 _outcomes = {}
-_unused = set()  # test functions that take a model name and have none of ours
-_server = None
 
-
-def pytest_configure(config):
-    global _server
-    folder = os.environ.get('PVT_CONFORMANCE_WEIGHTS')
-    if folder:
-        _server = weights.serve(Path(folder))
-
-
-def pytest_unconfigure(config):
-    if _server is not None:
-        _server.close()
+if os.environ.get(weights.MIRROR):
+    weights.use_mirror(os.environ[weights.MIRROR])
 
 
 def _split(argnames):
@@ -49,20 +38,16 @@ def pytest_generate_tests(metafunc):
         arg = next((n for n in argnames if n in NAME_ARGUMENTS), None)
         if arg is None:
             continue
-        at = argnames.index(arg)
-
-        def model_of(value):
-            value = value.values if hasattr(value, 'values') and hasattr(value, 'marks') else value
-            return value[at] if isinstance(value, (tuple, list)) else value
-
-        ours = [v for v in mark.args[1] if isinstance(model_of(v), str) and is_ours(model_of(v))]
-        if not ours:
-            ours = EXTENDED.get(name, [])
+        models = [(_model(value, argnames.index(arg)), value) for value in [*mark.args[1], *EXTENDED.get(name, [])]]
+        ours = [value for model, value in models if is_ours(model, name) and not excluded(name, model)]
         if ours:
-            mark = pytest.mark.parametrize(mark.args[0], ours, **mark.kwargs).mark
-            markers[i] = mark
-        elif timm.is_model(str(model_of(mark.args[1][0])).split('.')[0]) if mark.args[1] else True:
-            _unused.add(name)
+            markers[i] = pytest.mark.parametrize(mark.args[0], ours, **mark.kwargs).mark
+
+
+def _model(value, index):
+    value = getattr(value, 'values', value)  # pytest.param
+    value = value[index] if isinstance(value, (tuple, list)) else value
+    return value if isinstance(value, str) else ''
 
 
 def pytest_collection_modifyitems(config, items):
@@ -70,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         params = item.callspec.params if hasattr(item, 'callspec') else {}
         names = [params[n] for n in NAME_ARGUMENTS if isinstance(params.get(n), str)]
-        (keep if names and is_ours(names[0]) else drop).append(item)
+        (keep if names and is_ours(names[0], item.originalname) else drop).append(item)
     config.hook.pytest_deselected(items=drop)
     items[:] = keep
 
@@ -93,4 +78,4 @@ def pytest_sessionfinish(session):
     report = os.environ.get('PVT_CONFORMANCE_REPORT')
     if report:
         Path(report).write_text(json.dumps(dict(
-            timm=timm.__version__, unused=sorted(_unused), tests=list(_outcomes.values()))))
+            timm=timm.__version__, tests=list(_outcomes.values()))))

@@ -1,4 +1,6 @@
-""" Run timm's own test suite on the models of this package: `python -m tests.conformance.runner [pytest arguments]`.
+""" Run timm's own test suite on the models of this package: `PYTHONPATH=.:tests python -m conformance.runner`.
+
+Further arguments go to pytest.
 
 timm's wheel holds no tests, its source distribution does. The one of the installed version is fetched with pip (kept in
 `PVT_TIMM_CACHE`, by default `pvt_timm` in the user's cache folder), unpacked into a temporary folder, and run there by
@@ -7,6 +9,7 @@ pytest with `plugin.py`. The only change to the unpacked files is that our names
 import argparse
 import ast
 import collections
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +22,10 @@ from typing import Any, Dict, List, Optional
 
 import timm
 
-from .cases import EXCLUDED, FILES, FILTERS, NAME_ARGUMENTS
+import loopback
+
+from . import weights
+from .cases import FILES, FILTERS, NAME_ARGUMENTS, reason
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,40 +103,41 @@ def functions_with_names(tests: Path) -> List[str]:
     return sorted(set(names))
 
 
-def run(arguments: List[str] = (), weights: Optional[Path] = None, capture: bool = True) -> Dict[str, Any]:
+def run(arguments: List[str] = (), capture: bool = True, pretrained: bool = True) -> Dict[str, Any]:
     """Run timm's tests.
 
     Args:
         arguments: More arguments for pytest.
-        weights: Folder with stand-ins for pretrained weights, made if it is empty. A temporary one by default.
         capture: Keep the output of pytest instead of printing it.
+        pretrained: Serve stand-ins for the pretrained weights, without them the tests that download fail.
 
     Returns:
         `tests` (file, function, model, outcome, seconds, message of each), `functions` that take a model name, `timm`
         (version), `returncode` and `output` of pytest.
     """
-    with tempfile.TemporaryDirectory() as tmp:
-        tests = unpack(fetch_sdist(), Path(tmp) / 'timm')
-        report = Path(tmp) / 'report.json'
-        env = dict(
-            os.environ,
-            PVT_CONFORMANCE_REPORT=str(report),
-            PVT_CONFORMANCE_WEIGHTS=str(weights or Path(tmp) / 'weights'),
-            HF_HOME=str(Path(tmp) / 'hf'),
-            TORCH_HOME=str(Path(tmp) / 'torch'),
-            PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]),
-        )
-        for name in ('GITHUB_ACTIONS', 'TORCH_DEVICE', 'TORCH_BACKEND', 'PYTEST_ADDOPTS', 'HF_HUB_OFFLINE'):
-            env.pop(name, None)  # the first four drop or change timm's tests
+    with tempfile.TemporaryDirectory(prefix='pvt_timm_') as tmp, contextlib.ExitStack() as stack:
+        tmp = Path(tmp)
+        tests = unpack(fetch_sdist(), tmp / 'timm')
+        server = loopback.LoopbackServer()
+        stack.callback(server.close)
+        if pretrained:
+            weights.add_weights(server, tmp / 'weights')
+        env = loopback.isolate(tmp / 'home', server)
+        env['PVT_CONFORMANCE_REPORT'] = str(tmp / 'report.json')
+        env[weights.MIRROR] = server.url
+        env['PYTHONPATH'] = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / 'tests'), env.get('PYTHONPATH'))))
+        for name in ('GITHUB_ACTIONS', 'TORCH_DEVICE', 'TORCH_BACKEND', 'PYTEST_ADDOPTS'):
+            env.pop(name, None)  # they drop or change timm's tests
         done = subprocess.run(
             [
-                sys.executable, '-m', 'pytest', '-p', 'tests.conformance.plugin', '-p', 'no:cacheprovider',
+                sys.executable, '-m', 'pytest', '-p', 'conformance.plugin', '-p', 'no:cacheprovider',
                 '--rootdir', str(tests.parent), '-c', str(tests.parent / 'pytest.ini'), '-q', '--no-header',
                 '-W', 'ignore', *[str(tests / f) for f in FILES if (tests / f).is_file()], *arguments],
             env=env, cwd=ROOT, text=True,
             stdout=subprocess.PIPE if capture else None, stderr=subprocess.STDOUT if capture else None)
+        report = tmp / 'report.json'
         if not report.is_file():
-            raise RuntimeError(f"timm's tests could not be run:\n{done.stdout}")
+            raise RuntimeError(f"timm's tests could not be run:\n{done.stdout or ''}")
         return dict(
             json.loads(report.read_text()), functions=functions_with_names(tests),
             returncode=done.returncode, output=done.stdout or '')
@@ -154,9 +161,9 @@ def table(result: Dict[str, Any]) -> str:
     reasons = collections.defaultdict(list)
     for function in result['functions']:
         if function not in {k[1] for k in counts}:
-            reasons[EXCLUDED.get(function, 'NO REASON GIVEN')].append(function)
-    for reason, functions in reasons.items():
-        lines.append(f'  not run, {reason}: {", ".join(functions)}')
+            reasons[(reason(function) or 'NO REASON GIVEN')].append(function)
+    for why, functions in reasons.items():
+        lines.append(f'  not run, {why}: {", ".join(functions)}')
     return '\n'.join(lines)
 
 
