@@ -565,11 +565,15 @@ def adapt_to_model(checkpoint: Mapping[str, Any], model: torch.nn.Module) -> Sta
     img_size = getattr(model, 'pretrained_model_args', {}).get('img_size')
     if img_size is not None:
         img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    elif converted.format.startswith('timm'):
+    patch_size = model.stages[0].patch_embed.patch_size
+    model_size = tuple(n * patch_size for n in model.stages[0].grid_size)
+    if img_size is None and converted.format.startswith('timm'):
         # A native checkpoint that fits the model's grid is taken at its word, that grid may be non-square.
-        patch_size = model.stages[0].patch_embed.patch_size
-        img_size = tuple(n * patch_size for n in model.stages[0].grid_size)
-    info = describe(state_dict, img_size)
+        img_size = model_size
+    try:
+        info = describe(state_dict, img_size)
+    except ValueError:
+        info = describe(state_dict, model_size)  # no square grid fits, the model's may
     if (info.depths, info.embed_dims) != (tuple(model.depths), tuple(model.embed_dims)):
         raise ValueError(
             f'Expected a checkpoint with depths {tuple(model.depths)} and channels {tuple(model.embed_dims)}, got '
@@ -577,7 +581,7 @@ def adapt_to_model(checkpoint: Mapping[str, Any], model: torch.nn.Module) -> Sta
     if model.class_token and not info.class_token:
         raise ValueError(
             'Expected a checkpoint with class token, got the one of a dense backbone (detector, segmenter): '
-            'create the model with features_only=True or class_token=False.')
+            'create the model with features_only=True, or class_token=False and num_classes=0.')
 
     parts = [] if model.class_token or not (info.class_token or info.class_row) else ['class_token']
     parts += [part for part in ('norm', 'head') if f'{part}.weight' not in reference]

@@ -18,7 +18,7 @@ resized (bilinear) stage by stage to the grid of the input.
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -34,6 +34,7 @@ from timm.models import (
     register_notrace_function,
     resolve_pretrained_cfg,
 )
+from timm.utils import reparameterize_model
 
 from .checkpoints import adapt_to_model
 from .pos_embed import resample_pos_embed, stage_grids
@@ -75,23 +76,30 @@ def check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
             f'Resize or pad the input.')
 
 
-def take_indices_of(num_stages: int, indices: Optional[Union[int, Sequence[int]]] = None) -> Tuple[List[int], int]:
+def take_indices_of(num_stages: int, indices: Optional[Union[int, List[int]]] = None) -> Tuple[List[int], int]:
     """Stage indices counted from the first, and the largest, as timm's `feature_take_indices` gives them.
 
     Raises:
         ValueError: An index that is out of range or there twice.
     """
+    take_indices: List[int] = []
     if indices is None:
-        indices = num_stages
-    if isinstance(indices, int):
-        take_indices = list(range(num_stages - indices, num_stages))
+        take_indices += list(range(num_stages))
+    elif isinstance(indices, int):
+        take_indices += list(range(num_stages - indices, num_stages))
     else:
-        take_indices = [i + num_stages if i < 0 else i for i in indices]
-    if not take_indices or len(set(take_indices)) < len(take_indices) or not (
-            0 <= min(take_indices) and max(take_indices) < num_stages):
-        raise ValueError(
-            f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
-            f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
+        for i in indices:
+            take_indices.append(i + num_stages if i < 0 else i)
+    valid = len(take_indices) > 0
+    for n, i in enumerate(take_indices):
+        valid = valid and 0 <= i < num_stages and i not in take_indices[:n]
+    if not valid:
+        if torch.jit.is_scripting():
+            raise ValueError('indices out of range or repeated')  # a scripted Union cannot be formatted and saved
+        else:
+            raise ValueError(
+                f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
+                f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
     return take_indices, max(take_indices)
 
 
@@ -139,10 +147,11 @@ class Attention(nn.Module):
         q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
 
         if self.sr is not None:
-            x = x.transpose(1, 2).reshape(B, C, size[0], size[1])  # a channels_last view, no copy
+            # a channels_last view, no copy; by way of NHWC its strides say so at batch size 1 too
+            x = x.reshape(B, size[0], size[1], C).permute(0, 3, 1, 2)
             x = self.sr(x).flatten(2).transpose(1, 2)
             x = self.norm(x)
-        kv = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        kv = self.kv(x).reshape(B, x.shape[1], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)
 
         if self.fused_attn:
@@ -302,6 +311,9 @@ class PyramidVisionTransformerStage(nn.Module):
         self.grid_size = grid_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_plain(x)
+
+    def forward_plain(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_chans, self.min_input_size)
         B = x.shape[0]
         x, size = self.patch_embed(x)
@@ -317,8 +329,14 @@ class PyramidVisionTransformerStage(nn.Module):
                 x = blk(x, size)
 
         if self.output_nchw:
-            x = x[:, self.num_prefix_tokens:].transpose(1, 2).reshape(B, self.dim, size[0], size[1])
+            x = x[:, self.num_prefix_tokens:].reshape(B, size[0], size[1], self.dim).permute(0, 3, 1, 2)
         return x
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The stage for inference, see `fast.py`. `timm.utils.reparameterize_model` calls it."""
+        from .fast import FusedStage
+        return FusedStage.from_stage(self)
 
 
 class PyramidVisionTransformer(nn.Module):
@@ -597,7 +615,7 @@ class PyramidVisionTransformer(nn.Module):
                 feat = self.norm(x) if norm else x
                 if not self.output_nchw:
                     feat = feat[:, self.num_prefix_tokens:].transpose(1, 2).reshape(
-                        B, -1, H // stage.patch_embed.patch_size, W // stage.patch_embed.patch_size)
+                        B, x.shape[2], H // stage.patch_embed.patch_size, W // stage.patch_embed.patch_size)
                 x = self.norm(x)
             if i in take_indices:
                 intermediates.append(feat)
@@ -664,9 +682,24 @@ class PyramidVisionTransformer(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            class_token_stage = getattr(self.stages[-1], 'forward_class_token', None)  # of a fused model
+            if class_token_stage is not None and self.global_pool == 'token':
+                for stage in self.stages[:-1]:
+                    x = stage(x)
+                return self.forward_head(self.norm(class_token_stage(x)))
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
+
+    @torch.jit.ignore
+    def fuse(self, inplace: bool = False) -> 'PyramidVisionTransformer':
+        """Model for inference on CPU: the same results and state dict, faster and with less memory, see `fast.py`.
+
+        Args:
+            inplace: Change and return this model, otherwise a copy.
+        """
+        return reparameterize_model(self, inplace=inplace)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -676,6 +709,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 # Tags of weights that come from a dense backbone and have no class token
 _DENSE_TAGS = ('retinanet_coco',)
+_FEATURE_CLS = ('list', 'dict', 'hook', 'getter', 'fx')
 
 
 def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
@@ -685,24 +719,47 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
             'Use a decoder that takes a feature pyramid, such as FPN, UPerNet or Unet.')
     _check_arguments(kwargs)
     num_stages = len(kwargs['depths'])
-    out_indices = kwargs.pop('out_indices', tuple(range(num_stages)))
+    feature_cfg = kwargs.pop('feature_cfg', None) or {}
+    out_indices = kwargs.pop('out_indices', feature_cfg.get('out_indices', tuple(range(num_stages))))
     pretrained_cfg = resolve_pretrained_cfg(
         variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     if kwargs.get('features_only', False):
-        take_indices_of(num_stages, out_indices)
+        try:
+            take_indices_of(num_stages, out_indices)
+        except TypeError:
+            raise ValueError(
+                f'Expected out_indices to be a number of last stages (1 to {num_stages}) or different stage indices '
+                f'(0 to {num_stages - 1}, negative ones count from the end), got {out_indices!r}.') from None
+        feature_cls = kwargs.get('feature_cls', 'list')
+        if isinstance(feature_cls, str) and feature_cls.lower() not in _FEATURE_CLS:
+            raise ValueError(f'Expected feature_cls in {_FEATURE_CLS} or a class, got {feature_cls!r}.')
         kwargs.setdefault('class_token', False)
+        kwargs['num_classes'] = 0  # no head, so that weights need not have one
         if kwargs.setdefault('output_fmt', 'NCHW') != 'NCHW':
             raise ValueError(f"Expected output_fmt 'NCHW' with features_only=True, got {kwargs['output_fmt']!r}.")
     elif pretrained_cfg.tag in _DENSE_TAGS:
         kwargs.setdefault('class_token', False)
-    with clear_errors(variant, pretrained, pretrained_cfg, kwargs.get('cache_dir')):
+    if pretrained and pretrained_cfg.tag in _DENSE_TAGS and kwargs.get('class_token', True):
+        raise ValueError(
+            f'Expected class_token=False, the weights of {variant}.{pretrained_cfg.tag} are those of a dense backbone.')
+
+    with clear_errors(variant, pretrained, pretrained_cfg, kwargs.get('cache_dir')) as progress:
+        def create(**model_args):
+            model = PyramidVisionTransformer(**model_args)
+            progress.constructed = True
+            return model
+
+        def filter_fn(state_dict, model):
+            progress.read = True
+            return checkpoint_filter_fn(state_dict, model)
+
         return build_model_with_cfg(
-            PyramidVisionTransformer,
+            create,
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg.to_dict(),
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+            pretrained_filter_fn=filter_fn,
+            feature_cfg=dict(feature_cfg, flatten_sequential=True, out_indices=out_indices),
             **kwargs,
         )
 
@@ -738,6 +795,7 @@ def _in1k_cfg(variant: str, revision: str = '') -> Dict[str, Any]:
     return _cfg(
         url=f'https://github.com/whai362/PVT/releases/download/v2/pvt_{variant}.pth',
         hf_hub_id=f'{hf_hub_id}@{revision}' if revision else hf_hub_id,
+        hf_hub_filename='model.safetensors',
     )
 
 

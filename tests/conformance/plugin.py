@@ -1,0 +1,81 @@
+""" pytest plugin that points timm's own tests at the models of this package.
+
+Loaded by `runner.py` (`pytest -p conformance.plugin`) in the process that runs timm's tests. It imports `pvt_timm`,
+keeps our models only in every list of model names, adds them to tests whose names are written out (`EXTENDED`), sends
+downloads from a url to the loopback server and writes the outcomes to `PVT_CONFORMANCE_REPORT`.
+"""
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+
+import pvt_timm  # noqa: F401  registers the models
+
+from . import owl, weights  # noqa: F401
+from .cases import EXTENDED, NAME_ARGUMENTS, excluded, is_ours
+
+_outcomes = {}
+
+if os.environ.get(weights.MIRROR):
+    weights.use_mirror(os.environ[weights.MIRROR])
+
+
+def _split(argnames):
+    return [n.strip() for n in argnames.split(',')] if isinstance(argnames, str) else list(argnames)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    """Replace the model names of a `parametrize` mark by ours."""
+    name = metafunc.definition.originalname or metafunc.definition.name
+    markers = metafunc.definition.own_markers
+    for i, mark in enumerate(markers):
+        if mark.name != 'parametrize':
+            continue
+        argnames = _split(mark.args[0])
+        arg = next((n for n in argnames if n in NAME_ARGUMENTS), None)
+        if arg is None:
+            continue
+        models = [(_model(value, argnames.index(arg)), value) for value in [*mark.args[1], *EXTENDED.get(name, [])]]
+        ours = [value for model, value in models if is_ours(model, name) and not excluded(name, model)]
+        if ours:
+            markers[i] = pytest.mark.parametrize(mark.args[0], ours, **mark.kwargs).mark
+
+
+def _model(value, index):
+    value = getattr(value, 'values', value)  # pytest.param
+    value = value[index] if isinstance(value, (tuple, list)) else value
+    return value if isinstance(value, str) else ''
+
+
+def pytest_collection_modifyitems(config, items):
+    keep, drop = [], []
+    for item in items:
+        params = item.callspec.params if hasattr(item, 'callspec') else {}
+        names = [params[n] for n in NAME_ARGUMENTS if isinstance(params.get(n), str)]
+        (keep if names and is_ours(names[0], item.originalname) else drop).append(item)
+    config.hook.pytest_deselected(items=drop)
+    items[:] = keep
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    entry = _outcomes.setdefault(item.nodeid, dict(
+        file=Path(str(item.fspath)).name,
+        function=item.originalname,
+        model=next(item.callspec.params[n] for n in NAME_ARGUMENTS if n in item.callspec.params),
+        outcome='passed', seconds=0., message=''))
+    entry['seconds'] += report.duration
+    if report.outcome != 'passed':
+        entry['outcome'] = report.outcome
+        entry['message'] = str(report.longrepr)[-4000:]
+
+
+def pytest_sessionfinish(session):
+    report = os.environ.get('PVT_CONFORMANCE_REPORT')
+    if report:
+        Path(report).write_text(json.dumps(dict(
+            timm=timm.__version__, tests=list(_outcomes.values()))))

@@ -1,0 +1,51 @@
+""" What the tests of compiled and exported forms have in common: models, inputs, comparing. """
+import timm
+import torch
+
+import pvt_timm  # noqa: F401  registers the models
+
+TOLERANCE = 1e-4
+# (batch, height, width). The last one is never used for compiling or exporting.
+SIZES = ((1, 224, 224), (2, 256, 320), (3, 160, 288))
+
+
+def make_model(name='test_pvt', **kwargs):
+    """A model in eval mode whose every parameter is far from its initial value, so that none can go missing."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if 'norm' in key:
+                p.add_(torch.randn_like(p) * 0.1)
+            elif p.ndim < 3 or 'embed' in key and 'proj' not in key:
+                p.copy_(torch.randn_like(p) * 0.05)
+    return model
+
+
+def make_input(batch, height, width, in_chans=3, seed=1):
+    return torch.randn(batch, in_chans, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def as_list(output):
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output) if isinstance(output, (list, tuple)) else [output]
+
+
+def assert_equal_outputs(actual, expected, tolerance=TOLERANCE):
+    actual, expected = as_list(actual), as_list(expected)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected):
+        a = torch.as_tensor(a)
+        assert a.shape == e.shape
+        assert e.abs().max() > 10 * tolerance  # an output of zeros would hide everything
+        difference = (a - e).abs().max().item()
+        assert difference <= tolerance, f'outputs differ by {difference:.2g}'
+
+
+def assert_equal_at(form, model, sizes=SIZES, tolerance=TOLERANCE):
+    """`form`, a function of an image batch, gives what `model` gives at all sizes."""
+    for size in sizes:
+        x = make_input(*size)
+        with torch.no_grad():
+            assert_equal_outputs(form(x), model(x), tolerance)

@@ -1,0 +1,75 @@
+""" torch.compile: one graph, and one compilation for all sizes. """
+import pytest
+import torch
+
+from forms import SIZES, assert_equal_at, assert_equal_outputs, make_input, make_model
+
+KINDS = [pytest.param({}, id='classification'), pytest.param(dict(features_only=True), id='features')]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def counter(backend):
+    from torch._dynamo.testing import CompileCounterWithBackend
+    return CompileCounterWithBackend(backend)
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+def test_full_graph(kwargs):
+    model = make_model(**kwargs)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend='eager')
+    assert_equal_at(compiled, model, SIZES[:2])
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+def test_all_sizes_with_one_compilation(kwargs):
+    model = make_model(**kwargs)
+    backend = counter('eager')
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    # odd sizes too, and one with as many tokens as the stored grid of stage 1 but another shape
+    assert_equal_at(compiled, model, ((2, 256, 320), *SIZES[1:], (4, 113, 227), (5, 64, 96), (2, 64, 64)))
+    assert backend.frame_count == 1
+
+
+def test_dynamic_batch_with_one_compilation():
+    model = make_model()
+    backend = counter('eager')
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for batch in (2, 3, 5):
+        x = make_input(batch, 64, 96)
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.no_grad():
+            assert_equal_outputs(compiled(x), model(x))
+    assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+def test_gradients(kwargs):
+    model, other = make_model(**kwargs), make_model(**kwargs)
+    compiled = torch.compile(other, fullgraph=True, backend='aot_eager')
+    x = make_input(2, 64, 96)
+    for m in (model, compiled):
+        outputs = m(x)
+        sum(o.square().mean() for o in (outputs if isinstance(outputs, list) else [outputs])).backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f'{n}: {m}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name,kwargs,dynamic', [
+    pytest.param('test_pvt', {}, False, id='static'),
+    pytest.param('test_pvt', {}, True, id='dynamic'),
+    pytest.param('test_pvt', dict(features_only=True), True, id='features-dynamic'),
+    pytest.param('pvt_tiny', {}, True, id='pvt_tiny-dynamic'),
+])
+def test_inductor(name, kwargs, dynamic):
+    model = make_model(name, **kwargs)
+    backend = counter('inductor')
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=backend)
+    assert_equal_at(compiled, model, ((2, 256, 320), (2, 224, 224), SIZES[2]) if dynamic else [(2, 256, 320)])
+    assert backend.frame_count == 1

@@ -1,0 +1,436 @@
+""" The model's interface: modes, sizes, heads, initialisation, features. The numbers are in test_equivalence.py. """
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings, strategies as st
+
+from pvt_timm import PyramidVisionTransformer
+from pvt_timm.checkpoints import from_timm
+from reference import features, images, logits, max_diff, randomize
+
+VARIANTS = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large', 'pvt_huge_v2', 'test_pvt')
+DIMS, STRIDES = (16, 32, 40, 64), (4, 8, 16, 32)
+examples = settings(max_examples=30, deadline=None, derandomize=True)
+sides = st.integers(32, 130)
+
+
+def create(**kwargs):
+    return timm.create_model('test_pvt', **kwargs)
+
+
+def x_of(*size, batch=1, chans=3):
+    return images(batch, chans, *size, dtype=torch.float32)
+
+
+@pytest.fixture(scope='module')
+def model():
+    return randomize(create()).eval()
+
+
+@pytest.fixture(scope='module')
+def net():
+    return randomize(create(features_only=True)).eval()
+
+
+def test_import(client_env):
+    code = (
+        "import warnings, logging, sys; warnings.simplefilter('error', UserWarning); logging.basicConfig(level=0)\n"
+        "import timm; before = set(timm.list_models()); import pvt_timm\n"
+        "print(sorted(set(timm.list_models()) - before))\n"
+        "assert 'transformers' not in sys.modules and 'matplotlib' not in sys.modules\n")
+    run = subprocess.run(
+        [sys.executable, '-c', code], env=client_env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(sorted(VARIANTS))
+    assert 'egistry' not in run.stderr and 'verwriting' not in run.stderr, run.stderr
+
+
+def test_registry():
+    assert set(timm.list_models('*pvt_*', module='pvt', include_tags=False)) >= set(VARIANTS) - {'test_pvt'}
+    assert timm.is_model('test_pvt') and timm.is_model('pvt_huge_v2')
+    tags = timm.list_pretrained('pvt_*')
+    for tag in ('pvt_tiny.in1k', 'pvt_small.in1k', 'pvt_medium.in1k', 'pvt_large.in1k', 'pvt_tiny.retinanet_coco',
+                'pvt_small.retinanet_coco', 'pvt_medium.retinanet_coco'):
+        assert tag in tags
+    assert not [t for t in tags if t.startswith('pvt_huge')]
+    for v in ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large'):
+        cfg = timm.get_pretrained_cfg(f'{v}.in1k')
+        assert timm.get_pretrained_cfg(v).tag == 'in1k'
+        assert (cfg.crop_pct, cfg.interpolation, cfg.input_size) == (0.875, 'bicubic', (3, 224, 224))
+        assert cfg.mean == (0.485, 0.456, 0.406) and cfg.std == (0.229, 0.224, 0.225)
+        assert cfg.license == 'apache-2.0' and 'whai362/PVT' in cfg.origin_url and cfg.num_classes == 1000
+        assert cfg.url == f'https://github.com/whai362/PVT/releases/download/v2/{v}.pth'
+        assert cfg.hf_hub_id.startswith(f'Zetatech/pvt-{v[4:]}-224')
+
+
+def test_data_config():
+    config = timm.data.resolve_data_config(model=timm.create_model('pvt_tiny', device='meta'))
+    assert (config['crop_pct'], config['interpolation'], config['input_size']) == (0.875, 'bicubic', (3, 224, 224))
+
+
+# Sizes
+
+@torch.no_grad()
+@examples
+@given(h=sides, w=sides, batch=st.integers(1, 3))
+def test_any_size(model, net, h, w, batch):
+    x = x_of(h, w, batch=batch)
+    tokens = model.forward_features(x)
+    assert tokens.shape == (batch, 1 + (h // 32) * (w // 32), 64)
+    assert model.forward_head(tokens).shape == (batch, 10)
+    maps = net(x)
+    assert [tuple(f.shape) for f in maps] == [(batch, c, h // s, w // s) for c, s in zip(DIMS, STRIDES)]
+    assert all(f.isfinite().all() for f in maps)
+    first = model(x[:1])
+    assert max_diff(model(x)[:1], first) <= 1e-4 * first.abs().max()  # images of a batch do not see each other
+
+
+@torch.no_grad()
+@examples
+@given(h=sides, w=sides, dh=st.integers(0, 3), dw=st.integers(0, 3))
+def test_remainder_is_dropped(model, h, w, dh, dw):
+    """Pixels that fill no patch of the first stage change nothing."""
+    h, w = h // 4 * 4, w // 4 * 4
+    x = x_of(h + dh, w + dw)
+    assert max_diff(model(x), model(x[:, :, :h, :w].contiguous())) <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('img_size', [32, 64, (48, 80), [64, 32]])
+def test_img_size(img_size):
+    model = randomize(create(img_size=img_size, dtype=torch.float64)).eval()
+    h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
+    assert model.stages[0].grid_size == (h // 4, w // 4)
+    assert [s.pos_embed.shape[1] for s in model.stages] == [
+        (h // 4) * (w // 4), (h // 8) * (w // 8), (h // 16) * (w // 16), 1 + (h // 32) * (w // 32)]
+    sd = from_timm(model.state_dict(), 'original')[0]
+    for size in ((h, w), (40, 72)):
+        x = images(1, 3, *size)
+        assert max_diff(model(x), logits(sd, x, img_size=(h, w))) <= 1e-10
+
+
+@torch.no_grad()
+@examples
+@given(old=st.tuples(sides, sides), new=st.tuples(sides, sides), dense=st.booleans())
+def test_set_input_size(old, new, dense):
+    """Equals a model that is created at that size and loads the same weights."""
+    kwargs = dict(class_token=False) if dense else {}
+    model = randomize(create(img_size=old, **kwargs)).eval()
+    cfg = dict(state_dict=dict(model.state_dict()), num_classes=10)
+    other = create(
+        img_size=new, pretrained=True, pretrained_cfg_overlay=cfg, pretrained_model_args=dict(img_size=old),
+        **kwargs).eval()
+    model.set_input_size(new)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    x = x_of(*new)
+    assert torch.equal(model(x), other(x))
+    before = [p for p in model.parameters()]
+    model.set_input_size(new)
+    assert all(a is b for a, b in zip(before, model.parameters()))
+
+
+# Modes and heads
+
+@torch.no_grad()
+def test_global_pool(model):
+    x = x_of(64, 96, batch=2)
+    tokens = model.forward_features(x)
+    for pool, want in (('token', tokens[:, 0]), ('avg', tokens[:, 1:].mean(1)), ('', tokens)):
+        other = create(global_pool=pool).eval()
+        other.load_state_dict(model.state_dict())
+        assert torch.allclose(other(x), other.head(want), atol=1e-5)
+        assert torch.allclose(other.forward_head(tokens, pre_logits=True), want, atol=1e-5)
+        other.reset_classifier(0)
+        assert other.global_pool == pool and torch.allclose(other(x), want, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dense_mode():
+    dense = randomize(create(class_token=False)).eval()
+    x = x_of(64, 96, batch=2)
+    fmap = dense.forward_features(x)
+    assert fmap.shape == (2, 64, 2, 3) and dense.global_pool == 'avg'
+    assert torch.allclose(dense(x), dense.head(fmap.mean((2, 3))), atol=1e-5)
+    dense.reset_classifier(3, '')
+    assert dense(x).shape == (2, 3, 2, 3)
+    dense.reset_classifier(0, '')
+    assert torch.equal(dense(x), fmap)
+    tokens = create(class_token=False, output_fmt='NLC').eval()
+    assert tokens.forward_features(x).shape == (2, 6, 64) and isinstance(tokens.norm, torch.nn.LayerNorm)
+    assert tokens(x).shape == (2, 10)
+
+
+def test_no_unused_parameters():
+    for kwargs in ({}, dict(class_token=False), dict(features_only=True), dict(features_only=True, class_token=True),
+                   dict(features_only=True, out_indices=(0, 2)), dict(global_pool='avg')):
+        model = create(**kwargs)
+        out = model(x_of(64, 64, batch=2))
+        sum(o.sum() for o in (out if isinstance(out, (list, tuple)) else [out])).backward()
+        unused = [k for k, p in model.named_parameters() if p.grad is None]
+        assert not unused, (kwargs, unused)
+
+
+def test_reset_classifier():
+    model = create(dtype=torch.float64).eval()
+    model.reset_classifier(7)
+    assert model.num_classes == 7 and model.global_pool == 'token'
+    assert model.head.weight.dtype == torch.float64 and not model.head.training
+    assert model(images(2, 3, 32, 32)).shape == (2, 7)
+    assert model.get_classifier() is model.head
+    model.reset_classifier(0, 'avg')
+    assert isinstance(model.head, torch.nn.Identity) and model(images(2, 3, 32, 32)).shape == (2, 64)
+
+
+@pytest.mark.parametrize('chans', [1, 2, 4, 13])
+def test_in_chans(chans):
+    for kwargs in ({}, dict(features_only=True)):
+        out = create(in_chans=chans, **kwargs)(x_of(32, 64, chans=chans))
+        assert out is not None
+    assert create(in_chans=chans).in_chans == chans
+
+
+# Features
+
+@torch.no_grad()
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter', 'fx'])
+def test_feature_cls(net, feature_cls):
+    other = create(features_only=True, feature_cls=feature_cls, out_indices=(1, 3)).eval()
+    state = net.state_dict()
+    # the wrappers name the same parameters differently
+    def ours(key):
+        return key.removeprefix('model.').removeprefix('graph_module.').replace('stages.', 'stages_')
+
+    other.load_state_dict({k: state[ours(k)] for k in other.state_dict()})
+    x = x_of(64, 96)
+    out = other(x)
+    out = list(out.values()) if isinstance(out, dict) else out
+    for a, b in zip(out, [net(x)[i] for i in (1, 3)], strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('indices, taken', [
+    (1, (3,)), (2, (2, 3)), (4, (0, 1, 2, 3)), ((0,), (0,)), ((1, 2), (1, 2)), ((-1,), (3,)), ((-3, -1), (1, 3)),
+    ((0, -1), (0, 3)), ([2], (2,)), (range(3), (0, 1, 2)),
+])
+def test_out_indices(net, indices, taken):
+    other = create(features_only=True, out_indices=indices).eval()
+    missing, _ = other.load_state_dict(net.state_dict(), strict=False)
+    assert not missing
+    assert other.feature_info.channels() == [DIMS[i] for i in taken]
+    assert other.feature_info.reduction() == [STRIDES[i] for i in taken]
+    assert other.feature_info.module_name() == [f'stages.{i}' for i in taken]
+    x = x_of(64, 64)
+    for a, i in zip(other(x), taken, strict=True):
+        assert torch.equal(a, net(x)[i])
+
+
+@torch.no_grad()
+def test_feature_memory_format(net):
+    """Feature maps come out of tokens without a copy."""
+    assert all(f.is_contiguous(memory_format=torch.channels_last) for f in net(x_of(64, 96, batch=2)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dense', [False, True])
+def test_forward_intermediates(dense):
+    model = randomize(create(class_token=not dense)).eval()
+    x = x_of(64, 96, batch=2)
+    final, maps = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x))
+    assert [tuple(f.shape) for f in maps] == [(2, c, 64 // s, 96 // s) for c, s in zip(DIMS, STRIDES)]
+    normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(maps[:3], normed[:3]))
+    if dense:
+        assert torch.equal(maps[3], normed[3]) and torch.equal(maps[3], final)
+    else:
+        assert torch.equal(normed[3].flatten(2).transpose(1, 2), final[:, 1:])
+        assert not torch.allclose(maps[3], normed[3])
+    only = model.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
+    assert len(only) == 2 and torch.equal(only[1], maps[2])
+    assert torch.equal(model.forward_intermediates(x, indices=1, intermediates_only=True)[0], maps[3])
+    assert torch.equal(model.forward_intermediates(x, indices=[-4], intermediates_only=True)[0], maps[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('indices, stages', [(1, 4), ([0, 2], 3), ([0], 1), ([-1], 4)])
+def test_prune(model, indices, stages):
+    x = x_of(64, 96)
+    want = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+    pruned = create().eval()
+    pruned.load_state_dict(model.state_dict())
+    taken = pruned.prune_intermediate_layers(indices)
+    assert len(pruned.stages) == stages and max(taken) == stages - 1
+    assert pruned.num_features == DIMS[stages - 1] and isinstance(pruned.head, torch.nn.Identity)
+    got = pruned.forward_intermediates(x, indices=taken, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert pruned(x).shape[1 if stages < 4 else -1] == DIMS[stages - 1]
+    assert pruned.forward_features(x).shape[-1 if stages == 4 else 1] == DIMS[stages - 1]
+
+
+# Initialisation, devices, training
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = timm.create_model('pvt_tiny')
+    for name, p in model.named_parameters():
+        if name.endswith(('pos_embed', 'cls_token')) or (p.ndim == 2 and name.endswith('weight')):
+            assert abs(p.std() - 0.02) < 2e-3 and p.abs().max() <= 2, name
+        elif 'norm' in name:
+            assert torch.equal(p, torch.ones_like(p) if name.endswith('weight') else torch.zeros_like(p)), name
+        elif not name.endswith(('proj.bias', 'sr.bias')) or '.attn.proj' in name:
+            assert p.ndim == 4 or not p.any(), name
+
+
+def test_init_weights_after_to_empty():
+    torch.manual_seed(0)
+    want = create()
+    model = create(device='meta')
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device='cpu')
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float('nan'))
+    model.init_weights(needs_reset=True)
+    for (name, p), q in zip(model.named_parameters(), want.parameters(), strict=True):
+        assert p.isfinite().all(), name
+        if q.numel() > 500:
+            assert abs(p.std() / q.std() - 1) < 0.2, name
+        elif not q.any() or q.std() == 0:
+            assert torch.equal(p, q), name
+    assert create(weight_init='skip').state_dict().keys() == want.state_dict().keys()
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(features_only=True), dict(drop_path_rate=0.1, img_size=64)])
+def test_device_and_dtype(kwargs):
+    with torch.device('meta'):
+        model = create(**kwargs)
+    assert all(p.is_meta for p in model.parameters())
+    model = create(device='meta', dtype=torch.bfloat16, **kwargs)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in [*model.parameters(), *model.buffers()])
+    out = model(torch.empty(2, 3, 64, 64, device='meta', dtype=torch.bfloat16))
+    out = out if isinstance(out, torch.Tensor) else out[-1]
+    assert out.is_meta and out.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_bfloat16(model):
+    other = create().eval()
+    other.load_state_dict(model.state_dict())
+    x = x_of(64, 64, batch=4)
+    want = other(x)
+    got = other.to(torch.bfloat16)(x.bfloat16())  # after a forward in another dtype
+    assert got.dtype == torch.bfloat16 and max_diff(got.float(), want) <= 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(features_only=True)])
+def test_checkpointing(kwargs):
+    torch.manual_seed(0)
+    model = create(drop_path_rate=0.2, **kwargs)
+    x = x_of(64, 64, batch=2)
+    results = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        assert kwargs or all(stage.grad_checkpointing is enable for stage in model.stages)
+        model.zero_grad()
+        torch.manual_seed(1)
+        out = model(x)
+        (out if isinstance(out, torch.Tensor) else sum(o.mean() for o in out)).sum().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_drop_path_rates():
+    model = timm.create_model('pvt_small', drop_path_rate=0.3, device='meta')
+    rates = [getattr(b.drop_path1, 'drop_prob', 0.) for s in model.stages for b in s.blocks]
+    assert rates == pytest.approx([0.3 * i / 15 for i in range(16)])
+    assert rates == [getattr(b.drop_path2, 'drop_prob', 0.) for s in model.stages for b in s.blocks]
+
+
+def test_dropout_arguments():
+    model = create(drop_rate=.1, pos_drop_rate=.2, proj_drop_rate=.3, attn_drop_rate=.4)
+    block = model.stages[0].blocks[0]
+    assert (model.head_drop.p, model.stages[0].pos_drop.p, block.attn.proj_drop.p, block.mlp.drop1.p, block.mlp.drop2.p,
+            block.attn.attn_drop.p) == (.1, .2, .3, .3, .3, .4)
+    x = x_of(32, 32)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_weight_decay_and_groups():
+    assert create().no_weight_decay() == {'stages.3.cls_token'}  # the position embeddings are decayed, as published
+    assert create(class_token=False).no_weight_decay() == set()
+    model = timm.create_model('pvt_tiny', device='meta')
+    from timm.models import group_parameters
+
+    for coarse, count in ((True, 6), (False, 11)):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        names = [n for g in groups.values() for n in g]
+        assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+        assert 4 <= len(groups) <= count, groups.keys()
+
+
+def test_attention_maps():
+    """With fused attention off the attention weights can be read."""
+    from timm.layers import set_fused_attn
+    from timm.utils import AttentionExtract
+
+    set_fused_attn(False)
+    try:
+        model = randomize(create()).eval()
+    finally:
+        set_fused_attn(True)
+    fused = create().eval()
+    fused.load_state_dict(model.state_dict())
+    assert fused.stages[0].blocks[0].attn.fused_attn and not model.stages[0].blocks[0].attn.fused_attn
+    x = x_of(64, 96, batch=2)
+    maps = AttentionExtract(model, method='fx')(x)
+    assert [tuple(m.shape) for m in maps.values()] == [
+        (2, 1, 384, 24), (2, 2, 96, 24), (2, 2, 96, 24), (2, 5, 24, 24), (2, 5, 24, 24), (2, 8, 7, 7)]
+    for m in maps.values():
+        assert torch.allclose(m.sum(-1), torch.ones_like(m[..., 0]), atol=1e-5)
+    assert max_diff(model(x), fused(x)) <= 1e-4 * fused(x).abs().max()
+
+
+@torch.no_grad()
+def test_inputs_in_any_layout(model):
+    x = x_of(64, 96, batch=2)
+    want = model(x)
+    for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3),
+                  torch.cat([x, x], 1)[:, :3], x.expand(2, 3, 64, 96)):
+        assert max_diff(model(other), want) <= 1e-4 * want.abs().max()
+
+
+@torch.no_grad()
+def test_empty_batch(model, net):
+    x = x_of(64, 96)[:0]
+    assert model(x).shape == (0, 10) and model.forward_features(x).shape == (0, 7, 64)
+    for maps in (net(x), model.forward_intermediates(x, intermediates_only=True)):
+        assert [tuple(f.shape) for f in maps] == [(0, c, 64 // s, 96 // s) for c, s in zip(DIMS, STRIDES)]
+
+
+def test_direct_construction():
+    model = PyramidVisionTransformer(
+        img_size=64, embed_dims=(8, 16, 24), depths=(1, 1, 2), num_heads=(1, 2, 3), sr_ratios=(2, 2, 1),
+        mlp_ratios=(2, 2, 2), num_classes=4, class_token=True)
+    assert model(x_of(64, 80)).shape == (1, 4) and len(model.feature_info) == 3
+    assert model.no_weight_decay() == {'stages.2.cls_token'}
+
+
+@torch.no_grad()
+def test_dense_against_reference_at_random_sizes():
+    net = randomize(create(features_only=True, dtype=torch.float64), seed=9).eval()
+    full = randomize(create(dtype=torch.float64), seed=9)
+    state = {k.replace('stages_', 'stages.', 1): v for k, v in net.state_dict().items()}
+    state['stages.3.pos_embed'] = torch.cat([full.stages[3].pos_embed[:, :1], state['stages.3.pos_embed']], dim=1)
+    sd = from_timm(state, 'original')[0]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        h, w = torch.randint(32, 200, (2,), generator=generator).tolist()
+        x = images(1, 3, h, w)
+        for a, b in zip(net(x), features(sd, x, img_size=(32, 32)), strict=True):
+            assert max_diff(a, b) <= 1e-10

@@ -1,0 +1,157 @@
+""" What else a timm model has to stand: AMP, torch.func, copies, pickle, shared memory, TorchScript, FX. """
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+
+from forms import SIZES, as_list, assert_equal_at, assert_equal_outputs, make_input, make_model
+
+KINDS = [pytest.param({}, id='classification'), pytest.param(dict(features_only=True), id='features')]
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(dtype, kwargs):
+    model = make_model(**kwargs).train()
+    x = make_input(2, 96, 64)
+    expected = as_list(model(x))
+    with torch.autocast('cpu', dtype=dtype):
+        outputs = as_list(model(x))
+        loss = sum(o.float().square().mean() for o in outputs)
+    loss.backward()
+    for o, e in zip(outputs, expected):
+        assert o.isfinite().all()
+        assert (o.float() - e).norm() <= 0.03 * e.norm()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype(dtype, kwargs):
+    model = make_model(**kwargs)
+    x = make_input(2, 96, 64)
+    with torch.no_grad():
+        expected = as_list(model(x))
+        outputs = as_list(model.to(dtype)(x.to(dtype)))
+    for o, e in zip(outputs, expected):
+        assert o.dtype == dtype
+        assert (o.float() - e).norm() <= 0.03 * e.norm()
+
+
+def test_functional_call_and_ensemble():
+    models = [make_model(num_classes=10) for _ in range(3)]
+    with torch.no_grad():
+        for i, m in enumerate(models):
+            for p in m.parameters():
+                p.mul_(1 + 0.1 * i)
+    params, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to('meta')
+    x = make_input(2, 64, 96)
+
+    def call(p, b, x):
+        return torch.func.functional_call(base, (p, b), (x,))
+
+    with torch.no_grad():
+        outputs = torch.vmap(call, in_dims=(0, 0, None))(params, buffers, x)
+        for output, m in zip(outputs, models):
+            assert_equal_outputs(output, m(x), tolerance=1e-5)
+    assert (outputs[0] - outputs[2]).abs().max() > 1e-2
+
+
+def test_per_sample_gradients():
+    model = make_model(num_classes=10)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    x, target = make_input(3, 64, 96), torch.tensor([1, 0, 7])
+
+    def loss(params, x, target):
+        output = torch.func.functional_call(model, params, (x[None],))
+        return torch.nn.functional.cross_entropy(output, target[None])
+
+    grads = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, x, target)
+    torch.nn.functional.cross_entropy(model(x[1:2]), target[1:2]).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name][1], p.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f'{n}: {m}')
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('how', ['deepcopy', 'pickle', 'torch.save'])
+def test_copies(how, kwargs):
+    model = make_model(**kwargs)
+    if how == 'deepcopy':
+        other = copy.deepcopy(model)
+    elif how == 'pickle':
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert_equal_at(other, model, [(2, 96, 64)], tolerance=0)
+    with torch.no_grad():
+        before = as_list(model(make_input(2, 96, 64)))
+        for p in other.parameters():
+            p.zero_()
+        assert_equal_outputs(model(make_input(2, 96, 64)), before, tolerance=0)
+
+
+def _zero_head(model):
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.fill_(3.)
+
+
+def test_shared_memory():
+    model = make_model().share_memory()
+    assert all(p.is_shared() for p in model.parameters())
+    context = torch.multiprocessing.get_context('spawn')
+    process = context.Process(target=_zero_head, args=(model,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    with torch.no_grad():
+        assert (model(make_input(1, 64, 64)) == 3.).all()
+
+
+@pytest.mark.parametrize('kwargs', [
+    *KINDS,
+    pytest.param(dict(features_only=True, feature_cls='getter'), id='getter'),
+    pytest.param(dict(class_token=False), id='dense'),
+    pytest.param(dict(global_pool='avg', num_classes=7), id='avg'),
+])
+def test_torchscript(kwargs, tmp_path):
+    model = make_model(**kwargs)
+    torch.jit.script(model).save(tmp_path / 'model.pt')
+    loaded = torch.jit.load(tmp_path / 'model.pt')
+    assert_equal_at(loaded, model, (*SIZES, (1, 64, 196)))
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+def test_traced_at_one_size_runs_at_others(kwargs):
+    model = make_model(**kwargs)
+    assert_equal_at(torch.jit.trace(model, make_input(2, 256, 320), check_trace=False), model)
+
+
+def test_fx_graph():
+    fx = pytest.importorskip('torchvision.models.feature_extraction')
+    model = make_model()
+    tracer = dict(
+        leaf_modules=timm.models.get_notrace_modules(), autowrap_functions=timm.models.get_notrace_functions())
+    nodes = fx.get_graph_node_names(model, tracer_kwargs=tracer)[1]
+    graph = fx.create_feature_extractor(model, nodes[-1:], tracer_kwargs=tracer)
+    assert_equal_at(graph, model, (*SIZES, (1, 64, 196)))
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter', 'fx'])
+def test_feature_classes_are_equal(feature_cls):
+    expected = make_model(features_only=True)
+    model = timm.create_model('test_pvt', features_only=True, feature_cls=feature_cls).eval()
+    state_dict = {n.replace('stages_', 'stages.'): p for n, p in expected.state_dict().items()}
+    if feature_cls == 'getter':
+        state_dict = {f'model.{n}': p for n, p in state_dict.items()}
+    elif feature_cls in ('list', 'dict', 'hook'):
+        state_dict = {n.replace('stages.', 'stages_'): p for n, p in state_dict.items()}
+    model.load_state_dict(state_dict)
+    assert_equal_at(model, expected, (*SIZES, (1, 64, 196)), tolerance=0)

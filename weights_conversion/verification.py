@@ -1,0 +1,390 @@
+""" Compare a conversion with the code that the weights came from: same weights, same images, float64. """
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import math
+import os
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple
+
+import timm
+import torch
+from torch import nn
+
+from pvt_timm.checkpoints import Description, convert as map_to_timm, describe, drop_parts, from_timm
+from pvt_timm.files import read_checkpoint
+
+from . import targets
+
+if TYPE_CHECKING:
+    from .converter import Loaded
+
+__all__ = ['CHECKOUT', 'TOLERANCE', 'reference_for', 'verify']
+
+TOLERANCE = 1e-10  # float64
+CHECKOUT = 'PVT_CHECKOUT'  # environment variable with the path of a checkout of whai362/PVT
+ORIGINAL_EPS = 1e-5  # of the norms in patch embeddings and spatial reductions
+
+StateDict = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Reference:
+    """Somebody else's implementation.
+
+    Attributes:
+        name: For the report.
+        format: Format of the state dicts that it loads.
+        build: Makes the model from an architecture.
+        last_blocks: Gives the last block of each stage of such a model.
+        eps_differs: The norms of patch embeddings and reductions have another eps than the original.
+    """
+    name: str
+    format: str
+    build: Callable[[Description], nn.Module]
+    last_blocks: Callable[[nn.Module], List[nn.Module]]
+    eps_differs: bool
+
+
+def reference_for(fmt: str, info: Description, head: bool) -> Reference:
+    """The implementation to compare with: the format's own where it is installed, else another one that fits.
+
+    Args:
+        fmt: Format of the checkpoint.
+        info: Its architecture.
+        head: It has a head.
+
+    Raises:
+        ValueError: None is installed. The message says which to install.
+    """
+    complete = info.class_token and info.norm
+    if fmt == 'original' and complete and os.environ.get(CHECKOUT):
+        return _original(Path(os.environ[CHECKOUT]))
+    if fmt == 'mmdet' or not info.class_token and not info.norm and not head:
+        return _mmdet()
+    if complete:
+        return _transformers()
+    raise ValueError('--verify compares checkpoints with class token and norm, or with neither (and without head).')
+
+
+def verify(loaded: 'Loaded', plan: targets.Plan, folder: Path, to: str) -> Dict[str, Any]:
+    """Compare the source with the timm model, and the written file with what was meant.
+
+    Args:
+        loaded: The source.
+        plan: What was to be written.
+        folder: Where it was written.
+        to: Format of what was written.
+
+    Returns:
+        For `Report.verification`.
+
+    Raises:
+        ValueError: No implementation to compare with is installed, or the written file is not what was meant.
+    """
+    info = loaded.info
+    reference = reference_for(loaded.converted.format, info, loaded.report.head)
+    _check_written(plan, folder, to)
+
+    ours = _timm_model(loaded.state_dict, info)
+    raw = _raw_source(loaded)
+    own = reference.format == loaded.converted.format
+    theirs = reference.build(info)
+    if not own:  # a stand-in; its weights come through our table
+        raw, _ = from_timm(_fit(loaded.state_dict, info, reference.format), reference.format)
+    _load_strict(theirs, raw, reference.name)
+    size = info.img_size
+    images = _images(info.in_chans, size)
+    runs = _compare(ours, theirs, reference, images, 'source and timm')
+    if to in ('transformers', 'original', 'mmdet') and to != loaded.converted.format:
+        runs += _compare_target(plan, folder, to)
+    decisive = [run for run in runs if run['decisive']]
+    passed = bool(decisive) and all(
+        d['absolute'] <= TOLERANCE * max(1., d['largest']) for run in decisive for d in run['differences'])
+    return {
+        'reference': reference.name + (
+            '' if own else f' (in place of the code of the {loaded.converted.format} format)'),
+        'size': list(size),
+        'images': len(images),
+        'tolerance': TOLERANCE,
+        'measure': 'of the largest value or of 1, with the original\'s eps',
+        'passed': passed,
+        'runs': runs,
+    }
+
+
+def _compare_target(plan: targets.Plan, folder: Path, to: str) -> List[Dict[str, Any]]:
+    """Run the target's own code on the written file, where it is installed."""
+    written = map_to_timm(read_checkpoint(folder)).state_dict
+    written = {k: v.double() for k, v in written.items()}
+    info = describe(written, plan.info.img_size)
+    try:
+        reference = reference_for(to, info, 'head.weight' in written)
+    except ValueError:
+        return []
+    if reference.format != to:
+        return []
+    theirs = reference.build(info)
+    _load_strict(theirs, read_checkpoint(folder), reference.name)
+    images = _images(info.in_chans, info.img_size)
+    return _compare(_timm_model(written, info), theirs, reference, images, 'written file and timm')
+
+
+def _compare(
+        ours: nn.Module,
+        theirs: nn.Module,
+        reference: Reference,
+        images: torch.Tensor,
+        name: str,
+) -> List[Dict[str, Any]]:
+    expected = _run(ours, [stage.blocks[-1] for stage in ours.stages], images)
+    runs = []
+    if reference.eps_differs:
+        got = _run(theirs, reference.last_blocks(theirs), images)
+        runs.append({'name': f'{name}, as it ships (eps 1e-6 in all norms)', 'decisive': False,
+                     'differences': _differences(expected, got)})
+        _set_eps(theirs, reference)
+    got = _run(theirs, reference.last_blocks(theirs), images)
+    runs.append({'name': f"{name}, with the original's eps", 'decisive': True,
+                 'differences': _differences(expected, got)})
+    return runs
+
+
+def _differences(expected: Dict[str, torch.Tensor], got: Dict[str, torch.Tensor]) -> List[Dict[str, Any]]:
+    out = []
+    for name in expected:
+        if name not in got:
+            continue
+        a, b = expected[name], got[name]
+        largest = b.abs().max().item()
+        absolute = (a - b).abs().max().item() if a.shape == b.shape else math.inf
+        absolute = absolute if math.isfinite(absolute) else math.inf
+        out.append({'name': name, 'absolute': absolute, 'relative': absolute / max(largest, 1e-300),
+                    'largest': largest if math.isfinite(largest) else 1.})
+    return out
+
+
+@torch.inference_mode()
+def _run(model: nn.Module, blocks: List[nn.Module], images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Tokens after every stage, and logits where there is a head."""
+    model = model.double().eval()
+    out: Dict[str, torch.Tensor] = {}
+    hooks = []
+    for n, block in enumerate(blocks):
+        def keep(_, __, result, name=f'stage {n + 1}'):
+            out[name] = result[0] if isinstance(result, tuple) else result
+        hooks.append(block.register_forward_hook(keep))
+    try:
+        result = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    result = getattr(result, 'logits', result)
+    if isinstance(result, torch.Tensor) and result.ndim == 2:
+        out['logits'] = result
+    return out
+
+
+def _images(in_chans: int, size: Tuple[int, int]) -> torch.Tensor:
+    """Noise, and a smooth ramp."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, in_chans, *size, generator=generator, dtype=torch.float64)
+    ramp = torch.linspace(-2, 2, size[0], dtype=torch.float64)[:, None] * torch.linspace(
+        -1, 1, size[1], dtype=torch.float64)
+    return torch.cat([noise, ramp.expand(1, in_chans, *size)])
+
+
+def _timm_model(state_dict: StateDict, info: Description) -> nn.Module:
+    state_dict = _fit(state_dict, info, 'timm')
+    kwargs: Dict[str, Any] = {}
+    if not info.class_token:
+        kwargs.update(class_token=False, output_fmt='NLC' if info.norm else 'NCHW')
+    model = timm.create_model(
+        info.variant, num_classes=info.num_classes, in_chans=info.in_chans, img_size=info.img_size, weight_init='skip',
+        dtype=torch.float64, **kwargs)
+    model.load_state_dict({k: v.double() for k, v in state_dict.items()})
+    return model
+
+
+def _fit(state_dict: StateDict, info: Description, fmt: str) -> StateDict:
+    """Without the class token row of dense checkpoints, which only the original has a place for."""
+    if info.class_row and not info.class_token and fmt != 'original':
+        return drop_parts(state_dict, ['class_token'])
+    return state_dict
+
+
+def _raw_source(loaded: 'Loaded') -> Dict[str, torch.Tensor]:
+    """The weights of the source under their own names."""
+    state_dict: Any = read_checkpoint(loaded.source.file, max(loaded.report.bytes, 1))
+    for wrapper in loaded.converted.wrappers:
+        state_dict = state_dict[wrapper]
+    prefix = loaded.converted.prefix
+    raw = {k[len(prefix):]: v for k, v in state_dict.items() if isinstance(k, str) and k.startswith(prefix)}
+    if loaded.converted.format == 'transformers' and any(k.startswith('encoder.') for k in raw):
+        raw = {k if k.startswith('classifier.') else f'pvt.{k}': v for k, v in raw.items()}
+    return raw
+
+
+def _load_strict(model: nn.Module, state_dict: StateDict, name: str) -> None:
+    try:
+        model.load_state_dict(dict(state_dict))
+    except RuntimeError as e:
+        raise ValueError(f'{name} does not load the weights: {" ".join(str(e).split())[:300]}') from e
+
+
+def _check_written(plan: targets.Plan, folder: Path, to: str) -> None:
+    """Read the written file back. For timm, the way that users do."""
+    if to == 'timm':
+        try:
+            found = timm.create_model(f'local-dir:{folder}', pretrained=True, dtype=plan.info.dtype).state_dict()
+        except (RuntimeError, ValueError) as e:
+            raise ValueError(f'The written folder does not load in timm: {" ".join(str(e).split())[:300]}') from e
+    else:
+        found = read_checkpoint(folder)
+    if found.keys() != plan.state_dict.keys():
+        raise ValueError('The written file has other keys than were meant.')
+    for k, v in plan.state_dict.items():
+        if found[k].dtype != v.dtype or not torch.equal(_bits(found[k]), _bits(v)):
+            raise ValueError(f'The written file differs from what was meant in {k}.')
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """Bit patterns, which are equal also for NaN."""
+    x = x.detach().contiguous()
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def _set_eps(model: nn.Module, reference: Reference) -> None:
+    """Give the norms of patch embeddings and spatial reductions the eps that the original has there."""
+    ends = {'transformers': ('.layer_norm',), 'mmdet': ('.0.norm', '.attn.norm')}[reference.format]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and name.endswith(ends) and name != 'pvt.encoder.layer_norm':
+            module.eps = ORIGINAL_EPS
+
+
+# ---- implementations ------------------------------------------------------------------------------------------------
+
+def _transformers() -> Reference:
+    try:
+        from transformers import PvtConfig, PvtForImageClassification, __version__
+    except ImportError as e:
+        raise ValueError('--verify needs transformers here: pip install transformers.') from e
+
+    def build(info: Description) -> nn.Module:
+        plan = targets.Plan({}, None, info, {}, {}, None)
+        config = {k: v for k, v in targets.transformers_config(plan).items() if 'dtype' not in k}
+        return PvtForImageClassification(PvtConfig(**config)).double()
+
+    return Reference(
+        f'transformers {__version__}', 'transformers', build,
+        lambda model: [blocks[-1] for blocks in model.pvt.encoder.block], eps_differs=True)
+
+
+def _mmdet() -> Reference:
+    try:
+        with _stand_ins():
+            import mmdet
+            from mmdet.models.backbones.pvt import PyramidVisionTransformer
+    except Exception as e:  # whatever an unfitting set of packages raises
+        raise ValueError(
+            '--verify of a dense backbone needs mmdetection (mmdet, mmengine, and mmcv or mmcv-lite), its import '
+            f'failed: {" ".join(str(e).split())[:200]}') from e
+
+    def build(info: Description) -> nn.Module:
+        return PyramidVisionTransformer(
+            pretrain_img_size=info.img_size,
+            in_channels=info.in_chans,
+            embed_dims=info.embed_dims[0] // targets.num_heads(info.variant)[0],
+            num_layers=list(info.depths),
+            num_heads=[d // info.embed_dims[0] for d in info.embed_dims],
+            mlp_ratios=[int(r) for r in info.mlp_ratios],
+            sr_ratios=list(info.sr_ratios),
+        ).double()
+
+    return Reference(
+        f'mmdetection {mmdet.__version__}', 'mmdet', build,
+        lambda model: [layer[1][-1] for layer in model.layers], eps_differs=True)
+
+
+@contextlib.contextmanager
+def _stand_ins():
+    """Let mmdetection import without the compiled operators of mmcv (mmcv-lite), of which PVT needs none."""
+    if importlib.util.find_spec('mmcv') is None or importlib.util.find_spec('mmcv._ext') is not None:
+        yield
+        return
+
+    class Anything(types.ModuleType):
+        def __getattr__(self, name):
+            if name.startswith('__'):
+                raise AttributeError(name)
+            return type(name, (nn.Module,), {})
+
+    class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+        def find_spec(self, name, path=None, target=None):
+            if name == 'mmcv.ops' or name.startswith('mmcv.ops.'):
+                return importlib.machinery.ModuleSpec(name, self, is_package=True)
+            return None
+
+        def create_module(self, spec):
+            return Anything(spec.name)
+
+        def exec_module(self, module):
+            pass
+
+    finder = Finder()
+    if not any(name.startswith('mmcv.ops') for name in sys.modules):
+        sys.meta_path.insert(0, finder)
+    transformer = importlib.import_module('mmcv.cnn.bricks.transformer')
+    if not hasattr(transformer, 'MultiScaleDeformableAttention'):
+        transformer.MultiScaleDeformableAttention = type('MultiScaleDeformableAttention', (nn.Module,), {})
+    try:
+        yield
+    finally:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+
+
+def _original(checkout: Path) -> Reference:
+    module = _import_original(checkout)
+
+    def build(info: Description) -> nn.Module:
+        if info.img_size[0] != info.img_size[1]:
+            raise ValueError('--verify with the original code takes square images only.')
+        build_variant = getattr(module, info.variant, None)
+        if build_variant is None:
+            raise ValueError(f'--verify: the original code has no {info.variant}.')
+        return build_variant(
+            img_size=info.img_size[0], in_chans=info.in_chans, num_classes=info.num_classes).double()
+
+    return Reference(
+        f'whai362/PVT in {checkout.name}', 'original', build,
+        lambda model: [getattr(model, f'block{i}')[-1] for i in range(1, 5)], eps_differs=False)
+
+
+def _import_original(checkout: Path) -> types.ModuleType:
+    """Import classification/pvt.py, which was written for timm 0.3, without touching the registry of models."""
+    file = checkout / 'classification' / 'pvt.py'
+    if not file.is_file():
+        raise ValueError(f'Expected a checkout of whai362/PVT in {CHECKOUT}, {file} is not there.')
+    layers, registry = types.ModuleType('timm.models.layers'), types.ModuleType('timm.models.registry')
+    for name in ('DropPath', 'to_2tuple', 'trunc_normal_'):
+        setattr(layers, name, getattr(timm.layers, name))
+    registry.register_model = lambda fn: fn
+    shims = {'timm.models.layers': layers, 'timm.models.registry': registry}
+    before: Dict[str, Optional[types.ModuleType]] = {name: sys.modules.get(name) for name in shims}
+    sys.modules.update(shims)
+    try:
+        spec = importlib.util.spec_from_file_location('_pvt_original', file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        for name, old in before.items():
+            if old is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = old
+    return module
