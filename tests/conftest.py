@@ -29,13 +29,16 @@ def pytest_unconfigure(config):
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path_factory, monkeypatch):
     """Every test has empty hub and torch caches, in this process and, through the environment, in subprocesses."""
+    import huggingface_hub.file_download  # noqa: F401
     from huggingface_hub import constants
 
     root = tmp_path_factory.mktemp('caches')
     for name, value in loopback.isolate(root, _server).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(root / 'hf' / 'hub'))
     monkeypatch.setattr(constants, 'HF_HOME', str(root / 'hf'))
+    for name, module in list(sys.modules.items()):  # older clients copy it into the modules that use it
+        if name.startswith('huggingface_hub') and 'HF_HUB_CACHE' in vars(module):
+            monkeypatch.setattr(module, 'HF_HUB_CACHE', str(root / 'hf' / 'hub'))
     yield root
 
 
