@@ -144,7 +144,7 @@ class Attention(nn.Module):
             x = x.reshape(B, size[0], size[1], C).permute(0, 3, 1, 2)
             x = self.sr(x).flatten(2).transpose(1, 2)
             x = self.norm(x)
-        kv = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        kv = self.kv(x).reshape(B, x.shape[1], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)
 
         if self.fused_attn:
