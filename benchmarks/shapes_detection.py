@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--detector', choices=('retinanet', 'mask_rcnn'), default='retinanet')
     parser.add_argument('--model', default='test_pvt', help='timm name of the backbone')
-    parser.add_argument('--steps', type=int, default=800)
+    parser.add_argument('--steps', type=int, default=1500)
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--images', type=int, default=2000, help='training images')
