@@ -4,6 +4,7 @@ A user's error ends in one line on stderr and exit code 2. An error of the packa
 """
 import argparse
 import builtins
+import contextlib
 import importlib.util
 import json
 import logging
@@ -14,6 +15,7 @@ import types
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save
@@ -53,6 +55,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         except UserError as e:
             return _report(e)
         return 0
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold what the terminal cannot show
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors='backslashreplace')
     parser = build_parser()
     args = parser.parse_args(_join_img_size(argv))
     if args.command is None:
@@ -113,7 +118,8 @@ def _positive(text: str) -> int:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        '--model', help=f'name with or without tag, see `list` (default {DEFAULT_MODEL}, or what the checkpoint is)')
+        '--model', help='name with or without tag, see `list`, or hf-hub:OWNER/REPO '
+        f'(default {DEFAULT_MODEL}, or what the checkpoint is)')
     parser.add_argument(
         '--checkpoint', metavar='FILE_OR_DIR', help='weights: a file of any known format, or a folder of timm or '
         'transformers (default the published ones)')
@@ -147,6 +153,10 @@ def run_list(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
+    for row in rows:
+        hosts = [f'hf-hub:{row["hf_hub_id"].partition("@")[0]}'] if row['hf_hub_id'] else []
+        hosts += [urlsplit(row['url']).netloc] if row['url'] else []
+        row['weights'] = 'in the package' if row['file'] else ' or '.join(hosts) or 'none'
     table = [('model', 'params', 'GMACs', 'at', 'top-1', 'weights')]
     for row in rows:
         table.append((
@@ -155,7 +165,7 @@ def run_list(args: argparse.Namespace) -> None:
             f'{row["macs"] / 1e9:.2f}' if row['macs'] >= 1e7 else f'{row["macs"] / 1e9:.4f}',
             '{}x{}'.format(*row['img_size']),
             f'{row["top1"]:.1f}' if row['top1'] else '-',
-            row['weights'] or 'none',
+            row['weights'],
         ))
     print(_table(table, 'lrrlrl'))
     print('\ntop-1: ImageNet-1K as published (test_pvt: held-out digits). retinanet_coco: backbones, no classifier.')
@@ -212,8 +222,8 @@ def run_features(args: argparse.Namespace) -> None:
         raise UserError(f'No such file: {args.image}')
     classifier = _load(args, dense=True)
     image = open_image(args.image, classifier.data['input_size'][0])
-    features = extract(classifier, image, args.img_size)
-    _draw(args.output, image, features, classifier.name)
+    features, size = extract(classifier, image, args.img_size)
+    _draw(args.output, image, features, size, classifier.name)
     print(f'{args.output}: {_shapes(features)}')
     if args.save:
         tensors = {f'stage{i}': f.contiguous() for i, f in enumerate(features)}
@@ -226,11 +236,10 @@ def _shapes(features: Sequence[torch.Tensor]) -> str:
     return ', '.join('x'.join(map(str, f.shape)) for f in features)
 
 
-def _draw(output: Any, image, features: Sequence[torch.Tensor], name: str) -> None:
-    size = tuple(4 * n for n in features[0].shape[1:])
+def _draw(output: Any, image, features: Sequence[torch.Tensor], size: Tuple[int, int], name: str, **kwargs) -> None:
     try:
         with user_errors(f'Cannot draw {output}: '):
-            draw_pyramid(image, features, output, title=f'{name}, {size[1]} × {size[0]}')
+            draw_pyramid(image, features, output, title=name, img_size=size, **kwargs)
     except ImportError as e:
         raise UserError(e) from e
 
@@ -275,9 +284,11 @@ def run_demo(args: argparse.Namespace) -> None:
         sheet.paste(image, (columns.index(label) * side, seen[label] * side))
         seen[label] += 1
     backbone = load_model('test_pvt', dense=True)
-    features = extract(backbone, sheet, (sheet.height, sheet.width))
+    features, size = extract(backbone, sheet, (sheet.height, sheet.width))
     picture = output / 'pyramid.png'
-    _draw(picture, sheet, features, backbone.name)
+    _draw(
+        picture, sheet, features, size, backbone.name, cells=(sheet.height // side, len(columns)),
+        note=f'{len(files)} handwritten digits, a column each for 0 to 9. At stride 32 a digit is one position.')
     print(f'Features of all of them as one image of {sheet.width}x{sheet.height}: {picture}')
 
     print(f'''

@@ -85,6 +85,8 @@ def draw_pyramid(
         output: Union[str, Path],
         title: Optional[str] = None,
         img_size: Optional[Tuple[int, int]] = None,
+        note: Optional[str] = None,
+        cells: Tuple[int, int] = (1, 1),
 ) -> None:
     """Draw an image and its four feature levels, each labelled with stride, channels and size.
 
@@ -94,6 +96,8 @@ def draw_pyramid(
         output: File to write, its extension says the format (png, pdf, svg, jpg...).
         title: Line above everything.
         img_size: Height and width that the model saw, those of `image` by default.
+        note: Line below everything, before what the colours are.
+        cells: Rows and columns of an image that is a sheet of images, to draw lines between them.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -127,16 +131,17 @@ def draw_pyramid(
     # All in inches. Widths are chosen for a slide (or a page, if it is upright).
     aspect = min(max(width / height, 1 / 12), 12)
     arrangement, columns, rows = _layout(aspect)
-    gap, margin, header, footer = .18, .25, .45 if title else 0., .3
+    gap, margin, header, footer = .18, .25, .45 if title else 0., .45 if note else .28
     wide = arrangement in ('row', 'left')
     panel_w = ((12.8 if wide else 7.2) - 2 * margin - (columns - 1) * gap) / columns
     panel_h = panel_w / aspect
     if panel_h > 4:  # upright images
-        panel_w = max(2., 4 * aspect)
-        panel_h = panel_w / aspect
+        panel_h = min(max(4, 1.8 / aspect), 6)
+        panel_w = panel_h * aspect
+    slot_w = max(panel_w, 1.8)  # narrow panels leave room for their captions
     two_lines = panel_w < 2.75
     caption = .62 if two_lines else .48
-    step_x, step_y = panel_w + gap, panel_h + caption
+    step_x, step_y = slot_w + gap, panel_h + caption
     if arrangement == 'row':
         boxes = [(i * step_x, 0, panel_w, panel_h) for i in range(5)]
     elif arrangement == 'column':
@@ -149,7 +154,7 @@ def draw_pyramid(
         big_w = 2 * panel_w + gap
         boxes = [(0, 0, big_w, big_w / aspect)]
         boxes += [(x * step_x, big_w / aspect + caption + y * step_y, panel_w, panel_h) for y in (0, 1) for x in (0, 1)]
-    total_w = max(x + w for x, _, w, _ in boxes) + 2 * margin
+    total_w = max(x + max(w, slot_w) for x, _, w, _ in boxes) + 2 * margin
     total_h = max(y + h for _, y, _, h in boxes) + caption + header + footer + margin
 
     figure = Figure(figsize=(total_w, total_h), dpi=150, facecolor='white')
@@ -159,6 +164,10 @@ def draw_pyramid(
         axes = figure.add_axes((
             (margin + x) / total_w, 1 - (top + h) / total_h, w / total_w, h / total_h))
         axes.imshow(pixels, interpolation='nearest', aspect='auto')
+        for i in range(1, cells[0]):
+            axes.axhline(pixels.shape[0] * i / cells[0] - .5, color='white', linewidth=1)
+        for i in range(1, cells[1]):
+            axes.axvline(pixels.shape[1] * i / cells[1] - .5, color='white', linewidth=1)
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
@@ -171,9 +180,9 @@ def draw_pyramid(
             figure.text((margin + x + w) / total_w, text_y, size, fontsize=10.5, color=SUBTLE, va='top', ha='right')
     if title:
         figure.text(margin / total_w, 1 - margin / total_h, title, fontsize=15, weight='bold', color=INK, va='top')
-    figure.text(
-        margin / total_w, .12 / total_h, 'False colour: the first three principal components of each level',
-        fontsize=9, color=SUBTLE, va='bottom')
+    notes = [note] if note else []
+    notes.append('Colours: the first three principal components of each level')
+    figure.text(margin / total_w, .14 / total_h, '\n'.join(notes), fontsize=9.5, color=SUBTLE, va='bottom')
     save_atomically(output, lambda f: figure.savefig(f, format=suffix))
 
 

@@ -10,17 +10,14 @@ import timm
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
-from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
 from .checkpoints import adapt_to_model, convert, describe
-from .files import read_checkpoint
+from .files import find_checkpoint, read_checkpoint
 from .pvt import PyramidVisionTransformer, default_cfgs
 from .zoo import MODELS, has_weights
 
 __all__ = ['Classifier', 'UserError', 'extract', 'load_model', 'open_image', 'predict']
-
-_WEIGHT_FILES = ('model.safetensors', 'pytorch_model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth')
 
 
 class UserError(Exception):
@@ -35,8 +32,8 @@ def user_errors(prefix: str = '', kinds=(ValueError, OSError, RuntimeError, Memo
     except UserError:
         raise
     except kinds as e:
-        reason = ' '.join(str(e).split()) or type(e).__name__
-        raise UserError(f'{prefix}{reason}') from e
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else ' '.join(str(e).split()) or type(e).__name__
+        raise UserError(reason if reason.startswith('Cannot load') else f'{prefix}{reason}') from e
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Classifier:
 
     Attributes:
         model: In evaluation mode.
-        name: Model and tag, or model and file.
+        name: Model and tag, or model and name of the file or folder.
         data: timm's data config (input_size, mean, std, interpolation, crop_pct...).
         labels: Name of every class, None for a backbone without a head.
     """
@@ -73,7 +70,7 @@ def load_model(
     Raises:
         UserError: The model is not known, or has no (fitting) weights, or they cannot be had.
     """
-    kwargs = dict(class_token=False, num_classes=0) if dense else {}
+    kwargs = dict(class_token=False, num_classes=0, global_pool='avg') if dense else {}
     if checkpoint is None:
         loaded = _load_published(model, kwargs)
     else:
@@ -90,6 +87,7 @@ def load_model(
     if not dense and loaded.model.num_classes == 0:
         raise UserError(f'{loaded.name} is a backbone without a classifier: use `features`, or weights with a head')
     if img_size is not None:
+        _check_size(img_size)
         smallest = loaded.model.min_input_size
         if min(img_size) < smallest:
             raise UserError(
@@ -97,6 +95,13 @@ def load_model(
         loaded.data['input_size'] = (loaded.data['input_size'][0], *img_size)
     loaded.model.eval()
     return loaded
+
+
+def _check_size(img_size: Tuple[int, int], what: str = 'image size') -> None:
+    """Refuse what would only end in a lack of memory, at Pillow's limit for images."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and img_size[0] * img_size[1] > limit:
+        raise UserError(f'Expected an {what} of {limit} pixels at most, got {img_size[0]}x{img_size[1]}')
 
 
 def _check_name(name: str) -> None:
@@ -122,8 +127,11 @@ def _load_published(name: str, kwargs: Dict[str, Any]) -> Classifier:
                 f'{name} is a backbone without a classifier: use `features`, or a model with a head (see `list`)')
         tag = split_model_name_tag(name)[1] or cfg.tag
         name = f'{split_model_name_tag(name)[0]}.{tag}'
-    with user_errors('' if not hub else f'Cannot load {name}: '):
-        model = timm.create_model(name, pretrained=True, **kwargs)
+    try:
+        with user_errors(f'Cannot load {name}: '):
+            model = timm.create_model(name, pretrained=True, **kwargs)
+    except UserError as e:
+        raise UserError(f'{e} (--checkpoint takes weights from a file, --model test_pvt needs no network)') from e
     return _with_data(model, name, model.pretrained_cfg)
 
 
@@ -149,18 +157,13 @@ def _load_folder(path: Path, config: Dict[str, Any], name: Optional[str], kwargs
         raise UserError(f'Expected a checkpoint of {name}, but {path} holds {architecture}')
     with user_errors(f'Cannot load {path}: ', Exception):  # timm reads its config.json without checks
         model = timm.create_model(f'local-dir:{path}', pretrained=True, **kwargs)
-    return _with_data(model, f'{architecture} from {path}', model.pretrained_cfg)
+    return _with_data(model, f'{architecture} from {path.name}', model.pretrained_cfg)
 
 
 def _load_file(path: Path, config: Dict[str, Any], name: Optional[str], kwargs: Dict[str, Any]) -> Classifier:
     """A checkpoint file, or a folder with one (and transformers' config.json)."""
-    file = path
-    if path.is_dir():
-        found = [path / n for n in _WEIGHT_FILES if (path / n).is_file()] or sorted(path.glob('*.safetensors'))
-        if not found:
-            raise UserError(f'Expected a folder with weights ({", ".join(_WEIGHT_FILES)}), found none in {path}')
-        file = found[0]
     with user_errors():
+        file = find_checkpoint(path)
         checkpoint = read_checkpoint(file)
     with user_errors(f'Cannot use {file}: '):
         info = describe(convert(checkpoint).state_dict)
@@ -180,7 +183,7 @@ def _load_file(path: Path, config: Dict[str, Any], name: Optional[str], kwargs: 
     labels = config.get('id2label')
     if isinstance(labels, dict) and len(labels) == model.num_classes:
         cfg['label_names'] = [str(labels[k]) for k in sorted(labels, key=int)]
-    return _with_data(model, f'{info.variant} from {file}', cfg)
+    return _with_data(model, f'{info.variant} from {path.name}', cfg)
 
 
 def _with_data(model: torch.nn.Module, name: str, cfg: Dict[str, Any]) -> Classifier:
@@ -251,6 +254,8 @@ def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[T
     Raises:
         UserError: Not enough memory, or the weights give no numbers.
     """
+    resized = fit_size(*image.size, short=max(classifier.data['input_size'][1:]), multiple=1)
+    _check_size(resized, 'image that resizes to an area')
     transform = create_transform(**classifier.data, is_training=False)
     with user_errors('Cannot run the model: '):
         logits = classifier.model(transform(image)[None])[0].float()
@@ -271,7 +276,7 @@ def extract(
         classifier: Classifier,
         image: Image.Image,
         img_size: Optional[Tuple[int, int]] = None,
-) -> Tuple[Image.Image, List[torch.Tensor]]:
+) -> Tuple[List[torch.Tensor], Tuple[int, int]]:
     """Dense features of a whole image.
 
     Args:
@@ -281,7 +286,7 @@ def extract(
             longer one keeps the aspect to within 32 pixels.
 
     Returns:
-        The resized image and the feature map (C, H, W) of every stage.
+        The feature map (C, H, W) of every stage, and the height and width that the image was resized to.
 
     Raises:
         UserError: Not enough memory, or the weights give no numbers.
@@ -289,12 +294,11 @@ def extract(
     model, data = classifier.model, classifier.data
     if img_size is None:
         img_size = fit_size(*image.size, short=min(data['input_size'][1:]), multiple=model.reductions[-1])
-    size = to_2tuple(img_size)
+    _check_size(img_size)
+    squash = dict(data, input_size=(data['input_size'][0], *img_size), crop_pct=1., crop_mode='squash')
     with user_errors('Cannot run the model: '):
-        transform = create_transform(**{**data, 'input_size': (data['input_size'][0], *size), 'crop_pct': 1.,
-                                        'crop_mode': 'squash'}, is_training=False)
-        resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        features = model.forward_intermediates(transform(image)[None], intermediates_only=True)
+        x = create_transform(**squash, is_training=False)(image)
+        features = model.forward_intermediates(x[None], intermediates_only=True)
     if not all(f.isfinite().all() for f in features):
         raise UserError(f'{classifier.name} gives values that are not finite, the weights are damaged')
-    return resized, [f[0].contiguous() for f in features]
+    return [f[0].contiguous() for f in features], tuple(img_size)

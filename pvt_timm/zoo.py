@@ -1,5 +1,5 @@
 """ What there is: models, tags, cost and published accuracy. """
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import timm
 import torch
@@ -7,7 +7,7 @@ from timm.layers import to_2tuple
 
 from .pvt import PyramidVisionTransformer, default_cfgs
 
-__all__ = ['MODELS', 'TOP1', 'count_macs', 'has_weights', 'weights_source', 'zoo']
+__all__ = ['MODELS', 'TOP1', 'count_macs', 'has_weights', 'zoo']
 
 MODELS = tuple(default_cfgs)
 
@@ -17,6 +17,7 @@ TOP1 = {
     'pvt_small.in1k': 79.8,
     'pvt_medium.in1k': 81.2,
     'pvt_large.in1k': 81.7,
+    'test_pvt.digits': 99.2,
 }
 
 
@@ -54,26 +55,18 @@ def has_weights(cfg) -> bool:
     return bool(cfg.file or cfg.hf_hub_id or cfg.url)
 
 
-def weights_source(cfg) -> Optional[str]:
-    """Where the weights of a pretrained configuration come from, in words. None if there are none."""
-    if cfg.file:
-        return 'in the package'
-    places = [f'hf-hub:{cfg.hf_hub_id.partition("@")[0]}'] if cfg.hf_hub_id else []
-    places += [str(cfg.url)] if cfg.url else []
-    return ' or '.join(places) or None
-
-
 def zoo() -> List[Dict[str, Any]]:
     """One row per model and tag.
 
     Returns:
-        Dicts with model, tag, params (as the tag's mode has them), macs at img_size, top1 (None if not known), weights
-        (None if there are none) and whether the tag holds a classifier.
+        Dicts with model, tag (None without weights), params (as the tag's mode has them), macs at img_size, top1 (None
+        if not known), classes (0 for a backbone without head), and hf_hub_id, url or file of the weights.
     """
     rows = []
     for name in MODELS:
         for tag, cfg in default_cfgs[name].cfgs.items():
-            model = timm.create_model(f'{name}.{tag}' if tag else name, num_classes=cfg.num_classes, device='meta')
+            model = timm.create_model(
+                f'{name}.{tag}' if tag else name, num_classes=cfg.num_classes, device='meta', weight_init='skip')
             img_size = tuple(cfg.input_size[1:])
             rows.append(dict(
                 model=name,
@@ -83,6 +76,8 @@ def zoo() -> List[Dict[str, Any]]:
                 img_size=img_size,
                 top1=TOP1.get(f'{name}.{tag}'),
                 classes=cfg.num_classes,
-                weights=weights_source(cfg),
+                hf_hub_id=cfg.hf_hub_id or None,
+                url=str(cfg.url) if cfg.url else None,
+                file=str(cfg.file) if cfg.file else None,
             ))
     return rows

@@ -1,0 +1,186 @@
+"""Generated images of shapes with boxes, masks and classes, for the detection and segmentation demos.
+
+No download: an image has one to four discs, boxes and triangles of random size, colour and place on a noisy background.
+The same seed gives the same images.
+"""
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+CLASSES = ('disc', 'box', 'triangle')
+COLORS = ('#e6553a', '#2f7fd3', '#2a9d5c')  # of the classes, in pictures
+
+
+class Sample(NamedTuple):
+    """An image with its objects.
+
+    Attributes:
+        image: (H, W, 3) uint8.
+        labels: Class per object, from 0.
+        masks: (N, H, W) bool, the visible part of each object.
+    """
+    image: np.ndarray
+    labels: np.ndarray
+    masks: np.ndarray
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """(N, 4) float32 as x1, y1, x2, y2."""
+        out = []
+        for mask in self.masks:
+            ys, xs = np.where(mask.any(axis=1))[0], np.where(mask.any(axis=0))[0]
+            out.append((xs[0], ys[0], xs[-1] + 1, ys[-1] + 1))
+        return np.asarray(out, dtype=np.float32).reshape(-1, 4)
+
+    @property
+    def semantic(self) -> np.ndarray:
+        """(H, W) int64, 0 for background and class + 1 elsewhere."""
+        out = np.zeros(self.image.shape[:2], dtype=np.int64)
+        for label, mask in zip(self.labels, self.masks):
+            out[mask] = label + 1
+        return out
+
+    def tensor(self) -> torch.Tensor:
+        """Image (3, H, W) as floats from 0 to 1."""
+        return torch.from_numpy(self.image).permute(2, 0, 1).float() / 255
+
+
+def _draw(label: int, centre: np.ndarray, radius: float, angle: float, aspect: float, size: Tuple[int, int]):
+    mask = Image.new('1', (size[1], size[0]))
+    draw = ImageDraw.Draw(mask)
+    x, y = centre
+    if label == 0:
+        draw.ellipse([x - radius, y - radius * aspect, x + radius, y + radius * aspect], fill=1)
+    else:
+        corners = 4 if label == 1 else 3
+        start = np.pi / 4 if label == 1 else np.pi / 2
+        turn = angle if label == 2 else angle / 8
+        t = start + turn + 2 * np.pi * np.arange(corners) / corners
+        draw.polygon([(x + radius * np.cos(a), y + radius * aspect * np.sin(a)) for a in t], fill=1)
+    return np.asarray(mask)
+
+
+def make_sample(rng: np.random.Generator, size: Tuple[int, int] = (128, 128), max_objects: int = 4) -> Sample:
+    """One random image.
+
+    Args:
+        rng: Where randomness comes from.
+        size: Height and width.
+        max_objects: Most objects.
+    """
+    h, w = size
+    coarse = rng.integers(40, 216, size=(4, 4, 3)).astype(np.uint8)
+    image = np.asarray(Image.fromarray(coarse).resize((w, h), Image.BICUBIC)).astype(np.float32)
+    labels: List[int] = []
+    masks: List[np.ndarray] = []
+    for _ in range(int(rng.integers(1, max_objects + 1))):
+        for _ in range(10):  # a place where nothing lies yet
+            label = int(rng.integers(len(CLASSES)))
+            radius = rng.uniform(0.1, 0.24) * min(h, w)
+            centre = np.array([rng.uniform(radius, w - radius), rng.uniform(radius, h - radius)])
+            mask = _draw(label, centre, radius, rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.3), size)
+            if mask.sum() >= 64 and not any((mask & m).sum() > 0.1 * min(mask.sum(), m.sum()) for m in masks):
+                break
+        else:
+            continue
+        color = rng.integers(0, 256, size=3)
+        while np.abs(color - image[mask].mean(axis=0)).max() < 60:
+            color = rng.integers(0, 256, size=3)
+        image[mask] = color
+        masks = [m & ~mask for m in masks] + [mask]
+        labels.append(label)
+    image = np.clip(image + rng.normal(0, 8, size=image.shape), 0, 255).astype(np.uint8)
+    return Sample(image, np.asarray(labels, dtype=np.int64), np.asarray(masks, dtype=bool).reshape(-1, h, w))
+
+
+def make_samples(count: int, seed: int, low: int = 128, high: int = 128) -> List[Sample]:
+    """Random images, their sides between `low` and `high`."""
+    rng = np.random.default_rng(seed)
+    return [
+        make_sample(rng, (int(rng.integers(low, high + 1)), int(rng.integers(low, high + 1)))) for _ in range(count)]
+
+
+def coco_annotations(samples: List[Sample], first_category: int = 1) -> Dict[str, Any]:
+    """COCO's annotation file for samples, image ids from 1."""
+    from pycocotools import mask as coco_mask
+    images, annotations = [], []
+    for n, sample in enumerate(samples, start=1):
+        h, w = sample.image.shape[:2]
+        images.append(dict(id=n, file_name=f'{n:05d}.png', height=h, width=w))
+        for label, mask, (x1, y1, x2, y2) in zip(sample.labels, sample.masks, sample.boxes.tolist()):
+            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            annotations.append(dict(
+                id=len(annotations) + 1, image_id=n, category_id=int(label) + first_category, iscrowd=0,
+                bbox=[x1, y1, x2 - x1, y2 - y1], area=float(mask.sum()),
+                segmentation=dict(size=rle['size'], counts=rle['counts'].decode())))
+    categories = [dict(id=i + first_category, name=name) for i, name in enumerate(CLASSES)]
+    return dict(info={}, licenses=[], images=images, annotations=annotations, categories=categories)
+
+
+def write_coco(samples: List[Sample], folder: Path) -> None:
+    """Write samples as COCO does: images/*.png and annotations.json."""
+    (folder / 'images').mkdir(parents=True, exist_ok=True)
+    annotations = coco_annotations(samples)
+    for entry, sample in zip(annotations['images'], samples):
+        Image.fromarray(sample.image).save(folder / 'images' / entry['file_name'])
+    (folder / 'annotations.json').write_text(json.dumps(annotations))
+
+
+def coco_scores(annotations: Dict[str, Any], results: List[Dict[str, Any]], kind: str = 'bbox') -> Dict[str, float]:
+    """Average precision by pycocotools.
+
+    Args:
+        annotations: Content of an annotation file.
+        results: Detections in COCO's result format.
+        kind: 'bbox' or 'segm'.
+
+    Returns:
+        'AP' (mean over IoU 0.5 to 0.95), 'AP50' and 'AP75', 0 if there are no detections.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    if not results:
+        return dict(AP=0., AP50=0., AP75=0.)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = annotations
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results), kind)
+        evaluation.params.imgIds = [image['id'] for image in annotations['images']]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(('AP', 'AP50', 'AP75'), (float(x) for x in evaluation.stats[:3])))
+
+
+def coco_results(
+        detections: List[Dict[str, torch.Tensor]],
+        image_ids: List[int],
+        category_ids: Dict[int, int],
+) -> List[Dict[str, Any]]:
+    """Detections of torchvision in COCO's result format.
+
+    Args:
+        detections: One dict per image, with 'masks' if there are any.
+        image_ids: Ids of the images.
+        category_ids: Label to id of the category.
+    """
+    from pycocotools import mask as coco_mask
+    out = []
+    for image_id, found in zip(image_ids, detections):
+        for n, (box, score, label) in enumerate(zip(
+                found['boxes'].tolist(), found['scores'].tolist(), found['labels'].tolist())):
+            x1, y1, x2, y2 = box
+            row = dict(image_id=image_id, category_id=category_ids[label], bbox=[x1, y1, x2 - x1, y2 - y1], score=score)
+            if 'masks' in found:
+                mask = (found['masks'][n, 0] > 0.5).byte().numpy()
+                rle = coco_mask.encode(np.asfortranarray(mask))
+                row['segmentation'] = dict(size=rle['size'], counts=rle['counts'].decode())
+            out.append(row)
+    return out
