@@ -34,6 +34,7 @@ from timm.models import (
     register_notrace_function,
     resolve_pretrained_cfg,
 )
+from timm.utils import reparameterize_model
 
 from .checkpoints import adapt_to_model
 from .pos_embed import resample_pos_embed, stage_grids
@@ -146,7 +147,8 @@ class Attention(nn.Module):
         q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
 
         if self.sr is not None:
-            x = x.transpose(1, 2).reshape(B, C, size[0], size[1])  # a channels_last view, no copy
+            # a channels_last view, no copy; by way of NHWC its strides say so at batch size 1 too
+            x = x.reshape(B, size[0], size[1], C).permute(0, 3, 1, 2)
             x = self.sr(x).flatten(2).transpose(1, 2)
             x = self.norm(x)
         kv = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -309,6 +311,9 @@ class PyramidVisionTransformerStage(nn.Module):
         self.grid_size = grid_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_plain(x)
+
+    def forward_plain(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_chans, self.min_input_size)
         B = x.shape[0]
         x, size = self.patch_embed(x)
@@ -324,8 +329,14 @@ class PyramidVisionTransformerStage(nn.Module):
                 x = blk(x, size)
 
         if self.output_nchw:
-            x = x[:, self.num_prefix_tokens:].transpose(1, 2).reshape(B, self.dim, size[0], size[1])
+            x = x[:, self.num_prefix_tokens:].reshape(B, size[0], size[1], self.dim).permute(0, 3, 1, 2)
         return x
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The stage for inference, see `fast.py`. `timm.utils.reparameterize_model` calls it."""
+        from .fast import FusedStage
+        return FusedStage.from_stage(self)
 
 
 class PyramidVisionTransformer(nn.Module):
@@ -671,9 +682,24 @@ class PyramidVisionTransformer(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            class_token_stage = getattr(self.stages[-1], 'forward_class_token', None)  # of a fused model
+            if class_token_stage is not None and self.global_pool == 'token':
+                for stage in self.stages[:-1]:
+                    x = stage(x)
+                return self.forward_head(self.norm(class_token_stage(x)))
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
+
+    @torch.jit.ignore
+    def fuse(self, inplace: bool = False) -> 'PyramidVisionTransformer':
+        """Model for inference on CPU: the same results and state dict, faster and with less memory, see `fast.py`.
+
+        Args:
+            inplace: Change and return this model, otherwise a copy.
+        """
+        return reparameterize_model(self, inplace=inplace)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

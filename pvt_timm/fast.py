@@ -1,0 +1,320 @@
+""" Inference path for CPU, behind `model.fuse()` and `timm.utils.reparameterize_model(model)`.
+
+A fused stage holds the parameters of the stage that it was made of and computes the same numbers to rounding:
+  * linears, patch embeddings and spatial reductions run on weights packed once for oneDNN, with GELU fused;
+  * everything after the keys and values of a block runs on slices of tokens, which stay in the cache, so that memory
+    grows neither with the hidden size of the MLP nor with the attention matrix;
+  * the last block computes only the class token where nothing else is asked for.
+
+It takes the plain path of the parent class, with the same results, whenever something else is needed: gradients,
+training mode, autocast, tracing, compiling, export, other devices and dtypes, hooks on or replacements of inner
+modules, a build of PyTorch without the operators. `print(model)` shows which path a stage is on.
+"""
+import math
+from functools import cache
+from threading import Lock
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm.layers import DropPath, LayerNorm, Mlp
+
+from .pos_embed import resample_pos_embed
+from .pvt import Attention, Block, PatchEmbed, PyramidVisionTransformerStage, check_input
+
+__all__ = ['FusedStage']
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+# Tokens that a block works on at a time. The hidden activations of this many fit a last-level cache, and the time that
+# it takes is far above the cost of calling the operators.
+SLICE = 1568
+
+# What the fused forward knows how to compute. Any other module (an adapter, a quantized linear, another norm) is left
+# to the plain path.
+_KNOWN = frozenset((
+    Attention, Block, DropPath, LayerNorm, Mlp, PatchEmbed,
+    nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList,
+))
+_lock = Lock()  # at most one thread packs
+
+
+# --- The only place that touches operators without a public interface ---
+
+def _pack_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool = False) -> Linear:
+    """A function that applies a linear layer (and GELU), with the weight in the layout that oneDNN wants."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    bias = None if bias is None else bias.detach()
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    act, algorithm = ('gelu', 'none') if gelu else ('none', '')
+    return lambda x: linear(x, weight, bias, act, [], algorithm)
+
+
+def _intercepted() -> bool:
+    """Whether something watches or transforms operators or modules (counters, functional transforms, global hooks)."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+@cache
+def _works(dtype: torch.dtype) -> bool:
+    """Whether this build of PyTorch and this CPU have the fast operators, and they compute what they should."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        _intercepted()
+        x = torch.linspace(-1, 1, 64).reshape(2, 2, 16).to(dtype)
+        weight = torch.linspace(-1, 1, 128).reshape(8, 16).to(dtype)
+        bias = weight[:, 0].clone()
+        expected = F.linear(x, weight, bias)
+        return all(
+            torch.allclose(f(x).float(), y.float(), rtol=0.02, atol=1e-3 if dtype == torch.float32 else 0.05)
+            for f, y in (
+                (_pack_linear(weight, bias), expected),
+                (_pack_linear(weight, bias, gelu=True), F.gelu(expected)),
+                (_pack_linear(weight, None), expected - bias),
+            ))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+# --- The fused forward ---
+
+class _PackedBlock(NamedTuple):
+    q: Linear
+    kv: Linear
+    sr: Optional[Linear]
+    proj: Linear
+    fc1: Linear
+    fc2: Linear
+
+
+class _State(NamedTuple):
+    plain: str  # why the stage takes the plain path, '' for the fast one
+    requires_grad: bool = False
+    key: tuple = ()  # address and version of each parameter
+
+
+class _Packed(NamedTuple):
+    key: tuple  # that of the parameters that were packed
+    owners: List[torch.Tensor]  # keeps the storages of the key alive, so that no other one can get their addresses
+    embed: Linear
+    blocks: List[_PackedBlock]
+
+
+def _pack_conv(conv: nn.Conv2d) -> Linear:
+    """A convolution whose stride is its kernel is a linear layer on the patches that `_patches` makes."""
+    return _pack_linear(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+
+def _pack_block(blk: Block) -> _PackedBlock:
+    attn, mlp = blk.attn, blk.mlp
+    return _PackedBlock(
+        q=_pack_linear(attn.q.weight, attn.q.bias),
+        kv=_pack_linear(attn.kv.weight, attn.kv.bias),
+        sr=None if attn.sr is None else _pack_conv(attn.sr),
+        proj=_pack_linear(attn.proj.weight, attn.proj.bias),
+        fc1=_pack_linear(mlp.fc1.weight, mlp.fc1.bias, gelu=True),
+        fc2=_pack_linear(mlp.fc2.weight, mlp.fc2.bias),
+    )
+
+
+def _patches(x: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, H, W, C) to (B, H // size * W // size, size * size * C). A remainder is dropped."""
+    B, H, W, C = x.shape
+    h, w = H // size, W // size
+    x = x[:, :h * size, :w * size].reshape(B, h, size, w, size * C)
+    return x.transpose(2, 3).reshape(B, h * w, size * size * C)
+
+
+def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _slices(batch: int, tokens: int) -> Iterator[Tuple[slice, slice]]:
+    """Cut (batch, tokens) into contiguous parts of about `SLICE` tokens: some images, or a part of one."""
+    images = max(1, SLICE // tokens)
+    step = math.ceil(tokens / math.ceil(tokens / SLICE))
+    for b in range(0, batch, images):
+        for n in range(0, tokens, step):
+            yield slice(b, b + images), slice(n, n + step)
+
+
+def _block(
+        blk: Block,
+        packed: _PackedBlock,
+        x: torch.Tensor,
+        size: Tuple[int, int],
+        num_tokens: Optional[int] = None,
+) -> torch.Tensor:
+    """`Block.forward`, written into `x`. With `num_tokens` only for that many leading tokens, seen by all as keys."""
+    B, _, C = x.shape
+    attn = blk.attn
+    y = _norm(blk.norm1, x)
+    kv = y
+    if packed.sr is not None:
+        kv = _norm(attn.norm, packed.sr(_patches(y.view(B, size[0], size[1], C), attn.sr_ratio)))
+    k, v = packed.kv(kv).view(B, -1, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    if num_tokens is not None:
+        x, y = x[:, :num_tokens].contiguous(), y[:, :num_tokens].contiguous()
+
+    for b, n in _slices(B, x.shape[1]):
+        part = x[b, n]
+        q = packed.q(y[b, n]).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k[b], v[b])
+        part += packed.proj(out.transpose(1, 2).flatten(2))
+        part += packed.fc2(packed.fc1(_norm(blk.norm2, part)))
+    return x
+
+
+class FusedStage(PyramidVisionTransformerStage):
+    """A stage that takes the fast path where it can. Made by `fuse()` of a stage, whose parameters it shares.
+
+    The state dict is that of the plain stage. Weights are packed at the first forward and again after they changed; a
+    write through `parameter.data`, of which PyTorch keeps no record, is not noticed: call `repack()` after one.
+    """
+    @classmethod
+    def from_stage(cls, stage: PyramidVisionTransformerStage) -> 'FusedStage':
+        fused = cls.__new__(cls)
+        fused.__dict__.update(stage.__dict__)  # the same parameters, modules and hooks
+        fused.__dict__['_packed'] = None
+        return fused
+
+    def fuse(self) -> 'FusedStage':
+        return self
+
+    def repack(self) -> None:
+        """Forget the packed weights, the next forward packs again."""
+        self.__dict__['_packed'] = None
+
+    def __getstate__(self) -> Dict:
+        return {**self.__dict__, '_packed': None}  # for deepcopy and pickle: packed weights cannot be stored
+
+    def _apply(self, fn, recurse: bool = True):
+        self.repack()
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        state = self._inspect()
+        if state.plain:
+            return f'path=plain ({state.plain})'
+        if not _works(self.pos_embed.dtype):
+            return f'path=plain (no fast operators for {self.pos_embed.dtype})'
+        return 'path=fast (without gradients)' if state.requires_grad else 'path=fast'
+
+    def _inspect(self) -> _State:
+        """Look at all inner modules and parameters. Runs at every forward, therefore written to be quick."""
+        if self.training:
+            return _State('training mode')
+        if not torch.backends.mkldnn.enabled:
+            return _State('oneDNN is disabled')
+        dtype = self.pos_embed.dtype
+        key, requires_grad = [], False
+        parameters = [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
+        modules = list(self._modules.values())
+        while modules:
+            m = modules.pop()
+            if m is None:
+                continue
+            if type(m) not in _KNOWN or 'forward' in m.__dict__:
+                return _State(f'{type(m).__name__} has no fast form')
+            if m._forward_hooks or m._forward_pre_hooks:
+                return _State('hooks on inner modules')
+            if type(m) is nn.GELU and m.approximate != 'none':
+                return _State('approximate GELU')
+            if m._modules:
+                modules.extend(m._modules.values())
+            if m._parameters:
+                parameters.extend(m._parameters.values())
+        for p in parameters:
+            if p is None:
+                continue
+            if p.dtype is not dtype or p.device.type != 'cpu' or type(p) not in (nn.Parameter, torch.Tensor):
+                return _State('parameters that are not plain CPU tensors of one dtype')
+            if p.is_inference():
+                return _State('parameters made in inference mode')
+            requires_grad = requires_grad or p.requires_grad
+            key.append((p.data_ptr(), p._version))
+        return _State('', requires_grad, tuple(key))
+
+    def _fast_key(self, x: torch.Tensor) -> Optional[tuple]:
+        """What `_get_packed` takes if this call can take the fast path, otherwise None."""
+        if (
+                type(x) is not torch.Tensor
+                or x.device.type != 'cpu'
+                or x.dtype != self.pos_embed.dtype
+                or x.numel() == 0
+                or torch.jit.is_tracing()
+                or torch.is_autocast_enabled('cpu')
+                or not _works(x.dtype)
+                or _intercepted()
+        ):
+            return None
+        state = self._inspect()
+        if state.plain or torch.is_grad_enabled() and (x.requires_grad or state.requires_grad):
+            return None
+        return state.key
+
+    def _get_packed(self, key: tuple) -> _Packed:
+        """Packed weights of the parameters that `key` stands for."""
+        packed = self._packed
+        if packed is None or packed.key != key:
+            with _lock:
+                packed = self._packed
+                if packed is None or packed.key != key:
+                    packed = _Packed(
+                        key=key,
+                        owners=[p.detach() for p in self.parameters()],
+                        embed=_pack_conv(self.patch_embed.proj),
+                        blocks=[_pack_block(blk) for blk in self.blocks],
+                    )
+                    self.__dict__['_packed'] = packed
+        return packed
+
+    @torch.no_grad()
+    def _fused_forward(
+            self,
+            x: torch.Tensor,
+            key: tuple,
+            num_tokens: Optional[int] = None,
+    ) -> Tuple[torch.Tensor, Tuple[int, int]]:
+        """Tokens after the blocks (only `num_tokens` leading ones) and the grid size."""
+        check_input(x, self.in_chans, self.min_input_size)
+        packed = self._get_packed(key)
+        patch_size = self.patch_embed.patch_size
+        size = (x.shape[2] // patch_size, x.shape[3] // patch_size)
+        x = _norm(self.patch_embed.norm, packed.embed(_patches(x.permute(0, 2, 3, 1), patch_size)))
+        pos_embed = resample_pos_embed(self.pos_embed, size, self.grid_size, self.num_prefix_tokens)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x += pos_embed
+        last = len(self.blocks) - 1
+        for i, blk in enumerate(self.blocks):
+            x = _block(blk, packed.blocks[i], x, size, num_tokens if i == last else None)
+        return x, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            key = self._fast_key(x)
+            if key is not None:
+                x, size = self._fused_forward(x, key)
+                if self.output_nchw:
+                    x = x[:, self.num_prefix_tokens:].unflatten(1, size).permute(0, 3, 1, 2)
+                return x
+        return self.forward_plain(x)
+
+    def forward_class_token(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` returns, or only the class token of it where that is less work."""
+        if not (self._forward_hooks or self._forward_pre_hooks or self.output_nchw or torch.compiler.is_compiling()):
+            key = self._fast_key(x)
+            if key is not None:
+                return self._fused_forward(x, key, num_tokens=1)[0]
+        return self(x)
