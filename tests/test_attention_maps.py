@@ -1,7 +1,7 @@
 """ timm's AttentionExtract returns the attention of every block.
 
-The map of a block is (batch, heads, queries, keys): queries are the tokens of its stage, H/4 * W/4 to H/32 * W/32, keys are
-those tokens reduced `sr_ratio` times in height and width. The class token is the first query and key of stage 4. Fused
+The map of a block is (batch, heads, queries, keys): queries are the tokens of its stage, H/4 * W/4 to H/32 * W/32, keys
+are those tokens reduced `sr_ratio` times per side. The class token is the first query and key of stage 4. Fused
 attention never holds the map, so the model is made with `timm.layers.set_fused_attn(False)`.
 """
 import pytest

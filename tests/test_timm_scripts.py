@@ -82,7 +82,8 @@ def test_train_and_checkpoint_scripts(model, scripts, digits, client_env, tmp_pa
     assert [int(r['epoch']) for r in rows] == [0, 1] and all(float(r['train_loss']) > 0 for r in rows)
     checkpoint = folder / 'model_best.pth.tar'
 
-    launch(client_env, tmp_path, scripts / 'avg_checkpoints.py', '--input', folder, '--output', tmp_path / 'average.pth')
+    launch(
+        client_env, tmp_path, scripts / 'avg_checkpoints.py', '--input', folder, '--output', tmp_path / 'average.pth')
     launch(
         client_env, tmp_path, scripts / 'clean_checkpoint.py', '--checkpoint', checkpoint, '--output',
         tmp_path / 'clean.pth', '--no-hash')
