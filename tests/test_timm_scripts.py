@@ -56,7 +56,13 @@ def run(client_env, folder, *arguments):
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout + done.stderr
+    return done
+
+
+def result_of(done):
+    """What a script prints as JSON behind a line `--result`."""
+    result = json.JSONDecoder().raw_decode(done.stdout.split('--result')[1].lstrip())[0]
+    return result[0] if isinstance(result, list) else result
 
 
 def launch(client_env, folder, script, *arguments):
@@ -70,12 +76,12 @@ def size(model):
 
 @pytest.mark.parametrize('model', MODELS)
 def test_train_and_checkpoint_scripts(model, scripts, digits, client_env, tmp_path):
-    log = run(
+    done = run(
         client_env, tmp_path, scripts / 'train.py', '--device-modules', 'pvt_timm', '--device', 'cpu',
         '--data-dir', digits, '--model', model, *size(model), '--num-classes', 10, '--batch-size', 10, '--epochs', 2,
         '--opt', 'adamw', '--lr', 1e-3, '--workers', 0, '--no-prefetcher', '--output', tmp_path, '--experiment', 'run',
         '--model-ema', '--seed', 0)
-    assert f'Model {model} created' in log
+    assert f'Model {model} created' in done.stdout + done.stderr
     folder = tmp_path / 'run'
     with open(folder / 'summary.csv') as f:
         rows = list(csv.DictReader(f))
@@ -90,10 +96,10 @@ def test_train_and_checkpoint_scripts(model, scripts, digits, client_env, tmp_pa
     for name in ('average.pth', 'clean.pth'):
         state_dict = torch.load(tmp_path / name, weights_only=True)
         assert 'stages.3.cls_token' in state_dict
-        result = json.loads(launch(
+        result = result_of(launch(
             client_env, tmp_path, scripts / 'validate.py', digits, '--model', model, *size(model), '--num-classes', 10,
             '--checkpoint', tmp_path / name, '--device', 'cpu', '--batch-size', 10, '--workers', 0, '--no-prefetcher',
-            '--split', 'validation').split('--result')[1])
+            '--split', 'validation'))
         assert result['model'] == model and 0 <= result['top1'] <= 100
 
 
@@ -102,10 +108,10 @@ def test_validate(reparam, scripts, digits, client_env, tmp_path):
     """The bundled weights recognise the digits."""
     if reparam:
         need_fuse()
-    log = launch(
+    done = launch(
         client_env, tmp_path, scripts / 'validate.py', digits, '--model', 'test_pvt', '--pretrained', '--device', 'cpu',
         '--batch-size', 10, '--workers', 0, '--no-prefetcher', '--split', 'validation', *reparam)
-    assert json.loads(log.split('--result')[1])['top1'] >= 90
+    assert result_of(done)['top1'] >= 90
 
 
 def test_inference(scripts, digits, client_env, tmp_path):
@@ -142,11 +148,9 @@ def need_fuse():
 def test_benchmark(arguments, model, scripts, client_env, tmp_path):
     if '--reparam' in arguments:
         need_fuse()
-    log = launch(
+    result = result_of(launch(
         client_env, tmp_path, scripts / 'benchmark.py', '--model', model, '--device', 'cpu', '--num-warm-iter', 1,
-        '--num-bench-iter', 2, '--batch-size', 2, *size(model), *arguments)
-    result = json.loads(log.split('--result')[1])
-    result = result[0] if isinstance(result, list) else result
+        '--num-bench-iter', 2, '--batch-size', 2, *size(model), *arguments))
     assert result['model'] == model and 'error' not in result
     assert float(result['infer_samples_per_sec' if 'infer' in arguments else 'train_samples_per_sec']) > 0
 
