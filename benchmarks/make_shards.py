@@ -5,6 +5,8 @@
 writes SHARDS/<split>-0000.tar ... and SHARDS/_info.json. Train with
 `--dataset wds/NAME --data-dir SHARDS --train-split train --val-split validation --aug-repeats 0`
 (pip install webdataset). Use at least as many training shards as there are loader workers in all processes together.
+The shards for validation must be as many for each process and of equal size: timm adds up the scores of all processes
+batch by batch, and stops where one of them has fewer batches.
 """
 import argparse
 import io

@@ -23,8 +23,14 @@ SIZE = 128
 def build(detector: str, model: str):
     """The detector, and the label of the first class."""
     if detector == 'retinanet':
-        return pvt_retinanet(
-            model, len(CLASSES), out_channels=64, model_args=dict(img_size=SIZE), min_size=SIZE, max_size=SIZE * 2), 0
+        retinanet = pvt_retinanet(
+            model, len(CLASSES), out_channels=64, model_args=dict(img_size=SIZE), min_size=SIZE, max_size=SIZE * 2)
+        # torchvision's initialisation is for 256 channels, of 64 it would leave next to nothing after four layers
+        for branch in (retinanet.head.classification_head, retinanet.head.regression_head):
+            for layer in branch.conv.modules():
+                if isinstance(layer, torch.nn.Conv2d):
+                    torch.nn.init.kaiming_normal_(layer.weight)
+        return retinanet, 0
     backbone = pvt_fpn_backbone(model, out_channels=64, img_size=SIZE)
     anchors = AnchorGenerator(sizes=((16,), (32,), (64,), (96,), (128,)), aspect_ratios=((0.5, 1.0, 2.0),) * 5)
     # label 0 is the background in torchvision's two-stage detectors
@@ -126,9 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--detector', choices=('retinanet', 'mask_rcnn'), default='retinanet')
     parser.add_argument('--model', default='test_pvt', help='timm name of the backbone')
-    parser.add_argument('--steps', type=int, default=900)
+    parser.add_argument('--steps', type=int, default=1500)
     parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--lr', type=float, default=6e-4)
+    parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--images', type=int, default=2000, help='training images')
     parser.add_argument('--held-out', type=int, default=120)
     parser.add_argument('--eval-every', type=int, default=150)

@@ -19,7 +19,15 @@ import pvt_timm  # noqa: F401  registers the models
 from shapes import CLASSES, COLORS, make_samples
 
 SIZE = 128
-DECODERS = ('FPN', 'Unet', 'UPerNet', 'Segformer', 'DPT')
+DECODERS = {  # narrow ones, the defaults take most of the time
+    'FPN': dict(decoder_pyramid_channels=64, decoder_segmentation_channels=64),
+    'Unet': dict(decoder_channels=(128, 64, 48, 32, 16)),
+    'UPerNet': dict(decoder_channels=64),
+    'Segformer': dict(decoder_segmentation_channels=64),
+    # takes a whole model, not a features_only one
+    'DPT': dict(decoder_intermediate_channels=(48, 64, 96, 128), decoder_fusion_channels=64,
+                class_token=False, num_classes=0, decoder_readout='ignore'),
+}
 
 
 def batch_of(samples):
@@ -89,14 +97,14 @@ def draw_masks(samples, predicted, path: Path, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--decoder', choices=DECODERS, default='FPN')
+    parser.add_argument('--decoder', choices=list(DECODERS), default='FPN')
     parser.add_argument('--model', default='test_pvt', help='timm name of the backbone')
-    parser.add_argument('--steps', type=int, default=400)
+    parser.add_argument('--steps', type=int, default=1000)
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--lr', type=float, default=1.5e-3)
     parser.add_argument('--images', type=int, default=2000, help='training images')
     parser.add_argument('--held-out', type=int, default=120)
-    parser.add_argument('--eval-every', type=int, default=50)
+    parser.add_argument('--eval-every', type=int, default=100)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--output', type=Path, default=Path(__file__).parent / 'results')
     args = parser.parse_args()
@@ -107,7 +115,8 @@ def main() -> None:
     train = make_samples(args.images, seed=args.seed + 1, low=SIZE, high=SIZE)
     held_out = make_samples(args.held_out, seed=args.seed + 2, low=SIZE, high=SIZE)
     truth = batch_of(held_out)[1]
-    model = getattr(smp, args.decoder)(f'tu-{args.model}', encoder_weights=None, classes=num_classes)
+    model = getattr(smp, args.decoder)(
+        f'tu-{args.model}', encoder_weights=None, classes=num_classes, **DECODERS[args.decoder])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
 

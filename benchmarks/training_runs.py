@@ -65,7 +65,7 @@ def run(
             if time.monotonic() > end:
                 raise TimeoutError(f'Not done after {timeout} seconds:\n{"".join(lines[-20:])}')
         if process.wait() != 0:
-            raise RuntimeError(f'Exit code {process.returncode}:\n{"".join(lines[-40:])}')
+            raise RuntimeError(f'Exit code {process.returncode}:\n{"".join(lines[-400:])}')
     finally:
         end_all(process)
     return ''.join(lines)

@@ -145,10 +145,10 @@ def _kind(f: BinaryIO, size: int, name: str) -> str:
     f.seek(0)
     if start[:4] == b'PK\x03\x04':
         return 'zip'
+    if start[8:9] == b'{':  # before the next one: the length of a header may well start with byte 0x80
+        return 'safetensors'
     if start[:1] == b'\x80':
         return 'legacy'
-    if len(start) >= 9 and start[8:9] == b'{':
-        return 'safetensors'
     if not start:
         got = 'an empty file'
     elif start.lstrip()[:1] == b'<':

@@ -581,6 +581,7 @@ class PyramidVisionTransformer(nn.Module):
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
+            return_prefix_tokens: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """ Forward features that returns intermediates.
 
@@ -591,6 +592,7 @@ class PyramidVisionTransformer(nn.Module):
             stop_early: Stop iterating over stages when last desired intermediate hit.
             output_fmt: Shape of intermediate feature outputs, only 'NCHW'. The class token is left out.
             intermediates_only: Only return intermediate features.
+            return_prefix_tokens: Must be False, the first stages have no class token to return.
 
         Returns:
             List of feature maps (B, C, H / reduction, W / reduction), after what `forward_features` returns unless
@@ -598,6 +600,10 @@ class PyramidVisionTransformer(nn.Module):
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"Expected output_fmt 'NCHW', got '{output_fmt}'.")
+        if return_prefix_tokens:  # segmentation_models_pytorch's DPT asks for them where the model has a class token
+            raise ValueError(
+                'Expected return_prefix_tokens=False, only the last stage has a class token. For a decoder that takes '
+                'prefix tokens create the model with class_token=False, num_classes=0.')
         take_indices, max_index = take_indices_of(len(self.stages), indices)
         last_index = len(self.stages) - 1
         intermediates: List[torch.Tensor] = []

@@ -298,6 +298,29 @@ def test_hub_unreachable(cli, monkeypatch, no_waits):
     assert err.count('\n') == 1 and 'Zetatech/pvt-tiny-224' in err and '--checkpoint' in err
 
 
+def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path):
+    torch.manual_seed(0)
+    state = timm.create_model('pvt_tiny').state_dict()
+    theirs = from_timm(state, 'transformers')[0]
+    save_file({k: v.contiguous() for k, v in theirs.items()}, tmp_path / 'model.safetensors')
+    save_file(state, tmp_path / 'native.safetensors')
+    hub.add_repo('Zetatech/pvt-tiny-224', {'model.safetensors': tmp_path / 'model.safetensors', 'config.json': '{}'},
+                 commit=timm.models.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')[2])
+    photo = files / 'photo.jpg'
+    argv = ['predict', photo, '--model', 'pvt_tiny', '--img-size', 64, '--json']
+
+    hub.fail('truncate', 'model.safetensors')
+    hub.fail(500, 'pytorch_model.bin')
+    code, out, err = cli(*argv)
+    assert (code, out) == (2, '') and 'Zetatech/pvt-tiny-224' in err.strip().splitlines()[-1], err
+    hub.heal()
+
+    code, out, err = cli(*argv)
+    assert code == 0, err
+    from_file = cli('predict', photo, '--checkpoint', tmp_path / 'native.safetensors', '--img-size', 64, '--json')[1]
+    assert json.loads(out)['images'] == json.loads(from_file)['images']
+
+
 def test_no_matplotlib(cli, monkeypatch, tmp_path):
     for name in [m for m in sys.modules if m.split('.')[0] == 'matplotlib'] + ['matplotlib']:
         monkeypatch.setitem(sys.modules, name, None)
@@ -361,6 +384,21 @@ def test_run_is_like_python(script, tmp_path, client_env):
     expected, got = json.loads(plain.stdout), json.loads(ours.stdout)
     assert not expected.pop('registered') and got.pop('registered')
     assert got == expected
+
+
+def test_run_with_spawned_processes(tmp_path, client_env):
+    (tmp_path / 'script.py').write_text('''
+import multiprocessing
+
+def double(x):
+    return 2 * x
+
+if __name__ == '__main__':
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        print(pool.map(double, [1, 2]))
+''')
+    done = python('-m', 'pvt_timm', 'run', 'script.py', env=client_env, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, '[2, 4]\n'), done.stderr
 
 
 def test_run_shows_the_scripts_own_traceback(tmp_path, client_env):

@@ -93,8 +93,8 @@ def test_detections_on_resized_images(calm_models, original):
     off = (x.tensors - data['inputs']).abs().max().item() * 0.226
     close = share_of_identical(a, b, 1, 0.02)
     print(f'{original} -> {resized.shape[:2]}: {len(b["labels"])} detections, {exact:.1%} identical on the same '
-          f'resized image. mmcv resizes bytes: pixels differ by up to {off:.4f}, {close:.0%} of the detections by less than 1 '
-          f'pixel and 0.02')
+          f'resized image. mmcv resizes bytes: pixels differ by up to {off:.4f}, {close:.0%} of the detections by '
+          f'less than 1 pixel and 0.02')
     assert exact >= 0.99
     assert off <= 1.5 / 255  # only the rounding to bytes
 

@@ -149,9 +149,10 @@ def test_feature_classes_are_equal(feature_cls):
     expected = make_model(features_only=True)
     model = timm.create_model('test_pvt', features_only=True, feature_cls=feature_cls).eval()
     state_dict = {n.replace('stages_', 'stages.'): p for n, p in expected.state_dict().items()}
-    if feature_cls == 'getter':
-        state_dict = {f'model.{n}': p for n, p in state_dict.items()}
-    elif feature_cls in ('list', 'dict', 'hook'):
+    prefix = {'getter': 'model.', 'fx': 'graph_module.'}.get(feature_cls)
+    if prefix:
+        state_dict = {f'{prefix}{n}': p for n, p in state_dict.items()}
+    else:
         state_dict = {n.replace('stages.', 'stages_'): p for n, p in state_dict.items()}
     model.load_state_dict(state_dict)
     assert_equal_at(model, expected, (*SIZES, (1, 64, 196)), tolerance=0)

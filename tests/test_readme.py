@@ -46,7 +46,7 @@ def test_commands_exist(command):
 def test_snippets_run():
     """Those on using the models, with the small one and without downloads."""
     code = ''.join(blocks('python', section('Use') + section('Features')))
-    code = re.sub(r'pvt_(small|tiny|large)', 'test_pvt', code).replace('pretrained=True', 'pretrained=False')
+    code = re.sub(r'pvt_(small|tiny|large)(\.\w+)?', 'test_pvt', code).replace('pretrained=True', 'pretrained=False')
     names = {}
     exec(compile(code, 'README.md', 'exec'), names)
     assert [tuple(f.shape[2:]) for f in names['features']] == [(200, 336), (100, 168), (50, 84), (25, 42)]

@@ -1,6 +1,19 @@
 """ Convert PVT v1 checkpoints to timm and back. """
-from .converter import VerificationError, convert, inspect
-from .hub import push
-from .report import Report
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .converter import VerificationError, convert, inspect
+    from .hub import push
+    from .report import Report
 
 __all__ = ['Report', 'VerificationError', 'convert', 'inspect', 'push']
+
+_HOMES = {
+    'Report': 'report', 'VerificationError': 'converter', 'convert': 'converter', 'inspect': 'converter', 'push': 'hub'}
+
+
+def __getattr__(name):  # torch and timm take seconds to import, `--help` should not
+    if name in _HOMES:
+        return getattr(importlib.import_module(f'.{_HOMES[name]}', __name__), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

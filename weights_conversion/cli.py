@@ -21,9 +21,14 @@ def _size(text: str) -> int:
     return int(text)
 
 
-def _parser(inspect: bool) -> argparse.ArgumentParser:
-    from pvt_timm.version import __version__
+class _Version(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        from pvt_timm.version import __version__
+        print(f'pvt-timm {__version__}')
+        parser.exit()
 
+
+def _parser(inspect: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='pvt-convert inspect' if inspect else 'pvt-convert',
         description='Show what a PVT v1 checkpoint is.' if inspect else
@@ -55,7 +60,7 @@ def _parser(inspect: bool) -> argparse.ArgumentParser:
         parser.add_argument('--dry-run', action='store_true', help='with --push: only show what would be uploaded')
     parser.add_argument('--json', action='store_true', help='print the report as JSON')
     parser.add_argument('--quiet', '-q', action='store_true', help='no progress bar and no report')
-    parser.add_argument('--version', action='version', version=f'pvt-timm {__version__}')
+    parser.add_argument('--version', action=_Version, nargs=0, help="show the version and exit")
     return parser
 
 

@@ -113,7 +113,7 @@ class Report:
                       for row in self.mapped]
         if self.dropped:
             lines += ['', 'dropped']
-            groups = Counter((_group(k), why) for k, why in self.dropped.items())
+            groups = Counter((_group(k, self.wrappers), why) for k, why in self.dropped.items())
             lines += [f'{clean(k, 60):<40} {n:>5}  {clean(why, 100)}' for (k, why), n in groups.items()][:40]
         if self.verification:
             lines += ['', *_verification_lines(self.verification)]
@@ -131,10 +131,13 @@ def _verification_lines(result: Dict[str, Any]) -> List[str]:
     return lines
 
 
-def _group(key: str) -> str:
-    """A short stand-in for all keys that belong together: 'bbox_head.*', 'optimizer'."""
-    head, dot, _ = clean(key, 60).partition('.')
-    return head + ('.*' if dot else '')
+def _group(key: str, wrappers: Sequence[str]) -> str:
+    """A short stand-in for all keys that belong together: 'state_dict.bbox_head.*', 'optimizer'."""
+    inside = '.'.join((*wrappers, ''))
+    if not wrappers or not key.startswith(inside):
+        inside = ''
+    head, dot, _ = key[len(inside):].partition('.')
+    return inside + head + ('.*' if dot else '')
 
 
 _NUMBERS = re.compile(

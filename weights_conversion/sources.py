@@ -10,6 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
@@ -146,7 +147,7 @@ def _download(url: str, folder: Path, max_bytes: int, progress: Progress) -> Pat
         shown = _public_url(url)
         name = re.sub(r'[^A-Za-z0-9._-]', '_', unquote(urlsplit(url).path).rpartition('/')[2])[-80:].lstrip('.')
         file = folder / (name or 'checkpoint')
-        request = urllib.request.Request(url, headers={'User-Agent': 'pvt-convert'})
+        request = _request(url)
         with urllib.request.build_opener(_OnlyHttp).open(request, timeout=_TIMEOUT) as response:
             length = response.headers.get('Content-Length')
             total = int(length) if length and length.isdecimal() else None
@@ -168,6 +169,16 @@ def _download(url: str, folder: Path, max_bytes: int, progress: Progress) -> Pat
         reason = getattr(e, 'reason', None) or e
         raise OSError(f'Cannot download {shown}: {reason or type(e).__name__}.') from e
     return file
+
+
+def _request(url: str) -> urllib.request.Request:
+    parts = urlsplit(url)
+    login, _, host = parts.netloc.rpartition('@')
+    request = urllib.request.Request(
+        urlunsplit((*parts[:1], host, *parts[2:4], '')), headers={'User-Agent': 'pvt-convert'})
+    if login:  # for this host only, not for where it may redirect to
+        request.add_unredirected_header('Authorization', f'Basic {b64encode(unquote(login).encode()).decode()}')
+    return request
 
 
 class _OnlyHttp(urllib.request.HTTPRedirectHandler):

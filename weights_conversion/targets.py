@@ -146,6 +146,7 @@ def transformers_config(plan: Plan) -> Dict[str, Any]:
         'hidden_act': 'gelu',
         'layer_norm_eps': 1e-6,
         'qkv_bias': True,
+        'num_labels': info.num_classes,
         'id2label': {str(i): name for i, name in enumerate(labels)},
         'label2id': {name: i for i, name in enumerate(labels)},
         'dtype': dtype,

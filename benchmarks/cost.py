@@ -1,0 +1,108 @@
+""" What an image size, a batch and a depth cost: a fit of time over measured points.
+
+    python benchmarks/cost.py                                  # measure, fit, write results/cost.json
+    python benchmarks/cost.py --predict 1x1024x2048 --variant large
+
+Time is fitted as a sum over stages of the arithmetic of linear layers (grows with pixels) and of attention (grows with
+pixels squared), each at a rate of its own, plus a
+time per block.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import contenders
+from run import machine, write
+
+DEPTHS = dict(tiny=(2, 2, 2, 2), small=(3, 4, 6, 3), medium=(3, 4, 18, 3), large=(3, 8, 27, 3))
+DIMS, SR, RATIO = (64, 128, 320, 512), (8, 4, 2, 1), (8, 8, 4, 4)
+RESULTS = Path(__file__).resolve().parent / 'results'
+
+
+def arithmetic(variant, batch, height, width):
+    """Gigaflops of linear layers and of attention in a forward pass."""
+    linear = attention = 0
+    for i, (depth, dim, sr, ratio) in enumerate(zip(DEPTHS[variant], DIMS, SR, RATIO)):
+        h, w = height // (4 * 2 ** i), width // (4 * 2 ** i)
+        n, m = h * w, (h // sr) * (w // sr)
+        reduction = m * (sr * dim) ** 2 if sr > 1 else 0
+        linear += depth * (n * dim * dim * (2 + 2 * ratio) + 2 * m * dim * dim + reduction)
+        linear += n * dim * (48 if i == 0 else 4 * DIMS[i - 1])
+        attention += depth * 2 * n * m * dim
+    return batch * linear * 2e-9, batch * attention * 2e-9
+
+
+def features(variant, batch, height, width):
+    return (*arithmetic(variant, batch, height, width), sum(DEPTHS[variant]))
+
+
+def predict(fit, variant, batch, height, width):
+    ms = float(np.dot(fit['ms_per'], features(variant, batch, height, width)))
+    return dict(ms=ms, gflop=sum(arithmetic(variant, batch, height, width)))
+
+
+def measure(rounds):
+    points = []
+    grid = [('small', 1, s, s) for s in (224, 320, 448, 640, 896)] + [('small', 1, 800, 1344)]
+    grid += [('small', b, 224, 224) for b in (4, 16)] + [(v, 1, 448, 448) for v in ('tiny', 'medium', 'large')]
+    with torch.no_grad():
+        for name in ('eager', 'fused'):
+            for variant, batch, height, width in grid:
+                model = contenders.build(name, variant, (batch, 3, height, width), 'fp32')
+                x = torch.randn(batch, 3, height, width)
+                model(x)
+                times = []
+                for _ in range(rounds):
+                    start = time.perf_counter()
+                    model(x)
+                    times.append((time.perf_counter() - start) * 1e3)
+                points.append(dict(path=name, variant=variant, batch=batch, height=height, width=width, ms=min(times)))
+                print(points[-1], flush=True)
+    return points
+
+
+def fit(points):
+    """Least squares in relative error, coefficients not negative."""
+    from scipy.optimize import nnls
+    a = np.array([features(p['variant'], p['batch'], p['height'], p['width']) for p in points])
+    ms = np.array([p['ms'] for p in points])
+    coefficients, _ = nnls(a / ms[:, None], np.ones(len(ms)))
+    error = np.abs(a @ coefficients / ms - 1)
+    return dict(ms_per=coefficients.tolist(), of=['GFLOP linear', 'GFLOP attention', 'block'],
+                mean_error=float(error.mean()), max_error=float(error.max()))
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--predict', metavar='BxHxW', help='use the stored fit, measure nothing')
+    parser.add_argument('--variant', default='small', choices=list(DEPTHS))
+    parser.add_argument('--rounds', type=int, default=3)
+    args = parser.parse_args(argv)
+    path = RESULTS / 'cost.json'
+    if args.predict:
+        if not path.is_file():
+            parser.error(f'Expected {path}, run without --predict first.')
+        try:
+            batch, height, width = map(int, args.predict.split('x'))
+        except ValueError:
+            parser.error(f'Expected --predict as BATCHxHEIGHTxWIDTH, got {args.predict!r}.')
+        for name, values in json.loads(path.read_text())['fits'].items():
+            out = predict(values, args.variant, batch, height, width)
+            print(f'{name}: about {out["ms"]:.0f} ms, {out["gflop"]:.1f} GFLOP')
+        return 0
+    points = measure(args.rounds)
+    fits = {name: fit([p for p in points if p['path'] == name]) for name in ('eager', 'fused')}
+    examples = {f'{v} 1x{h}x{w}': {n: predict(f, v, 1, h, w) for n, f in fits.items()}
+                for v in DEPTHS for h, w in ((800, 1344), (1024, 2048))}
+    write(path, json.dumps(dict(machine=machine('cpu'), points=points, fits=fits, examples=examples), indent=1))
+    print(json.dumps(dict(fits=fits, examples=examples), indent=1))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,404 @@
+""" Broken and hostile checkpoints: every one ends in a right output or in one clear error with exit code 2.
+
+`PVT_FUZZ_CASES=10000 python -m pytest tests/test_convert_fuzz.py` runs as many cases as it says. Case n is always the
+same, `PVT_FUZZ_FIRST` starts at another one.
+"""
+import argparse
+import contextlib
+import copy
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import struct
+import time
+import warnings
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+import convert_files as files
+from pvt_timm.checkpoints import from_timm
+from weights_conversion.cli import main
+
+CASES = int(os.environ.get('PVT_FUZZ_CASES', 200))
+FIRST = int(os.environ.get('PVT_FUZZ_FIRST', 0))
+SECONDS = 60  # for one case, on a busy machine; a usual one takes less than a tenth
+MEMORY = 600 * 2 ** 20  # that all cases together may add to the peak
+
+
+class Trap:
+    """Does something when it is unpickled."""
+    fired = False
+
+    def __init__(self, call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def _spring(*_):
+    Trap.fired = True
+
+
+# ---- mutations of the content ---------------------------------------------------------------------------------------
+
+def rename(r, d, key):
+    new = r.choice([key + 'x', key.replace('weight', 'gamma'), key[1:], 'module.' + key, key.replace('1', '9'), '',
+                    key.replace('0', '00'), key.replace('.', '..', 1), key + '\n', '\x1b[2J' + key, key.upper(),
+                    '../' * 9 + 'etc/passwd', key.replace('1', '99999999999'), '\ud800' + key])
+    d[new] = d.pop(key)
+
+
+def remove(r, d, key):
+    for k in r.sample(sorted(map(str, d)), r.choice([1, 1, 2, 20, len(d)])):
+        d.pop(k, None)
+
+
+def extra(r, d, key):
+    d[r.choice(['what', key + '.more', 'head.scale', 'norm.running_mean', 'dwconv.weight', 'block1.9.norm1.weight',
+                'block1.9999.norm1.weight', 'stages.0.patch_embed.proj.weight', 'layers.0.0.projection.weight'])] = \
+        torch.ones(r.choice([0, 1, 5]))
+
+
+def transpose(r, d, key):
+    x = d[key]
+    if x.ndim > 1:
+        d[key] = x.transpose(0, r.randrange(1, x.ndim))
+
+
+def reshape(r, d, key):
+    x = d[key]
+    d[key] = r.choice([
+        lambda: x[None], lambda: x.flatten(), lambda: x[:0], lambda: x[..., :1], lambda: x[:1].expand_as(x),
+        lambda: torch.cat([x, x]), lambda: torch.tensor(1.), lambda: x[..., None], lambda: torch.cat([x, x], -1)])()
+
+
+def special(r, d, key):
+    d[key] = torch.full_like(d[key], r.choice([float('nan'), float('inf'), -0., 65504. * 2]))
+
+
+def cast(r, d, key):
+    dtype = r.choice([torch.int64, torch.int8, torch.bool, torch.complex64, torch.float64, torch.float16, torch.uint8])
+    for k in [key] if r.random() < .7 else [k for k in d if isinstance(d[k], torch.Tensor)]:
+        d[k] = torch.zeros(d[k].shape, dtype=dtype) if dtype == torch.complex64 else d[k].nan_to_num(0, 1, 1).to(dtype)
+
+
+def replace(r, d, key):
+    d[key] = r.choice([None, 3, 'weights', [1, 2], {'a': 1}, (), True, 1.5, b'x', OrderedDict(), 10 ** 30])
+
+
+def duplicate(r, d, key):
+    prefix = r.choice(['module.', 'backbone.', 'model.', 'x.'])
+    keys = [k for k in d if isinstance(k, str)] if r.random() < .5 else [key]
+    d.update({prefix + k: d[k] for k in keys})
+
+
+def share(r, d, key):
+    other = r.choice(sorted(map(str, d)))
+    d[other] = d[key]
+
+
+def swap(r, d, key):
+    other = r.choice(sorted(map(str, d)))
+    d[other], d[key] = d[key], d.get(other)
+
+
+def keys_of_other_types(r, d, key):
+    d[r.choice([1, None, 2.5, b'bytes', True])] = d[key]
+
+
+CONTENT = [rename, remove, extra, transpose, reshape, special, cast, replace, duplicate, share, swap,
+           keys_of_other_types]
+
+
+def structure(r, d):
+    """Something around or in place of the state dict."""
+    cycle = {}
+    cycle['model'] = cycle
+    deep = d
+    for _ in range(r.choice([3, 8, 300])):
+        deep = {'model': deep}
+    return r.choice([
+        lambda: list(d.values()), lambda: {'model': None}, lambda: cycle, lambda: deep, lambda: {}, lambda: None,
+        lambda: torch.ones(3), lambda: {'model': [d]}, lambda: {'model': d, 'state_dict': {}}, lambda: 'weights',
+        lambda: {'model': {'state_dict': d}}, lambda: {'state_dict': d, 'state_dict_ema': {}},
+        lambda: {'model': d, 'args': argparse.Namespace(items=1, keys=2)}, lambda: {'a': d, 'b': d},
+        lambda: {'model': d, 'sparse': torch.eye(3).to_sparse()}, lambda: {**d, 'set': {1, 2}},
+        lambda: {'model': d, 'history': Counter('abc')}, lambda: {'model': d, 'n': 1 << 2000},
+        lambda: {'model': d, 'rng': torch.get_rng_state(), 'bytes': b'\xff\x00'},
+        lambda: {'model': d, 'lambda': io.StringIO},
+    ])()
+
+
+def foreign(r, d):
+    """Bytes of pickles that want to run something."""
+    trap = Trap(r.choice([
+        (os.system, ('echo fired >> /dev/null',)), (eval, ('1 + 1',)), (exec, ('a = 1',)), (getattr, (d, 'clear')),
+        (_spring, ()), (bytearray, (10 ** 12,)), (list, (range(10),)), (torch.zeros, (10 ** 11,)),
+        (open, ('/dev/null',)), (copy.copy, ([],)),
+        (torch.Tensor, (10 ** 11,)), (torch.load, ('x',)), (OrderedDict.fromkeys, ('ab',)),
+    ]))
+    where = r.choice(['value', 'top', 'wrapped'])
+    content = trap if where == 'top' else {'model': d, 'x': trap} if where == 'wrapped' else {**d, 'x': trap}
+    if r.random() < .3:
+        return pickle.dumps(content, protocol=r.randrange(0, 6))
+    f = io.BytesIO()
+    torch.save(content, f, _use_new_zipfile_serialization=r.random() < .5)
+    return f.getvalue()
+
+
+# ---- mutations of the bytes -----------------------------------------------------------------------------------------
+
+def damage(r, data):
+    data = bytearray(data)
+    n = len(data)
+    interesting = [0, n - 1, min(n - 1, 1000), max(0, n - 3000)]
+
+    def place():
+        kind = r.random()
+        if kind < .35:
+            return r.randrange(min(n, 4000))
+        if kind < .6:
+            return n - 1 - r.randrange(min(n, 4000))
+        return r.choice([r.randrange(n), r.choice(interesting)])
+
+    kind = r.choice(['truncate', 'flip', 'flip', 'flip', 'zero', 'insert', 'cut', 'append', 'number', 'copy', 'text'])
+    if kind == 'truncate':
+        del data[r.choice([place(), n - 1 - r.randrange(min(n, 64)), r.randrange(64)]):]
+    elif kind == 'flip':
+        for _ in range(r.choice([1, 1, 1, 2, 8, 64])):
+            data[place()] ^= 1 << r.randrange(8)
+    elif kind == 'zero':
+        at = place()
+        data[at:at + r.choice([1, 8, 4096])] = bytes(r.choice([1, 8, 4096]))
+    elif kind == 'insert':
+        at = place()
+        data[at:at] = r.randbytes(r.choice([1, 2, 8, 100]))
+    elif kind == 'cut':
+        at = place()
+        del data[at:at + r.choice([1, 2, 8, 100])]
+    elif kind == 'append':
+        data += r.choice([bytes(data[-200:]), r.randbytes(100), bytes(10), bytes(data)])
+    elif kind == 'number':
+        at = place()
+        data[at:at + 8] = struct.pack('<Q', r.choice([0, 1, 2 ** 31, 2 ** 32 - 1, 2 ** 40, 2 ** 63 - 1, 2 ** 64 - 1]))
+    elif kind == 'copy':
+        a, b, size = place(), place(), r.choice([4, 30, 100, 1000])
+        data[a:a + size] = data[b:b + size]
+    else:
+        for old, new in r.sample(
+                [(b'FloatStorage', b'LongStorage\n'), (b'FloatStorage', b'ByteStorage\n'), (b'cpu', b'cud'),
+                 (b'_rebuild_tensor_v2', b'_rebuild_tensor_v9'), (b'storage', b'mod\0ule'), (b'torch', b'posix'),
+                 (b'OrderedDict', b'defaultdict'), (b'data.pkl', b'dat0.pkl'), (b'F32', b'F64'), (b'F32', b'I32'),
+                 (b'little', b'bigbig'), (b'/data/0', b'/../../'), (b'weight', b'bias\0\0'), (b'K\x01', b'K\x02'),
+                 (b'"shape":[', b'"shape":[-'), (b'offsets":[', b'offsets":[9')], 3):
+            data = bytearray(bytes(data).replace(old, new, r.choice([1, -1])))
+    return bytes(data)
+
+
+def lying_header(r, d):
+    """A safetensors file whose header is no longer true."""
+    data = save({k: v.contiguous() for k, v in d.items()})
+    size, = struct.unpack('<Q', data[:8])
+    header, body = json.loads(data[8:8 + size]), data[8 + size:]
+    key = r.choice(sorted(k for k in header if k != '__metadata__'))
+    entry = header[key]
+    huge = r.choice([-1, 0, 1, len(body), len(body) + 1, 2 ** 31, 2 ** 53, 2 ** 63, 2 ** 64 - 1, 2 ** 70, 1.5, 'x',
+                     None])
+    kind = r.choice(['start', 'end', 'both', 'shape', 'dims', 'dtype', 'overlap', 'missing', 'length', 'deep', 'twins',
+                     'metadata', 'type', 'body'])
+    text = None
+    if kind == 'start':
+        entry['data_offsets'][0] = huge
+    elif kind == 'end':
+        entry['data_offsets'][1] = huge
+    elif kind == 'both':
+        entry['data_offsets'] = [huge, huge]
+    elif kind == 'shape':
+        entry['shape'] = [huge]
+    elif kind == 'dims':
+        entry['shape'] = [1] * r.choice([10, 100, 10000]) + entry['shape']
+    elif kind == 'dtype':
+        entry['dtype'] = r.choice(['F64', 'I32', 'BF16', 'F4', 'U8', 'F8_E4M3', 'nothing', 7])
+    elif kind == 'overlap':
+        entry['data_offsets'] = header[r.choice(sorted(k for k in header if k != '__metadata__'))]['data_offsets']
+    elif kind == 'missing':
+        del entry[r.choice(sorted(entry))]
+    elif kind == 'deep':
+        text = '[' * r.choice([10, 2000, 200000])
+    elif kind == 'twins':
+        text = json.dumps(header)[:-1] + f', {json.dumps(key)}: {json.dumps(entry)}}}'
+    elif kind == 'metadata':
+        header['__metadata__'] = r.choice([1, {'a': 1}, {'format': 'tf'}, [], {'format': 'pt', 'x': 'y' * 10000}])
+    elif kind == 'type':
+        text = json.dumps(r.choice([[], 3, 'x', None, {key: []}, {key: 1}]))
+    elif kind == 'body':
+        body = r.choice([body[:-1], body + b'\0', b'', body * 2])
+    text = (json.dumps(header) if text is None else text).encode()
+    length = len(text)
+    if kind == 'length':
+        length = r.choice([2 ** 63, 2 ** 40, 100_000_001, len(text) - 1, len(text) + 1, 0])
+    return struct.pack('<Q', length) + text + body
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+
+_BASES = {}
+
+
+def base(fmt):
+    if fmt not in _BASES:
+        _BASES[fmt] = files.make(fmt, num_classes=3, fill=files.random_values)
+    return dict(_BASES[fmt])
+
+
+def case(n, folder):
+    """File, arguments."""
+    r = random.Random(n)
+    d = base(r.choice(files.FORMATS))
+    name = r.choice(['x.pth', 'x.bin', 'x.safetensors', 'x', 'model.safetensors'])
+    file = folder / name
+    kind = r.choice(['content', 'content', 'structure', 'bytes', 'bytes', 'bytes', 'header', 'foreign', 'noise'])
+    writer = r.choice(['zip', 'legacy', 'safetensors'])
+    prefix = r.choice(['', '', 'module.', 'backbone.'])
+    content = files.wrap(d, r.choice([None, 'model', 'state_dict']), prefix) if writer != 'safetensors' else files.wrap(
+        d, None, prefix)
+    if kind == 'foreign':
+        file.write_bytes(foreign(r, d))
+    elif kind == 'header':
+        file.write_bytes(lying_header(r, d))
+    elif kind == 'noise':
+        file.write_bytes(r.choice([
+            b'', b'\x80\x02', b'PK\x03\x04', b'<html>', r.randbytes(r.randrange(1, 3000)),
+            b'\x80\x02' + r.randbytes(300), b'PK\x03\x04' + r.randbytes(300), b'PK\x05\x06' + bytes(18),
+            struct.pack('<Q', 2) + b'{}', struct.pack('<Q', 8) + b'{' + r.randbytes(10),
+            b'\x1f\x8b' + r.randbytes(20)]))
+    else:
+        if kind == 'content':
+            for _ in range(r.choice([1, 1, 2])):
+                tensors = sorted(k for k, v in d.items() if isinstance(k, str) and isinstance(v, torch.Tensor))
+                if tensors:
+                    r.choice(CONTENT)(r, d, r.choice(tensors))
+            content = d
+            if r.random() < .5:
+                content = {r.choice(['model', 'state_dict', 'model_ema']): content}
+        elif kind == 'structure':
+            content = structure(r, d)
+        f = io.BytesIO()
+        if writer == 'safetensors' and kind != 'structure':
+            try:
+                f.write(save({k: v.contiguous().clone() for k, v in content.items()}))
+            except Exception:  # what safetensors cannot hold
+                torch.save(content, f)
+        else:
+            torch.save(content, f, _use_new_zipfile_serialization=writer != 'legacy')
+        data = f.getvalue()
+        file.write_bytes(damage(r, data) if kind == 'bytes' else data)
+    if name == 'model.safetensors' and r.random() < .8:
+        (folder / 'config.json').write_text(r.choice([
+            '', '{', '[]', '{"model_args": 3}', '{"model_args": {"img_size": [1, 2, 3]}, "pretrained_cfg": []}',
+            '{"id2label": {"0": ["a"], "1": "b", "2": null}}', '{"label_names": 5, "num_classes": "many"}', '[' * 10000,
+            '{"model_type": "pvt", "hidden_act": 3}', '{"pretrained_cfg": {"mean": ["a"], "std": [NaN, 1, 1]}}',
+            '{"num_attention_heads": [1, 2]}', '{"label_names": ["a", "b", "\\ud800"]}', '{"image_size": 1e99}',
+            '{"model_type": "pvt", "layer_norm_eps": "x", "pretrained_cfg": {"license": "`|\\n---", "crop_pct": 1e9}}',
+        ]), encoding='utf-8')
+    argv = [str(file)]
+    if r.random() < .15:
+        argv += r.choice([['--use-ema'], ['--model', 'test_pvt'], ['--dtype', 'float16'], ['--num-classes', '0'],
+                          ['--img-size', '48']])
+    return kind, file, argv
+
+
+def loaded(file):
+    """What the file holds, read without the converter."""
+    if file.read_bytes()[8:9] == b'{':
+        return load_file(file)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(file, map_location='cpu', weights_only=True)
+
+
+def check_output(file, out, report):
+    """The output holds bit for bit what the input holds."""
+    content = loaded(file)
+    for wrapper in report['wrappers']:
+        content = content[wrapper]
+    prefix = report['prefix']
+    inner = {k[len(prefix):]: v for k, v in content.items() if isinstance(k, str) and k.startswith(prefix)}
+    if report['format'] == 'transformers' and any(k.startswith('encoder.') for k in inner):
+        inner = {k if k.startswith('classifier.') else f'pvt.{k}': v for k, v in inner.items()}
+    found = load_file(out / 'model.safetensors')
+    if (out / 'class_row.safetensors').exists():
+        row = load_file(out / 'class_row.safetensors')['pos_embed4.class_row']
+        found['stages.3.pos_embed'] = torch.cat([row, found['stages.3.pos_embed']], 1)
+    back, _ = from_timm(found, report['format'])
+    assert files.same(back, inner)
+    assert json.loads((out / 'config.json').read_text())['architecture'] == 'test_pvt'
+
+
+def run_case(n, folder):
+    """Run case `n`, return how it ended."""
+    folder.mkdir()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            kind, file, argv = case(n, folder)
+        argv += ['--output', str(folder / 'out'), '--json']
+        before = sorted(p.name for p in folder.iterdir())
+        out, err = io.StringIO(), io.StringIO()
+        start = time.monotonic()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter('error')  # a warning would be a second line
+            code = main(argv)
+        assert time.monotonic() - start < SECONDS
+        after = sorted(p.name for p in folder.iterdir())
+        if code == 0:
+            assert err.getvalue() == ''
+            assert after == sorted([*before, 'out'])
+            if not {'--dtype', '--num-classes', '--img-size'} & set(argv):
+                check_output(file, folder / 'out', json.loads(out.getvalue()))
+        else:
+            assert code == 2 and out.getvalue() == ''
+            lines = err.getvalue().splitlines()
+            assert len(lines) == 1 and lines[0].startswith('pvt-convert: error: ') and len(lines[0]) > 35, lines
+            assert lines[0].isprintable() and 'Traceback' not in lines[0]
+            assert after == before
+        assert not Trap.fired
+        return kind, code
+    finally:
+        shutil.rmtree(folder)
+
+
+def fuzz(first, count, folder: Path):
+    for fmt in files.FORMATS:
+        base(fmt)
+    run_case(first, folder / 'warm-up')
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ends = Counter()
+    for n in range(first, first + count):
+        try:
+            ends[run_case(n, folder / 'case')] += 1
+        except BaseException as e:
+            if isinstance(e, Exception):
+                raise AssertionError(f'case {n}: {type(e).__name__}: {e}') from e
+            raise
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
+    assert grown < MEMORY, f'{grown / 1e6:.0f} MB'
+    return ends, grown
+
+
+@pytest.mark.timeout(0)
+def test_every_case_ends_well(tmp_path):
+    ends, grown = fuzz(FIRST, CASES, tmp_path)
+    print(f'{sum(ends.values())} cases, peak memory +{grown / 1e6:.0f} MB: {dict(sorted(ends.items()))}')
+    if CASES >= 100:
+        assert {kind for kind, code in ends if code == 2} == {
+            'content', 'structure', 'bytes', 'header', 'foreign', 'noise'}
+        assert {kind for kind, code in ends if code == 0} >= {'content', 'structure', 'bytes'}
