@@ -293,7 +293,7 @@ def _describe(
 
 
 def _finite(x: torch.Tensor) -> bool:
-    low, high = torch.aminmax(x)
+    low, high = torch.aminmax(x.detach())
     return math.isfinite(low) and math.isfinite(high)
 
 
