@@ -86,6 +86,8 @@ def markdown(results, device) -> str:
     lines = [f'# Results on {device.upper()}', '', 'Written by `run.py`.', '']
     lines += [f'{m["gpu"] or m["cpu"]}; {m["cpus"]} CPUs, {m["threads"]} threads, {m["capability"]}; load average at '
               f'the start {m["load"]:.1f}; {m["when"]}.', '']
+    if results.get('clock') == 'cpu':
+        lines += ['Times are processor time of one thread (`--clock cpu`), other programs ran meanwhile.', '']
     lines += [', '.join(f'{k} {v}' for k, v in m['versions'].items()) + f', Python {m["python"]}.', '']
     lines += ['Measured peak of matrix products: ' + ', '.join(
         f'{p["precision"]} {p["gflops"]:.0f} GFLOP/s' for p in results['peak']) + '.', '']

@@ -58,16 +58,20 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def interleave(functions: dict, rounds: int, device: str) -> dict:
+CLOCKS = dict(wall=time.perf_counter, cpu=time.process_time)
+
+
+def interleave(functions: dict, rounds: int, device: str, clock: str = 'wall') -> dict:
     """Time functions in turns, so that what else the machine does hits all of them alike."""
+    now = CLOCKS[clock]
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = now()
             function()
             synchronize(device)
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((now() - start) * 1e3)
     return {name: summary(values) for name, values in times.items()}
 
 
@@ -109,7 +113,7 @@ def inference(variant, shape, precision, names, args) -> dict:
                 result[name] = {}
             functions[name] = lambda model=model, x=x: model(x)
             functions[name]()
-        for name, values in interleave(functions, args.rounds, device).items():
+        for name, values in interleave(functions, args.rounds, device, args.clock).items():
             result[name].update(values)
     del functions
     gc.collect()
@@ -135,14 +139,14 @@ def training(variant, shape, precision, names, args) -> dict:
         functions[name] = step
         result[name] = {}
         step()
-    for name, values in interleave(functions, args.rounds, args.device).items():
+    for name, values in interleave(functions, args.rounds, args.device, args.clock).items():
         result[name].update(values)
     del functions
     gc.collect()
     return dict(variant=variant, shape=list(shape), precision=precision, contenders=result)
 
 
-def peak(precision: str, device: str) -> dict:
+def peak(precision: str, device: str, clock: str) -> dict:
     """Largest rate of a matrix product that the machine reaches, in GFLOP/s, by any library behind PyTorch."""
     contenders.set_precision(precision, device)
     dtype = contenders.DTYPES[precision]
@@ -157,7 +161,7 @@ def peak(precision: str, device: str) -> dict:
     with torch.no_grad():
         for function in functions.values():
             function()
-        times = interleave(functions, 10, device)
+        times = interleave(functions, 10, device, clock)
     rates = {name: 2e-6 * n ** 3 / values['min'] for name, values in times.items()}
     return dict(precision=precision, size=n, gflops=max(rates.values()), by=rates)
 
@@ -215,8 +219,8 @@ def suite(args):
     small = 'tiny' if quick else 'small'
     slow = ('compiled',) if quick else ()
     for precision in precisions[:1] if quick else precisions:
-        yield 'peak', peak, precision, args.device
-        for variant in (small,) if quick else ('small', 'tiny', 'medium', 'large'):
+        yield 'peak', peak, precision, args.device, args.clock
+        for variant in (small,) if quick else (args.variants or 'small,tiny,medium,large').split(','):
             keep = [n for n in names if n not in slow and (variant == small or n not in (
                 'compiled', 'resnet50', 'cuda_graph') and not n.startswith('sdpa'))]
             yield 'throughput', inference, variant, (batch, 3, 224, 224), precision, keep, args
@@ -246,8 +250,11 @@ def main(argv=None) -> int:
     parser.add_argument('--quick', action='store_true', help='PVT-Tiny, few repetitions')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
     parser.add_argument('--threads', type=int, help='threads of each contender (default: all cores)')
+    parser.add_argument('--clock', default='wall', choices=list(CLOCKS), help=(
+        'cpu: processor time of all threads, which other programs disturb less; only with --threads 1'))
     parser.add_argument('--rounds', type=int, help='times that each contender is timed (default 7, 3 with --quick)')
     parser.add_argument('--pvt-checkout', help='checkout of whai362/PVT (default: $PVT_CHECKOUT)')
+    parser.add_argument('--variants', help='comma-separated (default: all, the small one first)')
     parser.add_argument('--only', help='sections, comma-separated: throughput,latency,training,memory')
     parser.add_argument('--output', type=Path, help='folder (default: results/ here, or a temporary one with --quick)')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
@@ -256,6 +263,8 @@ def main(argv=None) -> int:
         parser.error('Expected a GPU for --device cuda, PyTorch sees none.')
     if args.pvt_checkout:
         os.environ['PVT_CHECKOUT'] = args.pvt_checkout
+    if args.clock == 'cpu' and (args.threads != 1 or args.device != 'cpu'):
+        parser.error('Expected --threads 1 and the CPU with --clock cpu: threads that wait for others count as busy.')
     if args.memory_of:
         memory_child(*json.loads(args.memory_of))
         return 0
@@ -270,7 +279,8 @@ def main(argv=None) -> int:
     only = args.only.split(',') if args.only else sections
     if set(only) - set(sections):
         parser.error(f'Expected --only to name some of {", ".join(sections)}, got {args.only!r}.')
-    results = dict(machine=machine(args.device), gmacs=GMACS, peak=[], **{section: [] for section in sections})
+    results = dict(machine=machine(args.device), clock=args.clock, gmacs=GMACS, peak=[])
+    results.update((section, []) for section in sections)
     for section, measure, *what in suite(args):
         if section not in only and section != 'peak':
             continue
