@@ -242,6 +242,8 @@ def _check_zip(f: BinaryIO, size: int, name: str, max_bytes: int) -> None:
 
 def _check_records(archive: zipfile.ZipFile, size: int, name: str, max_bytes: int) -> None:
     records = {}
+    if any(n.count('/') == 1 and n.endswith('/constants.pkl') for n in archive.namelist()):
+        raise CheckpointError(f'{name} is a TorchScript archive, not weights. Save its state_dict() with torch.save.')
     for info in archive.infolist():
         if info.filename in records:
             raise CheckpointError(f'{name} holds {_show(info.filename)} twice.')
@@ -261,8 +263,6 @@ def _check_records(archive: zipfile.ZipFile, size: int, name: str, max_bytes: in
     strange = [n for n in records if not n.startswith(prefix) or '..' in n.split('/') or '\\' in n]
     if strange:
         raise CheckpointError(f'{name} holds a record outside of its folder: {_show(strange[0])}.')
-    if prefix + 'constants.pkl' in records:
-        raise CheckpointError(f'{name} is a TorchScript archive, not weights. Save its state_dict() with torch.save.')
     if records[pickles[0]].file_size > MAX_HEADER_BYTES:
         raise CheckpointError(f'{name} holds a pickle of {_size(records[pickles[0]].file_size)}, no checkpoint does.')
 

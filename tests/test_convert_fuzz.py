@@ -82,7 +82,7 @@ def reshape(r, d, key):
 
 
 def special(r, d, key):
-    d[key] = torch.full_like(d[key], r.choice([float('nan'), float('inf'), -0., 65504. * 2]))
+    d[key] = torch.full(d[key].shape, r.choice([float('nan'), float('inf'), -0., 65504. * 2]))
 
 
 def cast(r, d, key):

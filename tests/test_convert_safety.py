@@ -50,8 +50,8 @@ class Call:
 
 CALLS = [
     (os.system, ('touch executed',)), (eval, ('open("executed", "w")',)), (exec, ('open("executed", "w")',)),
-    (open, ('executed', 'w')), (subprocess.Popen, (['touch', 'executed'],)), (getattr, (os, 'system')),
-    (bytearray, (10 ** 12,)), (torch.load, ('executed',)), (torch.Tensor, (10 ** 11,)), (torch.zeros, (10 ** 11,)),
+    (open, ('executed', 'w')), (subprocess.Popen, (['touch', 'executed'],)), (getattr, ('x', 'upper')),
+    (bytearray, (10 ** 12,)), (torch.load, ('executed',)), (torch.Tensor, (10 ** 11,)),
     (torch.nn.Linear, (10 ** 5, 10 ** 6)), (Path, ('/',)), (set, ([1],)), (torch.FloatTensor, (10 ** 11,)),
 ]
 
@@ -84,12 +84,13 @@ def test_what_training_snapshots_hold_is_read(tmp_path):
         'rng': torch.get_rng_state(), 'parameter': model.weight, 'bytes': b'\x00\xff', 'big': -2 ** 70,
         'half': torch.ones(2, dtype=torch.bfloat16), 'size': torch.Size([1, 2]), 'true': True,
     }
+    groups = json.dumps(content['optimizer']['param_groups'])
     for legacy in (False, True):
         found = read_checkpoint(files.save(content, tmp_path / 'x.pth', legacy))
         assert list(found) == list(content)
         assert found['args'] == content['args'] and found['meta'] == content['meta']
         assert torch.equal(found['model']['weight'], model.weight) and torch.equal(found['parameter'], model.weight)
-        assert found['optimizer']['param_groups'] == optimizer.state_dict()['param_groups']
+        assert json.dumps(found['optimizer']['param_groups']) == groups
         assert (found['bytes'], found['big'], found['size']) == (b'\x00\xff', -2 ** 70, torch.Size([1, 2]))
 
 
@@ -103,8 +104,6 @@ def test_objects_whose_state_is_replaced(tmp_path):
 
 
 def test_nested_tuple_as_key_does_not_hang(tmp_path):
-    ops = b'\x80\x02}K\x01q\x00' + b''.join(
-        b'h' + bytes([i]) + b'h' + bytes([i]) + b'\x86q' + bytes([i + 1]) + b'0' for i in range(0))
     ops = b'\x80\x02}q\x00K\x01q\x01'
     for _ in range(60):
         ops += b'q\x02h\x02\x86'
@@ -163,7 +162,7 @@ def claim(numel, shape=None, stride=None, legacy=False):
         return b'(' + b''.join(b'\x8a\x08' + struct.pack('<q', n) for n in ns) + b't'
 
     view = b'N' if legacy else b''
-    return (b'\x80\x02}X\x15\x00\x00\x00patch_embed1.proj.biasctorch._utils\n_rebuild_tensor_v2\n('
+    return (b'\x80\x02}X\x16\x00\x00\x00patch_embed1.proj.biasctorch._utils\n_rebuild_tensor_v2\n('
             b'(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu' + number + view
             + b'tQK\x00' + tuple_of(shape or [numel]) + tuple_of(stride or [1])
             + b'\x89ccollections\nOrderedDict\n)RtRs.')
