@@ -1,10 +1,12 @@
 """ The converter never executes, never spends what a file only claims, never leaves half an output. """
 import argparse
+import contextlib
 import io
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -309,15 +311,32 @@ def test_names_cannot_break_out_of_the_card_or_the_terminal(tmp_path):
 
 # ---- an output is complete or not there -----------------------------------------------------------------------------
 
-def _program(*argv, **kwargs):
-    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen([sys.executable, '-c', _SLOW, *map(str, argv)], env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **kwargs)
+@pytest.fixture
+def program(monkeypatch):
+    """Starts the converter in processes that are warm already and can be killed: `start(*argv)` gives a pid, `ended()`
+    its status and what it wrote."""
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    process = subprocess.Popen([sys.executable, '-c', _SLOW], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    class Program:
+        def start(self, *argv):
+            process.stdin.write(json.dumps([str(a) for a in argv]) + '\n')
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        def ended(self):
+            return json.loads(process.stdout.readline())
+
+    yield Program()
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
 
 
-# Stretches the moments that matter: says when it starts, and pauses shortly at every file operation of the converter.
+# Stretches the moments that matter: pauses shortly at every file operation of the converter. One process does the
+# imports, its children do the work.
 _SLOW = '''
-import os, sys, time
+import json, os, sys, tempfile, time
 import weights_conversion.converter, weights_conversion.cli as cli, weights_conversion.output as output
 import weights_conversion.targets as targets
 from pathlib import Path
@@ -333,8 +352,17 @@ def slow(home, name):
 for home, name in ((targets, 'save_file'), (targets, '_write_json'), (targets, '_write_card'), (os, 'fsync'),
                    (Path, 'rename'), (Path, 'mkdir'), (output.shutil, 'rmtree')):
     slow(home, name)
-print('ready', flush=True)
-sys.exit(cli.main(sys.argv[1:]))
+for line in sys.stdin:
+    with tempfile.TemporaryFile('w+') as err:
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(err.fileno(), 2)
+            os.dup2(err.fileno(), 1)
+            os._exit(cli.main(json.loads(line)))
+        print(pid, flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        err.seek(0)
+        print(json.dumps([status, err.read()]), flush=True)
 '''
 
 
@@ -343,32 +371,37 @@ def _state(out: Path):
 
 
 @pytest.mark.parametrize('forced', [False, True])
-def test_killed_at_any_moment(forced, tmp_path, monkeypatch):
+def test_killed_at_any_moment(forced, tmp_path, monkeypatch, request):
+    monkeypatch.setenv('PAUSE', '0.02')
+    program = request.getfixturevalue('program')
     old = files.save(files.make('original', seed=1), tmp_path / 'old.pth')
     new = files.save(files.make('original', seed=2), tmp_path / 'new.pth')
     out = tmp_path / 'place' / 'out'
     convert(new, tmp_path / 'finished')
-    complete = _state(tmp_path / 'finished')
-    before = None
-    if forced:
-        convert(old, out)
-        before = _state(out)
-    monkeypatch.setenv('PAUSE', '0.03')
-    killed = 0
-    moments = 8 if forced else 7
-    for n in range(moments):
-        process = _program(new, '--output', out, *(['--force'] if forced else []))
-        assert process.stdout.readline() == b'ready\n'
-        time.sleep(.05 + .09 * n)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        process.communicate()
+    complete = {k: v for k, v in _state(tmp_path / 'finished').items() if k != 'README.md'}
+    killed, kept, nothing, done = 0, 0, 0, 0
+    for n in range(25):
+        before = None
+        if out.exists():
+            shutil.rmtree(out)
+        if forced:
+            convert(old, out, force=True)  # a run that was killed at the wrong moment may have been put back
+            before = _state(out)
+        pid = program.start(new, '--output', out, '--quiet', *(['--force'] if forced else []))
+        time.sleep(.03 * n)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        killed += program.ended()[0] == -signal.SIGKILL
         state = _state(out)
-        if state is not None and state != before:  # then it is the new one, complete
-            assert {k: v for k, v in state.items() if k != 'README.md'} == {
-                k: v for k, v in complete.items() if k != 'README.md'}
+        if state is None:
+            nothing += 1
+        elif state == before:
+            kept += 1
+        else:  # then it is the new one, complete
+            done += 1
+            assert {k: v for k, v in state.items() if k != 'README.md'} == complete
             assert read_checkpoint(out)
-    assert killed >= 2
+    assert killed >= 5 and kept + nothing >= 3, (killed, kept, nothing, done)
     # the next run puts away what was left behind
     convert(new, out, force=True)
     assert files.same(read_checkpoint(out), read_checkpoint(tmp_path / 'finished'))
@@ -390,19 +423,20 @@ def test_an_output_that_was_moved_away_comes_back(tmp_path):
     assert (out / 'model.safetensors').exists()
 
 
-def test_terminated(tmp_path, monkeypatch):
-    file = files.save(files.make('original'), tmp_path / 'x.pth')
+def test_terminated(tmp_path, monkeypatch, request):
     monkeypatch.setenv('PAUSE', '0.3')
-    process = _program(file, '--output', tmp_path / 'place' / 'out')
-    assert process.stdout.readline() == b'ready\n'
-    time.sleep(.5)
-    process.terminate()
-    _, err = process.communicate()
-    assert process.returncode == 130 and err.strip() == b'pvt-convert: error: interrupted'
-    assert not (tmp_path / 'place').exists() or not any((tmp_path / 'place').iterdir())
+    program = request.getfixturevalue('program')
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    place = tmp_path / 'place'
+    pid = program.start(file, '--output', place / 'out')
+    while not place.exists() or not any(place.iterdir()):
+        time.sleep(.01)
+    os.kill(pid, signal.SIGTERM)
+    assert program.ended() == [130, 'pvt-convert: error: interrupted\n']
+    assert not any(place.iterdir())
 
 
-@pytest.mark.parametrize('to', ['timm', 'original', 'transformers'])
+@pytest.mark.parametrize('to', ['timm', 'original'])
 def test_full_disk(to, tmp_path):
     """A limit on file sizes stands for a full disk: writes fail in the middle of the weights."""
     file = files.save(files.make('original'), tmp_path / 'x.pth')

@@ -52,8 +52,8 @@ def new_folder(path: Path, force: bool) -> Iterator[Path]:
     mark = f'{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}'
     new = path.parent / f'.{path.name}.{mark}.partial'
     old = path.parent / f'.{path.name}.{mark}.old'
-    new.mkdir()
     try:
+        new.mkdir()
         yield new
         for file in new.iterdir():
             with open(file, 'rb+') as f:
