@@ -565,9 +565,11 @@ def retinanet_coco(
         raise ValueError(f'Expected model_name in {_COCO_VARIANTS}, got {model_name!r}.')
     if pretrained:
         cfg = get_pretrained_cfg(f'{model_name}.retinanet_coco')
-        with clear_errors(model_name, True, cfg, cache_dir):
+        with clear_errors(model_name, True, cfg, cache_dir) as progress:
+            progress.constructed = True  # from here on only the weights can be wrong
             checkpoint = load_state_dict_from_url(
                 cfg.url, model_dir=cache_dir, map_location='cpu', check_hash=True, weights_only=True)
+            progress.read = True
             model = retinanet_from_mmdet(checkpoint, **kwargs)
         return model
     model = pvt_retinanet(model_name, **kwargs)

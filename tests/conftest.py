@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # the tests run in parallel, their operators need not
+
 sys.path.insert(0, str(Path(__file__).parent))
 import loopback  # noqa: E402
 

@@ -69,7 +69,7 @@ def test_gradients(kwargs):
 ])
 def test_inductor(name, kwargs, dynamic):
     model = make_model(name, **kwargs)
-    backend = counter('inductor')
-    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=backend)
-    assert_equal_at(compiled, model, ((2, 256, 320), (2, 224, 224), SIZES[2]) if dynamic else [(2, 256, 320)])
-    assert backend.frame_count == 1
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    # the number of calls of the backend says nothing here, Inductor may be called twice for one compilation
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_equal_at(compiled, model, ((2, 256, 320), (2, 224, 224), SIZES[2]) if dynamic else [(2, 256, 320)])

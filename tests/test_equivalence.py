@@ -49,9 +49,9 @@ def original_state(model):
 
 def transformers_model(model):
     """transformers' PVT with the weights of `model` and the original's eps."""
-    from transformers import PvtConfig, PvtForImageClassification
+    transformers = pytest.importorskip('transformers')
 
-    hf = PvtForImageClassification(PvtConfig(depths=list(model.depths), num_labels=model.num_classes))
+    hf = transformers.PvtForImageClassification(transformers.PvtConfig(depths=list(model.depths), num_labels=model.num_classes))
     hf = hf.to(next(model.parameters()).dtype).eval()
     hf.load_state_dict(from_timm(model.state_dict(), 'transformers')[0])
     changed = 0
