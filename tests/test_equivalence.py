@@ -51,7 +51,8 @@ def transformers_model(model):
     """transformers' PVT with the weights of `model` and the original's eps."""
     transformers = pytest.importorskip('transformers')
 
-    hf = transformers.PvtForImageClassification(transformers.PvtConfig(depths=list(model.depths), num_labels=model.num_classes))
+    config = transformers.PvtConfig(depths=list(model.depths), num_labels=model.num_classes)
+    hf = transformers.PvtForImageClassification(config)
     hf = hf.to(next(model.parameters()).dtype).eval()
     hf.load_state_dict(from_timm(model.state_dict(), 'transformers')[0])
     changed = 0
