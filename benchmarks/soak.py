@@ -8,8 +8,8 @@ plain models and, where they have `fuse`, fused ones. Every 100th output is comp
 alone. Before that 8 threads share the models. Writes results/NAME.json and results/NAME.png. Exit code 1 if a check
 fails.
 
-Two things grow with the number of shapes though nothing is lost: glibc keeps blocks of other sizes, and oneDNN
-keeps code for the last 1,024 shapes of products. So the script starts itself with MALLOC_MMAP_THRESHOLD_ and
+Two things can grow with the number of shapes without a leak: glibc keeps blocks of other sizes, and oneDNN keeps code
+for the last 1,024 shapes of products. So the script starts itself with MALLOC_MMAP_THRESHOLD_ and
 ONEDNN_PRIMITIVE_CACHE_CAPACITY set, as a server should; --default-allocator does not.
 """
 import argparse
