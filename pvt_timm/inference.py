@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from .checkpoints import adapt_to_model, convert, describe
 from .files import find_checkpoint, read_checkpoint
 from .pvt import PyramidVisionTransformer, default_cfgs
-from .zoo import MODELS, has_weights
+from .zoo import MODELS
 
 __all__ = ['Classifier', 'UserError', 'extract', 'load_model', 'open_image', 'predict']
 
@@ -109,7 +109,7 @@ def _check_name(name: str) -> None:
     model, tag = split_model_name_tag(name)
     if model not in MODELS:
         raise UserError(f"Unknown model '{name}', expected one of {', '.join(MODELS)} (see `list`)")
-    tags = [t for t in default_cfgs[model].cfgs if has_weights(default_cfgs[model].cfgs[t])]
+    tags = [t for t in default_cfgs[model].cfgs if default_cfgs[model].cfgs[t].has_weights]
     if tag and tag not in tags:
         known = ', '.join(f'{model}.{t}' for t in tags) or 'no pretrained weights at all'
         raise UserError(f"Unknown tag in '{name}', there is {known}")
@@ -120,7 +120,7 @@ def _load_published(name: str, kwargs: Dict[str, Any]) -> Classifier:
     if not hub:
         _check_name(name)
         cfg = get_pretrained_cfg(name)
-        if not has_weights(cfg):
+        if not cfg.has_weights:
             raise UserError(f'There are no published weights for {name}: give some with --checkpoint')
         if not kwargs and cfg.num_classes == 0:
             raise UserError(

@@ -76,6 +76,12 @@ def check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
             f'Resize or pad the input.')
 
 
+def _indices_error(num_stages: int, indices: Any) -> ValueError:
+    return ValueError(
+        f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
+        f'(0 to {num_stages - 1}, negative ones count from the end), got {indices!r}.')
+
+
 def take_indices_of(num_stages: int, indices: Optional[Union[int, List[int]]] = None) -> Tuple[List[int], int]:
     """Stage indices counted from the first, and the largest, as timm's `feature_take_indices` gives them.
 
@@ -97,9 +103,7 @@ def take_indices_of(num_stages: int, indices: Optional[Union[int, List[int]]] = 
         if torch.jit.is_scripting():
             raise ValueError('indices out of range or repeated')  # a scripted Union cannot be formatted and saved
         else:
-            raise ValueError(
-                f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
-                f'(0 to {num_stages - 1}, negative ones count from the end), got {indices}.')
+            raise _indices_error(num_stages, indices)
     return take_indices, max(take_indices)
 
 
@@ -733,9 +737,7 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
         try:
             take_indices_of(num_stages, out_indices)
         except TypeError:
-            raise ValueError(
-                f'Expected out_indices to be a number of last stages (1 to {num_stages}) or different stage indices '
-                f'(0 to {num_stages - 1}, negative ones count from the end), got {out_indices!r}.') from None
+            raise _indices_error(num_stages, out_indices) from None
         feature_cls = kwargs.get('feature_cls', 'list')
         if isinstance(feature_cls, str) and feature_cls.lower() not in _FEATURE_CLS:
             raise ValueError(f'Expected feature_cls in {_FEATURE_CLS} or a class, got {feature_cls!r}.')

@@ -7,7 +7,7 @@ from timm.layers import to_2tuple
 
 from .pvt import PyramidVisionTransformer, default_cfgs
 
-__all__ = ['MODELS', 'TOP1', 'count_macs', 'has_weights', 'zoo']
+__all__ = ['MODELS', 'TOP1', 'count_macs', 'zoo']
 
 MODELS = tuple(default_cfgs)
 
@@ -50,11 +50,6 @@ def count_macs(model: PyramidVisionTransformer, img_size: Tuple[int, int]) -> in
     return total
 
 
-def has_weights(cfg) -> bool:
-    """Whether a pretrained configuration says where weights are."""
-    return bool(cfg.file or cfg.hf_hub_id or cfg.url)
-
-
 def zoo() -> List[Dict[str, Any]]:
     """One row per model and tag.
 
@@ -70,7 +65,7 @@ def zoo() -> List[Dict[str, Any]]:
             img_size = tuple(cfg.input_size[1:])
             rows.append(dict(
                 model=name,
-                tag=tag if has_weights(cfg) else None,
+                tag=tag if cfg.has_weights else None,
                 params=sum(p.numel() for p in model.parameters()),
                 macs=count_macs(model, img_size),
                 img_size=img_size,
