@@ -9,7 +9,6 @@ results/finetune.json and results/finetune.png. Takes about 5 minutes on 2 free 
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from training_runs import read_summary, run
 
+from pvt_timm.draw import save_atomically
 from pvt_timm.recipes import FREEZE
 
 RESULTS = Path(__file__).parent / 'results'
@@ -82,9 +82,7 @@ def draw(results: Dict[str, Any], file: Path) -> None:
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=9)
     fig.suptitle('PVT-Tiny at 64 pixels, trained on digits 0 to 4, with a new head for 5 to 9', fontsize=10)
-    temporary = file.with_name(f'.{file.name}')
-    fig.savefig(temporary, dpi=110, format='png')
-    os.replace(temporary, file)
+    save_atomically(file, lambda f: fig.savefig(f, dpi=110, format='png'))
     plt.close(fig)
 
 
@@ -103,9 +101,7 @@ def main() -> None:
             results = finetune(data if data.exists() else write_digits(data), work)
         results.update(torch=torch.__version__, timm=timm.__version__)
         RESULTS.mkdir(exist_ok=True)
-        temporary = file.with_name(f'.{file.name}')
-        temporary.write_text(json.dumps(results, indent=1) + '\n')
-        os.replace(temporary, file)
+        save_atomically(file, lambda f: f.write((json.dumps(results, indent=1) + '\n').encode()))
     draw(json.loads(file.read_text()), RESULTS / 'finetune.png')
 
 

@@ -10,7 +10,6 @@ Writes results/scale_out.json and results/scale_out.png. Takes about 10 minutes 
 """
 import argparse
 import json
-import os
 import platform
 import re
 import tempfile
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, Dict
 
 import torch
+
+from pvt_timm.draw import save_atomically
 
 from training_runs import read_steps, read_summary, run, small_copy, worker
 
@@ -157,9 +158,7 @@ def draw(results: Dict[str, Any], file: Path) -> None:
         ax.set_ylabel('training loss')
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=9)
-    temporary = file.with_name(f'.{file.name}')
-    fig.savefig(temporary, dpi=110, format='png')
-    os.replace(temporary, file)
+    save_atomically(file, lambda f: fig.savefig(f, dpi=110, format='png'))
     plt.close(fig)
 
 
@@ -180,9 +179,7 @@ def main() -> None:
             results['killed'] = killed(small, folder)
             results['whole'] = whole(small, folder)
             results['batches'] = batches(data, folder)
-        temporary = file.with_name(f'.{file.name}')
-        temporary.write_text(json.dumps(results, indent=1) + '\n')
-        os.replace(temporary, file)
+        save_atomically(file, lambda f: f.write((json.dumps(results, indent=1) + '\n').encode()))
     results = json.loads(file.read_text())
     draw(results, RESULTS / 'scale_out.png')
     print(json.dumps({k: {n: v for n, v in r.items() if not isinstance(v, list)} if isinstance(r, dict) else r

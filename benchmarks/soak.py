@@ -33,6 +33,7 @@ import torch
 from timm.utils import reparameterize_model
 
 import pvt_timm
+from pvt_timm.draw import save_atomically
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -197,9 +198,7 @@ def draw(results: Dict[str, Any], file: Path) -> None:
                  f'{s["sides"][1]}', fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc='lower right')
-    temporary = file.with_name(f'.{file.name}')
-    fig.savefig(temporary, dpi=110, format='png')
-    os.replace(temporary, file)
+    save_atomically(file, lambda f: fig.savefig(f, dpi=110, format='png'))
     plt.close(fig)
 
 
@@ -224,9 +223,7 @@ def main() -> int:
         abs(s['slope_mb_per_1000']) <= ALLOWED_SLOPE and s['largest_difference_from_fresh'] == 0 and
         s['largest_difference_from_plain'] <= FUSED_TOLERANCE and not t['errors'] and t['largest_difference'] == 0)
     RESULTS.mkdir(exist_ok=True)
-    temporary = RESULTS / f'.{args.name}.json'
-    temporary.write_text(json.dumps(results) + '\n')
-    os.replace(temporary, RESULTS / f'{args.name}.json')
+    save_atomically(RESULTS / f'{args.name}.json', lambda f: f.write((json.dumps(results) + '\n').encode()))
     draw(results, RESULTS / f'{args.name}.png')
     short = {k: v for k, v in s.items() if k not in ('memory_mb', 'in_use_mb')}
     print(json.dumps({**results, 'soak': short}, indent=1))
