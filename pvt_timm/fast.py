@@ -28,9 +28,16 @@ __all__ = ['FusedStage']
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
-# Tokens that a block works on at a time. The hidden activations of this many fit a last-level cache, and the time that
-# it takes is far above the cost of calling the operators.
-SLICE = 1568
+# What is worked on at a time. The hidden activations of a slice of tokens and a slice of the attention matrix fit caches,
+# and the time that they take is far above the cost of calling the operators.
+STAGE_TOKENS = 6272  # tokens (of whole images) that go through all blocks of a stage together
+SLICE_TOKENS = 1568  # of them go through the second half of a block together
+SLICE_SCORES = 1 << 20  # elements of the attention matrix that exist at a time
+MIN_SLICE_TOKENS = 196
+
+# Up to so many heads the projections of queries and outputs are merged into those of keys and values (`_merge`).
+MERGED_HEADS = 2
+MERGED_KEYS = 256  # in float32; with more keys scaled_dot_product_attention, which stores no scores, was faster
 
 # What the fused forward knows how to compute. Any other module (an adapter, a quantized linear, another norm) is left
 # to the plain path.
@@ -42,6 +49,11 @@ _lock = Lock()  # at most one thread packs
 
 
 # --- The only place that touches operators without a public interface ---
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """`F.linear` by oneDNN, also in float32."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, 'none', [], '')
+
 
 def _pack_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool = False) -> Linear:
     """A function that applies a linear layer (and GELU), with the weight in the layout that oneDNN wants."""
@@ -81,6 +93,7 @@ def _works(dtype: torch.dtype) -> bool:
                 (_pack_linear(weight, bias), expected),
                 (_pack_linear(weight, bias, gelu=True), F.gelu(expected)),
                 (_pack_linear(weight, None), expected - bias),
+                (lambda x: _linear(x, weight, bias), expected),
             ))
     except (AttributeError, RuntimeError, TypeError):
         return False
@@ -95,6 +108,7 @@ class _PackedBlock(NamedTuple):
     proj: Linear
     fc1: Linear
     fc2: Linear
+    merged: Optional[Linear]
 
 
 class _State(NamedTuple):
@@ -115,6 +129,30 @@ def _pack_conv(conv: nn.Conv2d) -> Linear:
     return _pack_linear(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
+def _merge(attn: Attention) -> Linear:
+    """From what keys and values are made of to those that need no projection of queries and outputs.
+
+    The score of token y and key k is (Wq y + bq)^T k = y^T (Wq^T k) + bq^T k, and what a value v adds to the output is
+    Wp v, as often as its weight says. So each head gets keys Wq^T k, a bias bq^T k per key, and values Wp v; as the
+    weights of a token sum to 1, the bias of the output projection joins the values of the first head. The scale is in
+    the keys. That is less work where keys are few and heads too, since keys and values now have all C channels.
+    """
+    C, H, D = attn.q.in_features, attn.num_heads, attn.head_dim
+    q, k, v = (w.double().view(H, D, C) for w in (attn.q.weight, *attn.kv.weight.chunk(2)))
+    bq, bk, bv = (
+        w.new_zeros(H, D) if b is None else b.double().view(H, D)
+        for w, b in ((q, attn.q.bias), *((k, b) for b in (
+            (None, None) if attn.kv.bias is None else attn.kv.bias.chunk(2)))))
+    proj = attn.proj.weight.double().view(C, H, D).transpose(0, 1)
+    q, bq = q * attn.scale, bq * attn.scale
+    values_bias = (proj @ bv.unsqueeze(2)).squeeze(2)
+    if attn.proj.bias is not None:
+        values_bias[0] += attn.proj.bias.double()
+    weight = torch.cat([(q.mT @ k).flatten(0, 1), (proj @ v).flatten(0, 1), (bq.unsqueeze(1) @ k).squeeze(1)])
+    bias = torch.cat([(q.mT @ bk.unsqueeze(2)).flatten(), values_bias.flatten(), (bq * bk).sum(dim=1)])
+    return _pack_linear(weight.to(attn.q.weight), bias.to(attn.q.weight))
+
+
 def _pack_block(blk: Block) -> _PackedBlock:
     attn, mlp = blk.attn, blk.mlp
     return _PackedBlock(
@@ -124,6 +162,7 @@ def _pack_block(blk: Block) -> _PackedBlock:
         proj=_pack_linear(attn.proj.weight, attn.proj.bias),
         fc1=_pack_linear(mlp.fc1.weight, mlp.fc1.bias, gelu=True),
         fc2=_pack_linear(mlp.fc2.weight, mlp.fc2.bias),
+        merged=_merge(attn) if attn.num_heads <= MERGED_HEADS else None,
     )
 
 
@@ -139,13 +178,49 @@ def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _slices(batch: int, tokens: int) -> Iterator[Tuple[slice, slice]]:
-    """Cut (batch, tokens) into contiguous parts of about `SLICE` tokens: some images, or a part of one."""
-    images = max(1, SLICE // tokens)
-    step = math.ceil(tokens / math.ceil(tokens / SLICE))
+def _slices(batch: int, tokens: int, limit: int) -> Iterator[Tuple[slice, slice]]:
+    """Cut (batch, tokens) into contiguous parts of at most about `limit` tokens: some images, or a part of one."""
+    images = max(1, limit // tokens)
+    step = math.ceil(tokens / math.ceil(tokens / limit))
     for b in range(0, batch, images):
         for n in range(0, tokens, step):
             yield slice(b, b + images), slice(n, n + step)
+
+
+Attend = Callable[[torch.Tensor, slice], torch.Tensor]  # (tokens of some images, which images) to what is added to them
+
+
+def _merged_attention(attn: Attention, packed: _PackedBlock, kv: torch.Tensor) -> Attend:
+    """Attention with the keys and values of `_merge`. Takes tokens of one image at a time."""
+    B, M, C = kv.shape
+    H = attn.num_heads
+    keys, values, bias = packed.merged(kv).split((H * C, H * C, H), dim=2)
+    keys = keys.unflatten(2, (H, C)).transpose(1, 2).reshape(B, H * M, C).contiguous()
+    values = values.unflatten(2, (H, C)).permute(0, 3, 2, 1).reshape(B, C, H * M).contiguous()
+    bias = bias.transpose(1, 2).reshape(B, H * M).contiguous()
+
+    def attend(y: torch.Tensor, images: slice) -> torch.Tensor:
+        scores = _linear(y, keys[images.start], bias[images.start]).unflatten(2, (H, M))
+        return _linear(scores.softmax(dim=3).flatten(2), values[images.start], None)
+
+    return attend
+
+
+def _attention(attn: Attention, packed: _PackedBlock, kv: torch.Tensor, products: bool) -> Attend:
+    H, D = attn.num_heads, attn.head_dim
+    k, v = packed.kv(kv).unflatten(2, (2, H, D)).permute(2, 0, 3, 1, 4).unbind(0)
+    if products:
+        k = (k * attn.scale).mT
+
+    def attend(y: torch.Tensor, images: slice) -> torch.Tensor:
+        q = packed.q(y).unflatten(2, (H, D)).transpose(1, 2)
+        if products:
+            out = (q @ k[images]).softmax(dim=3) @ v[images]
+        else:
+            out = F.scaled_dot_product_attention(q, k[images], v[images])
+        return packed.proj(out.transpose(1, 2).flatten(2))
+
+    return attend
 
 
 def _block(
@@ -162,15 +237,26 @@ def _block(
     kv = y
     if packed.sr is not None:
         kv = _norm(attn.norm, packed.sr(_patches(y.view(B, size[0], size[1], C), attn.sr_ratio)))
-    k, v = packed.kv(kv).view(B, -1, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     if num_tokens is not None:
         x, y = x[:, :num_tokens].contiguous(), y[:, :num_tokens].contiguous()
 
-    for b, n in _slices(B, x.shape[1]):
+    N, M, H = x.shape[1], kv.shape[1], attn.num_heads
+    products = kv.dtype == torch.bfloat16  # for which the kernel of scaled_dot_product_attention is slow
+    merged = (
+        packed.merged is not None
+        and (products or M <= MERGED_KEYS)
+        and N * (C + M - H * M) > (H - 1) * M * C  # fewer multiplications
+    )
+    limit = SLICE_TOKENS
+    if merged:
+        attend = _merged_attention(attn, packed, kv)
+    else:
+        attend = _attention(attn, packed, kv, products)
+    if merged or products:
+        limit = min(limit, max(MIN_SLICE_TOKENS, SLICE_SCORES // (H * M)))
+    for b, n in _slices(B, N, min(limit, N) if merged else limit):
         part = x[b, n]
-        q = packed.q(y[b, n]).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k[b], v[b])
-        part += packed.proj(out.transpose(1, 2).flatten(2))
+        part += attend(y[b, n], b)
         part += packed.fc2(packed.fc1(_norm(blk.norm2, part)))
     return x
 
@@ -289,17 +375,23 @@ class FusedStage(PyramidVisionTransformerStage):
         """Tokens after the blocks (only `num_tokens` leading ones) and the grid size."""
         check_input(x, self.in_chans, self.min_input_size)
         packed = self._get_packed(key)
-        patch_size = self.patch_embed.patch_size
+        patch_size, prefix = self.patch_embed.patch_size, self.num_prefix_tokens
         size = (x.shape[2] // patch_size, x.shape[3] // patch_size)
-        x = _norm(self.patch_embed.norm, packed.embed(_patches(x.permute(0, 2, 3, 1), patch_size)))
-        pos_embed = resample_pos_embed(self.pos_embed, size, self.grid_size, self.num_prefix_tokens)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x += pos_embed
-        last = len(self.blocks) - 1
-        for i, blk in enumerate(self.blocks):
-            x = _block(blk, packed.blocks[i], x, size, num_tokens if i == last else None)
-        return x, size
+        pos_embed = resample_pos_embed(self.pos_embed, size, self.grid_size, prefix)
+        x = x.permute(0, 2, 3, 1)
+        tokens = x.new_empty(x.shape[0], pos_embed.shape[1], self.dim)
+        out = []
+        images = max(1, STAGE_TOKENS // tokens.shape[1])
+        for b in range(0, x.shape[0], images):
+            part = tokens[b:b + images]
+            if self.cls_token is not None:
+                part[:, :prefix] = self.cls_token + pos_embed[:, :prefix]
+            embed = _norm(self.patch_embed.norm, packed.embed(_patches(x[b:b + images], patch_size)))
+            torch.add(embed, pos_embed[:, prefix:], out=part[:, prefix:])
+            for i, blk in enumerate(self.blocks):
+                part = _block(blk, packed.blocks[i], part, size, num_tokens if i == len(self.blocks) - 1 else None)
+            out.append(part)
+        return tokens if num_tokens is None else torch.cat(out), size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():

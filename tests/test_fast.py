@@ -153,21 +153,59 @@ def test_as_part_of_another_model(fast_calls):
 
 @needs_fast_ops
 @pytest.mark.parametrize('tokens', [1, 7, 100, 10 ** 6])
-def test_slices(monkeypatch, tokens):
-    monkeypatch.setattr(fast, 'SLICE', tokens)
+@pytest.mark.parametrize('name', ['STAGE_TOKENS', 'SLICE_TOKENS', 'SLICE_SCORES'])
+def test_slices(monkeypatch, name, tokens):
+    monkeypatch.setattr(fast, name, tokens)
+    monkeypatch.setattr(fast, 'MIN_SLICE_TOKENS', 5)
     model = build()
     x = images(3, 3, 64, 96)
     with torch.no_grad():
         assert_same(model.fuse()(x), model(x))
 
 
+@needs_fast_ops
+@pytest.mark.parametrize('qkv_bias', [True, False])
+@pytest.mark.parametrize('heads', [0, 1, 2, 8])
+def test_merged_projections(monkeypatch, heads, qkv_bias):
+    """Whichever blocks merge the projections of queries and outputs into keys and values."""
+    monkeypatch.setattr(fast, 'MERGED_HEADS', heads)
+    merged = []
+    function = fast._merged_attention
+    monkeypatch.setattr(
+        fast, '_merged_attention', lambda attn, *args: merged.append(attn.num_heads) or function(attn, *args))
+    for class_token in (True, False):
+        model = build(qkv_bias=qkv_bias, class_token=class_token)
+        x = images(2, 3, 96, 64)
+        with torch.no_grad():
+            assert_same(model.fuse()(x), model(x))
+    assert set(merged) <= {1, 2, 5, 8} and all(h <= heads for h in merged)
+    assert bool(merged) == bool(heads)
+
+
+@needs_fast_ops
+def test_merged_projections_only_where_they_are_less_work(monkeypatch):
+    merged = []
+    function = fast._merged_attention
+    monkeypatch.setattr(fast, '_merged_attention', lambda attn, *args: merged.append(attn) or function(attn, *args))
+    model = timm.create_model('pvt_small').eval().fuse()
+    with torch.no_grad():
+        model(images(1, 3, 224, 224))
+        assert [a.num_heads for a in merged] == [1] * 3 + [2] * 4
+        del merged[:]
+        model(images(1, 3, 576, 640))  # 360 keys: scaled_dot_product_attention
+        assert merged == []
+        model.bfloat16()(images(1, 3, 576, 640).bfloat16())
+        assert [a.num_heads for a in merged] == [1] * 3
+
+
+@pytest.mark.parametrize('limit', [1, 196, 1568])
 @pytest.mark.parametrize('batch, tokens', [(1, 1), (3, 50), (16, 49), (2, 3136), (5, 1569), (1, 67200)])
-def test_slices_cover_everything_once(batch, tokens):
+def test_slices_cover_everything_once(batch, tokens, limit):
     seen = torch.zeros(batch, tokens)
-    for b, n in fast._slices(batch, tokens):
+    for b, n in fast._slices(batch, tokens, limit):
         part = seen[b, n]
         part += 1
-        assert part.is_contiguous() and 0 < part.numel() <= max(fast.SLICE, 1)
+        assert part.is_contiguous() and 0 < part.numel() <= limit
     assert (seen == 1).all()
 
 

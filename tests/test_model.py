@@ -5,9 +5,10 @@ import sys
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from hypothesis import given, settings, strategies as st
 
-from pvt_timm import PyramidVisionTransformer
+from pvt_timm import PyramidVisionTransformer, pvt
 from pvt_timm.checkpoints import from_timm
 from reference import features, images, logits, max_diff, randomize
 
@@ -434,3 +435,51 @@ def test_dense_against_reference_at_random_sizes():
         x = images(1, 3, h, w)
         for a, b in zip(net(x), features(sd, x, img_size=(32, 32)), strict=True):
             assert max_diff(a, b) <= 1e-10
+
+
+# --- MLPs on slices of tokens ---
+
+@pytest.mark.parametrize('size', [(64, 64), (96, 160)])
+def test_mlp_slices_change_nothing(monkeypatch, size):
+    model = timm.create_model('test_pvt').eval()
+    x = torch.randn(3, 3, *size, dtype=torch.float64)
+    model.double()
+    rows = []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, 'forward', lambda m, x: rows.append(x.shape[:-1].numel()) or forward(m, x))
+    with torch.no_grad():
+        expected = model(x)
+        whole = max(rows)
+        del rows[:]
+        monkeypatch.setattr(pvt, 'MLP_TOKENS', 100)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+        fc1 = [m for m in model.modules() if isinstance(m, nn.Linear) and m is model.stages[0].blocks[0].mlp.fc1]
+        del rows[:]
+        model.stages[0](x)
+        assert 100 in rows and max(rows) == whole  # the attention's linears see all tokens, the MLP's 100
+        # nobody who watches an MLP sees slices, and gradients are those of one product
+        seen = []
+        with fc1[0].register_forward_hook(lambda m, args, out: seen.append(out.shape)):
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+    assert seen == [(3, size[0] * size[1] // 16, 64)]
+    del rows[:]
+    model.stages[0](x)
+    assert 100 not in rows
+
+
+def test_mlp_slices_leave_other_mlps_alone(monkeypatch):
+    monkeypatch.setattr(pvt, 'MLP_TOKENS', 10)
+    model = timm.create_model('test_pvt').eval()
+
+    class MixesTokens(nn.Module):
+        def forward(self, x):
+            return x.mean(dim=1, keepdim=True).expand_as(x)
+
+    shapes = []
+    model.stages[0].blocks[0].mlp = MixesTokens()
+    model.stages[1].blocks[0].mlp.fc1 = nn.Sequential(model.stages[1].blocks[0].mlp.fc1, nn.Identity())
+    model.stages[1].blocks[0].mlp.fc1.forward = lambda x, f=model.stages[1].blocks[0].mlp.fc1[0]: (
+        shapes.append(x.shape) or f(x))
+    with torch.no_grad():
+        y = model(torch.randn(1, 3, 64, 64))
+    assert torch.isfinite(y).all() and shapes == [(1, 64, 32)]
