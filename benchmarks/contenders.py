@@ -24,7 +24,7 @@ CPU = ('original', 'transformers', 'eager', 'fused', 'compiled', 'pvt_v2', 'resn
 CUDA = (
     'original', 'transformers', 'eager', 'channels_last', 'compiled', 'cuda_graph', 'sdpa_flash', 'sdpa_efficient',
     'sdpa_math', 'pvt_v2', 'resnet50')
-TRAIN = ('original', 'transformers', 'eager', 'pvt_v2', 'resnet50')
+TRAIN = ('original', 'transformers', 'eager', 'checkpointed', 'pvt_v2', 'resnet50')
 NOT_PVT = ('pvt_v2', 'resnet50')
 PVT_V2 = {'tiny': 'pvt_v2_b1', 'small': 'pvt_v2_b2', 'medium': 'pvt_v2_b3', 'large': 'pvt_v2_b4'}
 
@@ -104,7 +104,10 @@ def module(name: str, variant: str) -> torch.nn.Module:
     if name == 'resnet50':
         import torchvision
         return torchvision.models.resnet50().eval()
-    return reference(variant)
+    model = reference(variant)
+    if name == 'checkpointed':
+        model.set_grad_checkpointing()
+    return model
 
 
 def _onnx(variant: str, shape) -> str:

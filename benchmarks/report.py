@@ -4,13 +4,15 @@ import sys
 from pathlib import Path
 
 LABELS = dict(
-    original='original code', transformers='transformers', eager='ours', fused='ours, fused', compiled='ours, compiled',
-    pvt_v2='timm pvt_v2 (like size)', resnet50='torchvision ResNet-50', onnxruntime='onnxruntime', openvino='OpenVINO',
+    original='original code', transformers='transformers', eager='ours', fused='ours, fused',
+    checkpointed='ours, checkpointing', compiled='ours, compiled', pvt_v2='timm pvt_v2 (like size)',
+    resnet50='torchvision ResNet-50', onnxruntime='onnxruntime', openvino='OpenVINO',
     channels_last='ours, channels_last', cuda_graph='ours, CUDA graph', sdpa_flash='ours, flash attention',
     sdpa_efficient='ours, efficient attention', sdpa_math='ours, plain attention')
 COLOURS = dict(
-    original='#999999', transformers='#e69f00', eager='#56b4e9', fused='#d62728', compiled='#0072b2', pvt_v2='#cc79a7',
-    resnet50='#b8860b', onnxruntime='#009e73', openvino='#111111', channels_last='#7f7fff', cuda_graph='#d62728',
+    original='#999999', transformers='#e69f00', eager='#56b4e9', fused='#d62728', compiled='#0072b2',
+    checkpointed='#0072b2', pvt_v2='#cc79a7', resnet50='#b8860b', onnxruntime='#009e73', openvino='#111111',
+    channels_last='#7f7fff', cuda_graph='#d62728',
     sdpa_flash='#2ca02c', sdpa_efficient='#98df8a', sdpa_math='#bcbd22')
 
 
@@ -50,21 +52,23 @@ def _find(rows, shape, precision, variant='small'):
 def ratios(results) -> list:
     """How many times faster (or smaller) the first is than the second, by medians of the same run."""
     found = []
+    inference = (('fused', 'original'), ('fused', 'openvino'), ('eager', 'original'))
+    training = (('eager', 'original'), ('eager', 'transformers'), ('checkpointed', 'eager'))
+    wanted = [('throughput', variant, (16, 3, 224, 224), (*inference, ('eager', 'transformers')))
+              for variant in results['gmacs']]
+    wanted += [('latency', 'small', (1, 3, 224, 224), inference), ('latency', 'small', (1, 3, 800, 1344), inference)]
+    wanted += [(section, 'small', (8, 3, 224, 224), training) for section in ('training', 'training_memory')]
+    wanted += [('memory', 'small', (1, 3, 800, 1344), (('fused', 'original'), ('eager', 'original')))]
     for precision in ('fp32', 'bf16'):
-        for section, shape, pairs in (
-                ('throughput', (16, 3, 224, 224), (
-                    ('eager', 'transformers'), ('fused', 'original'), ('fused', 'openvino'), ('fused', 'eager'))),
-                ('latency', (1, 3, 224, 224), (('fused', 'original'), ('fused', 'openvino'))),
-                ('latency', (1, 3, 800, 1344), (('fused', 'original'), ('fused', 'openvino'), ('eager', 'original'))),
-                ('training', (8, 3, 224, 224), (('eager', 'original'), ('eager', 'transformers'))),
-                ('memory', (1, 3, 800, 1344), (('fused', 'original'), ('eager', 'original')))):
-            row = _find(results[section], shape, precision)
+        for section, variant, shape, pairs in wanted:
+            row = _find(results.get(section, []), shape, precision, variant)
             for a, b in pairs:
-                key = 'bytes' if section == 'memory' else 'median'
+                key = 'bytes' if 'memory' in section else 'median'
                 if key in row.get(a, {}) and key in row.get(b, {}):
                     ratio = row[b][key] / row[a][key]
-                    what = f'{ratio:.2f}x faster' if key == 'median' else f'{1 / ratio:.2f}x the memory'
-                    found.append(f'| {section} {_size(shape)} {precision} | {LABELS[a]} against {LABELS[b]} | {what} |')
+                    what = f'{ratio:.2f}x the speed' if key == 'median' else f'{1 / ratio:.2f}x the memory'
+                    found.append(f'| {section.replace("_", " ")} {variant} {_size(shape)} {precision} '
+                                 f'| {LABELS[a]} against {LABELS[b]} | {what} |')
     return found
 
 
@@ -98,8 +102,9 @@ def markdown(results, device) -> str:
             ('throughput', 'Milliseconds per batch', 'median', 1, 0),
             ('latency', 'Latency by resolution, ms', 'median', 1, 0),
             ('training', 'Forward and backward pass, ms', 'median', 1, 0),
-            ('memory', 'Peak memory over the loaded model, MB', 'bytes', 1e-6, 0)):
-        if results[section]:
+            ('memory', 'Peak memory over the loaded model, MB', 'bytes', 1e-6, 0),
+            ('training_memory', 'Peak memory of forward and backward pass, MB', 'bytes', 1e-6, 0)):
+        if results.get(section):
             lines += [f'## {title}', '']
             lines += ['Medians, ± half of the spread of the middle half of the runs.', ''] if key == 'median' else []
             for precision in dict.fromkeys(r['precision'] for r in results[section]):

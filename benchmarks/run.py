@@ -27,6 +27,7 @@ from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, Skipped
 
 GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included
 HERE = Path(__file__).resolve().parent
+SECTIONS = ('throughput', 'latency', 'training', 'memory', 'training_memory')
 PACKAGES = ('torch', 'timm', 'torchvision', 'transformers', 'onnxruntime', 'openvino', 'pvt-timm')
 
 
@@ -83,6 +84,14 @@ def summary(ms: list) -> dict:
         rounds=len(ms))
 
 
+def check(name, precision, shape, out, expected) -> float:
+    """Largest difference from the expected logits, over the largest of these. Ends the run if they are not equal."""
+    error = ((out.detach().float().cpu() - expected).abs().max() / expected.abs().max()).item()
+    if error > TOLERANCE[precision]:
+        raise SystemExit(f'{name} {precision} {shape}: relative error {error:.1e}, nothing to time.')
+    return error
+
+
 def inference(variant, shape, precision, names, args) -> dict:
     """Time contenders on one input, after their outputs were found equal."""
     device = args.device
@@ -104,13 +113,9 @@ def inference(variant, shape, precision, names, args) -> dict:
                     raise
                 result[name] = dict(skipped=f'raises {type(e).__name__}')
                 continue
+            result[name] = {}
             if name not in NOT_PVT:
-                error = ((out.float().cpu() - expected).abs().max() / expected.abs().max()).item()
-                if error > TOLERANCE[precision]:
-                    raise SystemExit(f'{name} {precision} {shape}: relative error {error:.1e}, nothing to time.')
-                result[name] = dict(error=error)
-            else:
-                result[name] = {}
+                result[name] = dict(error=check(name, precision, shape, out, expected))
             functions[name] = lambda model=model, x=x: model(x)
             functions[name]()
         for name, values in interleave(functions, args.rounds, device, args.clock).items():
@@ -121,9 +126,12 @@ def inference(variant, shape, precision, names, args) -> dict:
 
 
 def training(variant, shape, precision, names, args) -> dict:
-    """Time a forward and backward pass (no optimizer)."""
+    """Time a forward and backward pass (no optimizer), after the outputs were found equal."""
     contenders.set_precision(precision, args.device)
-    x = torch.randn(shape).to(device=args.device, dtype=contenders.DTYPES[precision])
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x = images.to(device=args.device, dtype=contenders.DTYPES[precision])
+    with torch.no_grad():
+        expected = contenders.reference(variant)(images)
     functions, result = {}, {}
     for name in names:
         try:
@@ -134,11 +142,15 @@ def training(variant, shape, precision, names, args) -> dict:
         model = model.train().to(device=args.device, dtype=contenders.DTYPES[precision])
 
         def step(model=model):
-            model(x).float().square().mean().backward()
+            out = model(x)
+            out.float().square().mean().backward()
             model.zero_grad(set_to_none=True)
+            return out
         functions[name] = step
         result[name] = {}
-        step()
+        out = step()
+        if name not in NOT_PVT:
+            result[name] = dict(error=check(name, precision, shape, out, expected))
     for name, values in interleave(functions, args.rounds, args.device, args.clock).items():
         result[name].update(values)
     del functions
@@ -173,33 +185,42 @@ def memory(field: str) -> int:
         return int(re.search(rf'{field}:\s+(\d+)', f.read())[1]) * 1024
 
 
-def memory_child(name, variant, shape, precision, device) -> None:
-    """Print how far memory rises over that of the loaded (and packed) model in one forward."""
-    torch.set_grad_enabled(False)
+def memory_child(name, variant, shape, precision, device, train=False) -> None:
+    """Print how far memory rises over that of the loaded (and packed) model in one forward (and backward)."""
+    torch.set_grad_enabled(train)
     small = (1, 3, 64, 64) if name not in ('transformers', 'onnxruntime', 'openvino') else shape[:1] + shape[1:]
     x = torch.randn(shape).to(device=device, dtype=contenders.input_dtype(name, precision))
-    model = contenders.build(name, variant, shape, precision, device)
+    if train:
+        model = contenders.module(name, variant).train().to(device=device, dtype=contenders.DTYPES[precision])
+    else:
+        model = contenders.build(name, variant, shape, precision, device)
+
+    def step():
+        out = model(x)
+        if train:
+            out.float().square().mean().backward()
+
     if name not in ('transformers', 'onnxruntime', 'openvino', 'original'):
         model(torch.zeros(small, dtype=x.dtype, device=device))
     gc.collect()
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(x)
+        step()
         print(torch.cuda.max_memory_allocated() - before)
         return
     with open('/proc/self/clear_refs', 'w') as f:
         f.write('5')  # the peak starts anew
     before = memory('VmRSS')
-    model(x)
+    step()
     print(memory('VmHWM') - before)
 
 
-def peak_memory(variant, shape, precision, names, args) -> dict:
+def peak_memory(variant, shape, precision, names, args, train=False) -> dict:
     result = {}
     for name in names:
         command = [sys.executable, __file__, '--device', args.device, '--memory-of', json.dumps(
-            [name, variant, list(shape), precision, args.device])]
+            [name, variant, list(shape), precision, args.device, train])]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode == 0:
             result[name] = dict(bytes=int(run.stdout.split()[-1]))
@@ -235,6 +256,8 @@ def suite(args):
             for shape in ((1, 448, 448),) if quick else (
                     (1, 224, 224), (16, 224, 224), (64, 224, 224), (1, 448, 448), (1, 800, 1344), (1, 1344, 1344)):
                 yield 'memory', peak_memory, small, (shape[0], 3, *shape[1:]), precision, keep, args
+            keep = [n for n in TRAIN if n not in slow]
+            yield 'training_memory', peak_memory, small, (2 if quick else 8, 3, 224, 224), precision, keep, args, True
 
 
 def write(path: Path, text: str) -> None:
@@ -255,7 +278,7 @@ def main(argv=None) -> int:
     parser.add_argument('--rounds', type=int, help='times that each contender is timed (default 7, 3 with --quick)')
     parser.add_argument('--pvt-checkout', help='checkout of whai362/PVT (default: $PVT_CHECKOUT)')
     parser.add_argument('--variants', help='comma-separated (default: all, the small one first)')
-    parser.add_argument('--only', help='sections, comma-separated: throughput,latency,training,memory')
+    parser.add_argument('--only', help='sections, comma-separated: ' + ','.join(SECTIONS))
     parser.add_argument('--output', type=Path, help='folder (default: results/ here, or a temporary one with --quick)')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -275,12 +298,11 @@ def main(argv=None) -> int:
     output = args.output or (Path(tempfile.mkdtemp(prefix='pvt-benchmark-')) if args.quick else HERE / 'results')
     output.mkdir(parents=True, exist_ok=True)
 
-    sections = ('throughput', 'latency', 'training', 'memory')
-    only = args.only.split(',') if args.only else sections
-    if set(only) - set(sections):
-        parser.error(f'Expected --only to name some of {", ".join(sections)}, got {args.only!r}.')
+    only = args.only.split(',') if args.only else SECTIONS
+    if set(only) - set(SECTIONS):
+        parser.error(f'Expected --only to name some of {", ".join(SECTIONS)}, got {args.only!r}.')
     results = dict(machine=machine(args.device), clock=args.clock, gmacs=GMACS, peak=[])
-    results.update((section, []) for section in sections)
+    results.update((section, []) for section in SECTIONS)
     for section, measure, *what in suite(args):
         if section not in only and section != 'peak':
             continue
