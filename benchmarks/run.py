@@ -26,6 +26,7 @@ import contenders
 from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, Skipped
 
 GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included
+PAUSE = 0.05  # s before a contender runs: threads of other libraries spin for a while after theirs
 HERE = Path(__file__).resolve().parent
 SECTIONS = ('throughput', 'latency', 'training', 'memory', 'training_memory')
 PACKAGES = ('torch', 'timm', 'torchvision', 'transformers', 'onnxruntime', 'openvino', 'pvt-timm')
@@ -69,6 +70,7 @@ def interleave(functions: dict, rounds: int, device: str, clock: str = 'wall') -
     for _ in range(rounds):
         for name, function in functions.items():
             synchronize(device)
+            time.sleep(PAUSE)
             start = now()
             function()
             synchronize(device)

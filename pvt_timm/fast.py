@@ -28,8 +28,8 @@ __all__ = ['FusedStage']
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
-# What is worked on at a time. The hidden activations of a slice of tokens and a slice of the attention matrix fit caches,
-# and the time that they take is far above the cost of calling the operators.
+# What is worked on at a time. The hidden activations of a slice of tokens and a slice of the attention matrix fit the
+# caches, and the time that they take is far above the cost of calling the operators.
 STAGE_TOKENS = 6272  # tokens (of whole images) that go through all blocks of a stage together
 SLICE_TOKENS = 1568  # of them go through the second half of a block together
 SLICE_SCORES = 1 << 20  # elements of the attention matrix that exist at a time
