@@ -241,7 +241,8 @@ def suite(args):
     batch = 4 if quick else 64 if cuda else 16
     small = 'tiny' if quick else 'small'
     slow = ('compiled',) if quick else ()
-    for precision in precisions[:1] if quick else precisions:
+    precisions = precisions[:1] if quick else precisions
+    for precision in precisions:
         yield 'peak', peak, precision, args.device, args.clock
         for variant in (small,) if quick else (args.variants or 'small,tiny,medium,large').split(','):
             keep = [n for n in names if n not in slow and (variant == small or n not in (
@@ -253,13 +254,15 @@ def suite(args):
         for size in ((448, 448),) if quick else ((448, 448), (640, 640), (800, 1344), (1344, 1344)):
             yield 'latency', inference, small, (1, 3, *size), precision, keep, args
         yield 'training', training, small, (2 if quick else 8, 3, 224, 224), precision, TRAIN, args
-        if cuda or os.access('/proc/self/clear_refs', os.W_OK):
-            keep = ['eager', 'fused', 'original'] if quick else [n for n in keep if not n.startswith('sdpa')]
-            for shape in ((1, 448, 448),) if quick else (
-                    (1, 224, 224), (16, 224, 224), (64, 224, 224), (1, 448, 448), (1, 800, 1344), (1, 1344, 1344)):
-                yield 'memory', peak_memory, small, (shape[0], 3, *shape[1:]), precision, keep, args
-            keep = [n for n in TRAIN if n not in slow]
-            yield 'training_memory', peak_memory, small, (2 if quick else 8, 3, 224, 224), precision, keep, args, True
+    if not cuda and not os.access('/proc/self/clear_refs', os.W_OK):
+        return
+    keep = ['eager', 'fused', 'original'] if quick else [
+        n for n in names if n not in ('compiled', *slow) and not n.startswith('sdpa')]
+    for precision in precisions:
+        for shape in ((1, 448, 448),) if quick else (
+                (1, 224, 224), (16, 224, 224), (64, 224, 224), (1, 448, 448), (1, 800, 1344), (1, 1344, 1344)):
+            yield 'memory', peak_memory, small, (shape[0], 3, *shape[1:]), precision, keep, args
+        yield 'training_memory', peak_memory, small, (2 if quick else 8, 3, 224, 224), precision, TRAIN, args, True
 
 
 def write(path: Path, text: str) -> None:

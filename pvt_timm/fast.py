@@ -2,8 +2,9 @@
 
 A fused stage holds the parameters of the stage that it was made of and computes the same numbers to rounding:
   * linears, patch embeddings and spatial reductions run on weights packed once for oneDNN, with GELU fused;
-  * everything after the keys and values of a block runs on slices of tokens, which stay in the cache, so that memory
-    grows neither with the hidden size of the MLP nor with the attention matrix;
+  * images go through a stage in groups, and everything after the keys and values of a block runs on slices of tokens,
+    which stay in the cache, so that memory grows neither with the hidden size of the MLP nor with the attention matrix;
+  * where keys are few the projections of queries and outputs are merged into those of keys and values;
   * the last block computes only the class token where nothing else is asked for.
 
 It takes the plain path of the parent class, with the same results, whenever something else is needed: gradients,
@@ -32,12 +33,14 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 # caches, and the time that they take is far above the cost of calling the operators.
 STAGE_TOKENS = 6272  # tokens (of whole images) that go through all blocks of a stage together
 SLICE_TOKENS = 1568  # of them go through the second half of a block together
-SLICE_SCORES = 1 << 20  # elements of the attention matrix that exist at a time
+SLICE_SCORES = 1 << 21  # elements of the attention matrix of a head that exist at a time
 MIN_SLICE_TOKENS = 196
 
 # Up to so many heads the projections of queries and outputs are merged into those of keys and values (`_merge`).
 MERGED_HEADS = 2
-MERGED_KEYS = 256  # in float32; with more keys scaled_dot_product_attention, which stores no scores, was faster
+
+# From so many keys on the products of attention run head by head as oneDNN's linears.
+MANY_KEYS = 512
 
 # What the fused forward knows how to compute. Any other module (an adapter, a quantized linear, another norm) is left
 # to the plain path.
@@ -206,9 +209,11 @@ def _merged_attention(attn: Attention, packed: _PackedBlock, kv: torch.Tensor) -
     return attend
 
 
-def _attention(attn: Attention, packed: _PackedBlock, kv: torch.Tensor, products: bool) -> Attend:
+def _attention(attn: Attention, packed: _PackedBlock, kv: torch.Tensor) -> Attend:
+    """Attention as it is written. Takes tokens of some images at a time."""
     H, D = attn.num_heads, attn.head_dim
     k, v = packed.kv(kv).unflatten(2, (2, H, D)).permute(2, 0, 3, 1, 4).unbind(0)
+    products = kv.dtype == torch.bfloat16  # for which the kernel of scaled_dot_product_attention was slower
     if products:
         k = (k * attn.scale).mT
 
@@ -219,6 +224,22 @@ def _attention(attn: Attention, packed: _PackedBlock, kv: torch.Tensor, products
         else:
             out = F.scaled_dot_product_attention(q, k[images], v[images])
         return packed.proj(out.transpose(1, 2).flatten(2))
+
+    return attend
+
+
+def _attention_of_many_keys(attn: Attention, packed: _PackedBlock, kv: torch.Tensor) -> Attend:
+    """Attention head by head with oneDNN's products. Takes tokens of one image at a time."""
+    H, D = attn.num_heads, attn.head_dim
+    k, v = packed.kv(kv).unflatten(2, (2, H, D)).permute(2, 0, 3, 1, 4).unbind(0)
+    k, v = (k * attn.scale).contiguous(), v.mT.contiguous()
+
+    def attend(y: torch.Tensor, images: slice) -> torch.Tensor:
+        q = packed.q(y).unflatten(2, (H, D)).transpose(1, 2).contiguous()
+        out = [
+            _linear(_linear(q[0, h], k[images.start, h], None).softmax(dim=1), v[images.start, h], None)
+            for h in range(H)]
+        return packed.proj(torch.cat(out, dim=1).unsqueeze(0))
 
     return attend
 
@@ -241,20 +262,14 @@ def _block(
         x, y = x[:, :num_tokens].contiguous(), y[:, :num_tokens].contiguous()
 
     N, M, H = x.shape[1], kv.shape[1], attn.num_heads
-    products = kv.dtype == torch.bfloat16  # for which the kernel of scaled_dot_product_attention is slow
-    merged = (
-        packed.merged is not None
-        and (products or M <= MERGED_KEYS)
-        and N * (C + M - H * M) > (H - 1) * M * C  # fewer multiplications
-    )
-    limit = SLICE_TOKENS
-    if merged:
-        attend = _merged_attention(attn, packed, kv)
+    limit = min(SLICE_TOKENS, max(MIN_SLICE_TOKENS, SLICE_SCORES // M))
+    if packed.merged is not None and N * (C + M - H * M) > (H - 1) * M * C:  # fewer multiplications
+        attend, limit = _merged_attention(attn, packed, kv), min(limit, N)
+    elif M >= MANY_KEYS:
+        attend, limit = _attention_of_many_keys(attn, packed, kv), min(limit, N)
     else:
-        attend = _attention(attn, packed, kv, products)
-    if merged or products:
-        limit = min(limit, max(MIN_SLICE_TOKENS, SLICE_SCORES // (H * M)))
-    for b, n in _slices(B, N, min(limit, N) if merged else limit):
+        attend = _attention(attn, packed, kv)
+    for b, n in _slices(B, N, limit):
         part = x[b, n]
         part += attend(y[b, n], b)
         part += packed.fc2(packed.fc1(_norm(blk.norm2, part)))

@@ -59,8 +59,8 @@ def test_report(tmp_path):
     pytest.importorskip('matplotlib')
     report.report(json.loads(json.dumps(results())), tmp_path, 'cpu')
     text = (tmp_path / 'cpu.md').read_text()
-    assert '| throughput 16x224 fp32 | ours, fused against original code | 2.00x faster |' in text
-    assert '| latency 1x800x1344 fp32 | ours, fused against original code | 4.00x faster |' in text
+    assert '| throughput small 16x224 fp32 | ours, fused against original code | 2.00x the speed |' in text
+    assert '| latency 1x800x1344 fp32 | ours, fused against original code | 4.00x the speed |' in text
     assert '| OpenVINO | – |' in text
     assert '| ours, fused | 102% |' in text  # 16 * 7.64 GFLOP in 0.6 s of 200 GFLOP/s
     assert sorted(p.name for p in tmp_path.glob('*.png')) == [

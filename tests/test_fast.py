@@ -192,10 +192,24 @@ def test_merged_projections_only_where_they_are_less_work(monkeypatch):
         model(images(1, 3, 224, 224))
         assert [a.num_heads for a in merged] == [1] * 3 + [2] * 4
         del merged[:]
-        model(images(1, 3, 576, 640))  # 360 keys: scaled_dot_product_attention
-        assert merged == []
-        model.bfloat16()(images(1, 3, 576, 640).bfloat16())
+        model(images(1, 3, 576, 640))  # 360 keys
         assert [a.num_heads for a in merged] == [1] * 3
+
+
+@needs_fast_ops
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, TOLERANCE), (torch.bfloat16, 0.05)])
+def test_attention_of_many_keys(monkeypatch, dtype, tolerance):
+    monkeypatch.setattr(fast, 'MANY_KEYS', 10)
+    heads = []
+    function = fast._attention_of_many_keys
+    monkeypatch.setattr(
+        fast, '_attention_of_many_keys', lambda attn, *args: heads.append(attn.num_heads) or function(attn, *args))
+    for class_token in (True, False):
+        model = build(class_token=class_token).to(dtype)
+        x = images(2, 3, 128, 96).to(dtype)
+        with torch.no_grad():
+            assert_same(model.fuse()(x), model(x), tolerance)
+    assert set(heads) == {2, 5, 8}
 
 
 @pytest.mark.parametrize('limit', [1, 196, 1568])
