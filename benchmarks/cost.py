@@ -3,12 +3,13 @@
     python benchmarks/cost.py                                  # measure, fit, write results/cost.json
     python benchmarks/cost.py --predict 1x1024x2048 --variant large
 
-Time is fitted as a sum over stages of the arithmetic of linear layers (grows with pixels) and of attention (grows with
-pixels squared), each at a rate of its own, plus a
-time per block.
+Time is fitted as the arithmetic of linear layers (grows with pixels) and of attention (grows with pixels squared), each
+at a rate of its own, plus a time per block. Memory of one forward over that of the loaded model is fitted as a constant
+plus so much per pixel and image; depth costs none.
 """
 import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 import contenders
-from run import machine, write
+from run import machine, peak_memory, write
 
 DEPTHS = dict(tiny=(2, 2, 2, 2), small=(3, 4, 6, 3), medium=(3, 4, 18, 3), large=(3, 8, 27, 3))
 DIMS, SR, RATIO = (64, 128, 320, 512), (8, 4, 2, 1), (8, 8, 4, 4)
@@ -43,13 +44,15 @@ def features(variant, batch, height, width):
 
 def predict(fit, variant, batch, height, width):
     ms = float(np.dot(fit['ms_per'], features(variant, batch, height, width)))
-    return dict(ms=ms, gflop=sum(arithmetic(variant, batch, height, width)))
+    mb = float(np.dot(fit['mb_per'], (1, batch * height * width / 1e6)))
+    return dict(ms=ms, mb=mb, gflop=sum(arithmetic(variant, batch, height, width)))
 
 
 def measure(rounds):
     points = []
     grid = [('small', 1, s, s) for s in (224, 320, 448, 640, 896)] + [('small', 1, 800, 1344)]
     grid += [('small', b, 224, 224) for b in (4, 16)] + [(v, 1, 448, 448) for v in ('tiny', 'medium', 'large')]
+    device = argparse.Namespace(device='cpu')
     with torch.no_grad():
         for name in ('eager', 'fused'):
             for variant, batch, height, width in grid:
@@ -61,7 +64,10 @@ def measure(rounds):
                     start = time.perf_counter()
                     model(x)
                     times.append((time.perf_counter() - start) * 1e3)
-                points.append(dict(path=name, variant=variant, batch=batch, height=height, width=width, ms=min(times)))
+                memory = peak_memory(variant, (batch, 3, height, width), 'fp32', [name], device)['contenders'][name]
+                points.append(dict(
+                    path=name, variant=variant, batch=batch, height=height, width=width,
+                    ms=statistics.median(times), mb=memory['bytes'] / 1e6))
                 print(points[-1], flush=True)
     return points
 
@@ -73,8 +79,14 @@ def fit(points):
     ms = np.array([p['ms'] for p in points])
     coefficients, _ = nnls(a / ms[:, None], np.ones(len(ms)))
     error = np.abs(a @ coefficients / ms - 1)
+    b = np.array([(1, p['batch'] * p['height'] * p['width'] / 1e6) for p in points])
+    mb = np.array([p['mb'] for p in points])
+    memory, _ = nnls(b / mb[:, None], np.ones(len(mb)))
+    memory_error = np.abs(b @ memory / mb - 1)
     return dict(ms_per=coefficients.tolist(), of=['GFLOP linear', 'GFLOP attention', 'block'],
-                mean_error=float(error.mean()), max_error=float(error.max()))
+                mean_error=float(error.mean()), max_error=float(error.max()),
+                mb_per=memory.tolist(), memory_of=['model', 'megapixel'],
+                mean_memory_error=float(memory_error.mean()), max_memory_error=float(memory_error.max()))
 
 
 def main(argv=None) -> int:
@@ -93,7 +105,7 @@ def main(argv=None) -> int:
             parser.error(f'Expected --predict as BATCHxHEIGHTxWIDTH, got {args.predict!r}.')
         for name, values in json.loads(path.read_text())['fits'].items():
             out = predict(values, args.variant, batch, height, width)
-            print(f'{name}: about {out["ms"]:.0f} ms, {out["gflop"]:.1f} GFLOP')
+            print(f'{name}: about {out["ms"]:.0f} ms, {out["mb"]:.0f} MB over the model, {out["gflop"]:.1f} GFLOP')
         return 0
     points = measure(args.rounds)
     fits = {name: fit([p for p in points if p['path'] == name]) for name in ('eager', 'fused')}

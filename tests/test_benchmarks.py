@@ -27,12 +27,13 @@ def test_arithmetic(variant):
 
 
 def test_fit_finds_its_own_coefficients():
-    true = dict(ms_per=[5., 7., 0.5])
+    true = dict(ms_per=[5., 7., 0.5], mb_per=[3., 90.])
     points = [
-        dict(variant=v, batch=b, height=s, width=s, ms=cost.predict(true, v, b, s, s)['ms'])
+        dict(variant=v, batch=b, height=s, width=s, **cost.predict(true, v, b, s, s))
         for v in cost.DEPTHS for b in (1, 4) for s in (224, 448, 896)]
     found = cost.fit(points)
     assert found['ms_per'] == pytest.approx(true['ms_per'], rel=1e-3) and found['max_error'] < 1e-3
+    assert found['mb_per'] == pytest.approx(true['mb_per'], rel=1e-3) and found['max_memory_error'] < 1e-3
 
 
 def test_summary():
@@ -60,7 +61,7 @@ def test_report(tmp_path):
     report.report(json.loads(json.dumps(results())), tmp_path, 'cpu')
     text = (tmp_path / 'cpu.md').read_text()
     assert '| throughput small 16x224 fp32 | ours, fused against original code | 2.00x the speed |' in text
-    assert '| latency 1x800x1344 fp32 | ours, fused against original code | 4.00x the speed |' in text
+    assert '| latency small 1x800x1344 fp32 | ours, fused against original code | 4.00x the speed |' in text
     assert '| OpenVINO | – |' in text
     assert '| ours, fused | 102% |' in text  # 16 * 7.64 GFLOP in 0.6 s of 200 GFLOP/s
     assert sorted(p.name for p in tmp_path.glob('*.png')) == [
