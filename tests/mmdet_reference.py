@@ -55,6 +55,15 @@ class _Finder:
         pass
 
 
+def do_without_compiled_parts():
+    """Let OpenMMLab's packages be imported with mmcv-lite."""
+    if not any(isinstance(f, _Finder) for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    import mmcv.cnn.bricks.transformer as transformer
+    if not hasattr(transformer, 'MultiScaleDeformableAttention'):
+        transformer.MultiScaleDeformableAttention = type('MultiScaleDeformableAttention', (torch.nn.Module,), {})
+
+
 def build_retinanet(letter: str = 't', seed: int = 0, delta_std: float = 3.0):
     """mmdetection's RetinaNet of its own config, with random weights scaled so that scores and boxes spread.
 
@@ -63,11 +72,7 @@ def build_retinanet(letter: str = 't', seed: int = 0, delta_std: float = 3.0):
         seed: For the weights.
         delta_std: Standard deviation of box deltas. Trained models are under 1, over 2 the bounds of sizes are met.
     """
-    if not any(isinstance(f, _Finder) for f in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-    import mmcv.cnn.bricks.transformer as transformer
-    if not hasattr(transformer, 'MultiScaleDeformableAttention'):
-        transformer.MultiScaleDeformableAttention = type('MultiScaleDeformableAttention', (torch.nn.Module,), {})
+    do_without_compiled_parts()
     import mmdet
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules

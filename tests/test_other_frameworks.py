@@ -1,4 +1,8 @@
 """ The examples for other libraries, none of which is among the test requirements; each runs where it is installed. """
+import importlib
+import re
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -70,3 +74,56 @@ def test_anomalib(layers):
     changed = images[:1].clone()
     changed[:, :, 16:48, 16:48] = 3
     assert model(changed).pred_score > out.pred_score
+
+
+def openmmlab_model(tmp_path, package):
+    """Built from the config that README.md shows for mmsegmentation, or that with its changes for mmdetection."""
+    pytest.importorskip('mmcv')
+    pytest.importorskip('mmengine')
+    from mmdet_reference import do_without_compiled_parts
+    do_without_compiled_parts()
+    pytest.importorskip('mmpretrain')
+    # its multimodal models, imported where their packages are there, fail with transformers 5
+    importlib.import_module('mmpretrain.utils.dependency').WITH_MULTIMODAL = False
+    root = Path(pytest.importorskip(package).__file__).parent / '.mim' / 'configs'
+    readme = (Path(__file__).resolve().parent.parent / 'README.md').read_text(encoding='utf-8')
+    text = re.search(r"^```python\n(_base_ = .*?)^```", readme, re.MULTILINE | re.DOTALL)[1]
+    if package == 'mmdet':
+        text = re.search(r"^    backbone=.*\n^    neck=.*\]\)", text, re.MULTILINE)[0]
+        text = text.replace("type='TIMMBackbone'", "type='mmpretrain.TIMMBackbone'")
+        text = f"_base_ = ['../_base_/models/retinanet_r50_fpn.py']\nmodel = dict(\n{text})\n"
+        text += re.search(r'`(custom_imports = .*mmpretrain.*?)`', readme)[1]
+    text = text.replace('../_base_', str(root / '_base_')).replace('pvt_small', 'test_pvt')
+    text = text.replace('pretrained=True', 'pretrained=False').replace('[64, 128, 320, 512]', '[16, 32, 40, 64]')
+    (tmp_path / 'config.py').write_text(text)
+    from mmengine.config import Config
+    importlib.import_module(f'{package}.utils').register_all_modules(init_default_scope=True)
+    config = Config.fromfile(tmp_path / 'config.py')
+    return importlib.import_module(f'{package}.registry').MODELS.build(config.model)
+
+
+def test_mmsegmentation(tmp_path):
+    model = openmmlab_model(tmp_path, 'mmseg')
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+    sample = SegDataSample(metainfo=dict(img_shape=(96, 128)))
+    sample.gt_sem_seg = PixelData(data=torch.randint(0, 150, (1, 96, 128)))
+    loss = model.loss(torch.randn(1, 3, 96, 128), [sample])['decode.loss_ce']
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None for p in model.backbone.parameters())
+
+
+def test_mmdetection(tmp_path):
+    model = openmmlab_model(tmp_path, 'mmdet')
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+    x = torch.randn(1, 3, 128, 160)
+    assert [tuple(f.shape[2:]) for f in model.extract_feat(x)] == [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
+    shape = (128, 160)
+    sample = DetDataSample(metainfo=dict(
+        img_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1, 1)))
+    sample.gt_instances = InstanceData(bboxes=torch.tensor([[10., 10, 60, 60]]), labels=torch.tensor([3]))
+    loss = sum(sum(v) if isinstance(v, list) else v for v in model.loss(x, [sample]).values())
+    loss.backward()
+    assert torch.isfinite(loss) and all(
+        p.grad is not None for n, p in model.backbone.named_parameters() if 'stages_0' not in n)
