@@ -308,6 +308,10 @@ def main(argv=None) -> int:
         parser.error(f'Expected --only to name some of {", ".join(SECTIONS)}, got {args.only!r}.')
     results = dict(machine=machine(args.device), clock=args.clock, gmacs=GMACS, peak=[])
     results.update((section, []) for section in SECTIONS)
+    path = output / f'{args.device}.json'
+    if args.only and path.is_file():
+        before = json.loads(path.read_text())
+        results.update((section, before.get(section, [])) for section in SECTIONS if section not in only)
     for section, measure, *what in suite(args):
         if section not in only and section != 'peak':
             continue
@@ -316,7 +320,7 @@ def main(argv=None) -> int:
         line = {n: round(c.get('median', c.get('bytes', 0) / 1e6), 1) if 'skipped' not in c else '-'
                 for n, c in result['contenders'].items()} if 'contenders' in result else round(result['gflops'])
         print(section, result.get('variant', ''), result.get('shape', ''), result['precision'], line, flush=True)
-        write(output / f'{args.device}.json', json.dumps(results, indent=1))
+        write(path, json.dumps(results, indent=1))
     import report
     report.report(results, output, args.device)
     print(f'Written to {output}')

@@ -1,13 +1,15 @@
 """Train torchvision's RetinaNet or Mask R-CNN on PVT features with generated shapes, and measure AP with pycocotools.
 
     python benchmarks/shapes_detection.py
-    python benchmarks/shapes_detection.py --detector mask_rcnn
+    python benchmarks/shapes_detection.py --detector mask_rcnn --steps 800
 """
 from pathlib import Path
 
 import torch
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import nms
 
 from pvt_timm.detection import check_detection_inputs, pvt_fpn_backbone, pvt_retinanet
@@ -31,9 +33,12 @@ def build(detector: str, model: str, pretrained: bool):
         return retinanet, 0
     backbone = pvt_fpn_backbone(model, pretrained, out_channels=64, img_size=SIZE)
     anchors = AnchorGenerator(sizes=((16,), (32,), (64,), (96,), (128,)), aspect_ratios=((0.5, 1.0, 2.0),) * 5)
-    # label 0 is the background in torchvision's two-stage detectors
+    num_classes = len(CLASSES) + 1  # label 0 is the background in torchvision's two-stage detectors
     return MaskRCNN(
-        backbone, len(CLASSES) + 1, min_size=SIZE, max_size=SIZE * 2, rpn_anchor_generator=anchors,
+        backbone, min_size=SIZE, max_size=SIZE * 2, rpn_anchor_generator=anchors,
+        # heads as torchvision builds them, but narrow
+        box_head=TwoMLPHead(64 * 7 ** 2, 256), box_predictor=FastRCNNPredictor(256, num_classes),
+        mask_head=MaskRCNNHeads(64, (64, 64, 64), 1), mask_predictor=MaskRCNNPredictor(64, 64, num_classes),
         rpn_pre_nms_top_n_train=300, rpn_post_nms_top_n_train=100, rpn_pre_nms_top_n_test=200,
         rpn_post_nms_top_n_test=50, rpn_batch_size_per_image=64, box_batch_size_per_image=32,
         box_detections_per_img=20), 1
