@@ -141,11 +141,10 @@ def _merge(attn: Attention) -> Linear:
     the keys. That is less work where keys are few and heads too, since keys and values now have all C channels.
     """
     C, H, D = attn.q.in_features, attn.num_heads, attn.head_dim
-    q, k, v = (w.double().view(H, D, C) for w in (attn.q.weight, *attn.kv.weight.chunk(2)))
-    bq, bk, bv = (
-        w.new_zeros(H, D) if b is None else b.double().view(H, D)
-        for w, b in ((q, attn.q.bias), *((k, b) for b in (
-            (None, None) if attn.kv.bias is None else attn.kv.bias.chunk(2)))))
+    k, v = attn.kv.weight.chunk(2)
+    bk, bv = (None, None) if attn.kv.bias is None else attn.kv.bias.chunk(2)
+    q, k, v = (w.double().view(H, D, C) for w in (attn.q.weight, k, v))
+    bq, bk, bv = (q.new_zeros(H, D) if b is None else b.double().view(H, D) for b in (attn.q.bias, bk, bv))
     proj = attn.proj.weight.double().view(C, H, D).transpose(0, 1)
     q, bq = q * attn.scale, bq * attn.scale
     values_bias = (proj @ bv.unsqueeze(2)).squeeze(2)
