@@ -1,9 +1,7 @@
 """ The models that the benchmarks compare, each as a function of a batch of images, all PVTs with the same weights. """
-import importlib.util
 import os
 import sys
 import tempfile
-import types
 import warnings
 from pathlib import Path
 from typing import Callable, Optional
@@ -16,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import timm  # noqa: E402
 import pvt_timm  # noqa: E402, F401
 from pvt_timm.checkpoints import from_timm  # noqa: E402
+from weights_conversion.verification import import_original  # noqa: E402
 
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # What is allowed between the logits of a contender and those of the original algorithm in float32, of size 1 to 2
@@ -46,28 +45,7 @@ def _original(variant: str) -> torch.nn.Module:
     checkout = os.environ.get('PVT_CHECKOUT')
     if not checkout:
         raise Skipped('no checkout of whai362/PVT: pass --pvt-checkout or set PVT_CHECKOUT')
-    # It was written for timm 0.3.2. The names that it imports from there are elsewhere now.
-    import timm.layers
-    import timm.models
-    stand_in = types.ModuleType('timm.models.vision_transformer')
-    stand_in._cfg = lambda **kwargs: kwargs
-    moved = {
-        'timm.models.layers': timm.layers,
-        'timm.models.registry': timm.models,
-        'timm.models.vision_transformer': stand_in,
-    }
-    before = {name: sys.modules.get(name) for name in moved}
-    registry = timm.models.register_model
-    try:
-        sys.modules.update(moved)
-        timm.models.register_model = lambda f: f  # its names are ours
-        spec = importlib.util.spec_from_file_location('original_pvt', Path(checkout) / 'classification' / 'pvt.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        timm.models.register_model = registry
-        for name, value in before.items():
-            sys.modules.pop(name) if value is None else sys.modules.update({name: value})
+    module = import_original(Path(checkout))
     model = getattr(module, f'pvt_{variant}')()
     model.load_state_dict(from_timm(reference(variant).state_dict(), 'original')[0])
     return model

@@ -9,16 +9,15 @@ plus so much per pixel and image; depth costs none.
 """
 import argparse
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import contenders
-from run import machine, peak_memory, write
+from pvt_timm.draw import save_atomically
+from run import interleave, machine, peak_memory
 
 DEPTHS = dict(tiny=(2, 2, 2, 2), small=(3, 4, 6, 3), medium=(3, 4, 18, 3), large=(3, 8, 27, 3))
 DIMS, SR, RATIO = (64, 128, 320, 512), (8, 4, 2, 1), (8, 8, 4, 4)
@@ -59,15 +58,11 @@ def measure(rounds):
                 model = contenders.build(name, variant, (batch, 3, height, width), 'fp32')
                 x = torch.randn(batch, 3, height, width)
                 model(x)
-                times = []
-                for _ in range(rounds):
-                    start = time.perf_counter()
-                    model(x)
-                    times.append((time.perf_counter() - start) * 1e3)
+                times = interleave({name: lambda model=model, x=x: model(x)}, rounds, 'cpu')
                 memory = peak_memory(variant, (batch, 3, height, width), 'fp32', [name], device)['contenders'][name]
                 points.append(dict(
                     path=name, variant=variant, batch=batch, height=height, width=width,
-                    ms=statistics.median(times), mb=memory['bytes'] / 1e6))
+                    ms=times[name]['median'], mb=memory['bytes'] / 1e6))
                 print(points[-1], flush=True)
     return points
 
@@ -111,7 +106,8 @@ def main(argv=None) -> int:
     fits = {name: fit([p for p in points if p['path'] == name]) for name in ('eager', 'fused')}
     examples = {f'{v} 1x{h}x{w}': {n: predict(f, v, 1, h, w) for n, f in fits.items()}
                 for v in DEPTHS for h, w in ((800, 1344), (1024, 2048))}
-    write(path, json.dumps(dict(machine=machine('cpu'), points=points, fits=fits, examples=examples), indent=1))
+    text = json.dumps(dict(machine=machine('cpu'), points=points, fits=fits, examples=examples), indent=1)
+    save_atomically(path, lambda f: f.write(text.encode()))
     print(json.dumps(dict(fits=fits, examples=examples), indent=1))
     return 0
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import contenders
+from pvt_timm.draw import save_atomically
 from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, Skipped
 
 GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included
@@ -190,7 +191,6 @@ def memory(field: str) -> int:
 def memory_child(name, variant, shape, precision, device, train=False) -> None:
     """Print how far memory rises over that of the loaded (and packed) model in one forward (and backward)."""
     torch.set_grad_enabled(train)
-    small = (1, 3, 64, 64) if name not in ('transformers', 'onnxruntime', 'openvino') else shape[:1] + shape[1:]
     x = torch.randn(shape).to(device=device, dtype=contenders.input_dtype(name, precision))
     if train:
         model = contenders.module(name, variant).train().to(device=device, dtype=contenders.DTYPES[precision])
@@ -203,7 +203,7 @@ def memory_child(name, variant, shape, precision, device, train=False) -> None:
             out.float().square().mean().backward()
 
     if name not in ('transformers', 'onnxruntime', 'openvino', 'original'):
-        model(torch.zeros(small, dtype=x.dtype, device=device))
+        model(torch.zeros(1, 3, 64, 64, dtype=x.dtype, device=device))
     gc.collect()
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
@@ -265,14 +265,6 @@ def suite(args):
         yield 'training_memory', peak_memory, small, (2 if quick else 8, 3, 224, 224), precision, TRAIN, args, True
 
 
-def write(path: Path, text: str) -> None:
-    fd, partial = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}-')
-    with os.fdopen(fd, 'w') as f:
-        f.write(text)
-    os.chmod(partial, 0o644)
-    os.replace(partial, path)
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true', help='PVT-Tiny, few repetitions')
@@ -323,7 +315,7 @@ def main(argv=None) -> int:
         line = {n: round(c.get('median', c.get('bytes', 0) / 1e6), 1) if 'skipped' not in c else '-'
                 for n, c in result['contenders'].items()} if 'contenders' in result else round(result['gflops'])
         print(section, result.get('variant', ''), result.get('shape', ''), result['precision'], line, flush=True)
-        write(path, json.dumps(results, indent=1))
+        save_atomically(path, lambda f: f.write(json.dumps(results, indent=1).encode()))
     import report
     report.report(results, output, args.device)
     print(f'Written to {output}')

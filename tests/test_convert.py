@@ -615,7 +615,7 @@ needs_checkout = pytest.mark.skipif(
     'pvt_tiny', 'pvt_small', pytest.param('pvt_medium', marks=pytest.mark.slow),
     pytest.param('pvt_large', marks=pytest.mark.slow)])
 def test_original_code_loads_strictly_and_gives_the_same_logits(variant, tmp_path):
-    from weights_conversion.verification import _import_original
+    from weights_conversion.verification import import_original
 
     torch.manual_seed(0)
     ours = timm.create_model(variant, num_classes=20, img_size=64)
@@ -623,7 +623,7 @@ def test_original_code_loads_strictly_and_gives_the_same_logits(variant, tmp_pat
         torch.nn.init.normal_(p, std=.05)
     timm.models.save_for_hf(ours, tmp_path / 'tuned', model_args=dict(img_size=64))
     convert(tmp_path / 'tuned', tmp_path / 'out', to='original')
-    theirs = getattr(_import_original(Path(CHECKOUT)), variant)(num_classes=20, img_size=64)
+    theirs = getattr(import_original(Path(CHECKOUT)), variant)(num_classes=20, img_size=64)
     theirs.load_state_dict(torch.load(tmp_path / 'out' / f'{variant}.pth', weights_only=True), strict=True)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.inference_mode():

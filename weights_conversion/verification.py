@@ -349,7 +349,7 @@ def _stand_ins():
 
 
 def _original(checkout: Path) -> Reference:
-    module = _import_original(checkout)
+    module = import_original(checkout)
 
     def build(info: Description) -> nn.Module:
         if info.img_size[0] != info.img_size[1]:
@@ -365,7 +365,7 @@ def _original(checkout: Path) -> Reference:
         lambda model: [getattr(model, f'block{i}')[-1] for i in range(1, 5)], eps_differs=False)
 
 
-def _import_original(checkout: Path) -> types.ModuleType:
+def import_original(checkout: Path) -> types.ModuleType:
     """Import classification/pvt.py, which was written for timm 0.3, without touching the registry of models."""
     file = checkout / 'classification' / 'pvt.py'
     if not file.is_file():
