@@ -1,4 +1,5 @@
 """ Pyramid Vision Transformer (v1) for timm. Importing this package registers the models. """
+from .digits import test_pvt
 from .pvt import (
     PyramidVisionTransformer,
     checkpoint_filter_fn,
@@ -7,7 +8,6 @@ from .pvt import (
     pvt_medium,
     pvt_small,
     pvt_tiny,
-    test_pvt,
 )
 from .version import __version__
 

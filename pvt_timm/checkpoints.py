@@ -9,15 +9,14 @@ import logging
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
-from .pos_embed import resample_pos_embed, source_grid, stage_grids
 
 __all__ = [
-    'FORMATS', 'VARIANTS', 'Converted', 'Description', 'adapt_to_model', 'convert', 'describe', 'detect', 'drop_parts',
-    'from_timm', 'resize_pos_embeds', 'to_timm', 'unwrap',
+    'FORMATS', 'Converted', 'Description', 'check_keys', 'describe', 'detect', 'drop_parts', 'fit_to_model',
+    'from_timm', 'map_to_timm', 'stage_grids', 'to_timm', 'unwrap',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -116,16 +115,6 @@ FORMATS = {
 }
 _TRANSFORMERS_BASE = 'encoder.patch_embeddings.0.projection.weight'  # PvtModel, without the 'pvt.' prefix
 
-# depths and channels of the known variants, which a state dict can be told by
-VARIANTS = {
-    'pvt_tiny': ((2, 2, 2, 2), (64, 128, 320, 512)),
-    'pvt_small': ((3, 4, 6, 3), (64, 128, 320, 512)),
-    'pvt_medium': ((3, 4, 18, 3), (64, 128, 320, 512)),
-    'pvt_large': ((3, 8, 27, 3), (64, 128, 320, 512)),
-    'pvt_huge_v2': ((3, 10, 60, 3), (128, 256, 512, 768)),
-    'test_pvt': ((1, 2, 2, 1), (16, 32, 40, 64)),
-}
-
 _WRAPPERS = ('model', 'state_dict')
 _EMA_WRAPPERS = ('model_ema', 'state_dict_ema')
 _PREFIX = re.compile(r'(?:(?:module|_orig_mod|backbone|model)\.)*')
@@ -207,7 +196,6 @@ class Description:
     """What a state dict under timm's names says about its model.
 
     Attributes:
-        variant: Name of the timm model, None if depths and channels are of no known one.
         depths: Blocks per stage.
         embed_dims: Channels per stage.
         sr_ratios: Spatial reduction per stage.
@@ -221,7 +209,6 @@ class Description:
         grid_size: Height and width of the first stage's position embedding.
         dtype: Type of the patch embedding weight.
     """
-    variant: Optional[str]
     depths: Tuple[int, ...]
     embed_dims: Tuple[int, ...]
     sr_ratios: Tuple[int, ...]
@@ -239,6 +226,52 @@ class Description:
     def img_size(self) -> Tuple[int, int]:
         """Smallest height and width in pixels that give `grid_size`."""
         return self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size
+
+
+def stage_grids(grid_size: Tuple[int, int], num_stages: int = 4) -> List[Tuple[int, int]]:
+    """Grids (height, width) of all stages, from that of the first one. Every stage halves and floors."""
+    return [(grid_size[0] // 2 ** i, grid_size[1] // 2 ** i) for i in range(num_stages)]
+
+
+def source_grid(
+        counts: Sequence[int],
+        hint: Optional[Tuple[int, int]] = None,
+        class_row: Optional[bool] = None,
+) -> Tuple[Tuple[int, int], int]:
+    """Tell the grid that stored position embeddings were made for from how many rows they have.
+
+    Args:
+        counts: Rows of the position embedding of each stage.
+        hint: Grid of the first stage to take if it fits.
+        class_row: Whether the last one has a row for the class token, None to find out.
+
+    Returns:
+        Grid (height, width) of the first stage and the number of class token rows (0 or 1). Where the rows fit both a
+        square and another grid, the square one.
+
+    Raises:
+        ValueError: No grid fits, or only non-square ones do and `hint` does not say which.
+    """
+    class_rows = (0, 1) if class_row is None else (int(class_row),)
+    fits = []
+    for h in range(1, counts[0] + 1) if counts[0] <= 2 ** 22 else ():
+        if counts[0] % h:
+            continue
+        grids = [h_ * w_ for h_, w_ in stage_grids((h, counts[0] // h), len(counts))]
+        rows = counts[-1] - grids[-1]
+        if 0 not in grids and grids[:-1] == list(counts[:-1]) and rows in class_rows:
+            fits.append(((h, counts[0] // h), rows))
+    for grid, rows in fits:
+        if hint is not None and grid == tuple(hint):
+            return grid, rows
+    for grid, rows in fits:
+        if grid[0] == grid[1]:
+            return grid, rows
+    if fits:
+        raise ValueError(
+            f'Expected to know the image size of position embeddings with {list(counts)} rows: the grids '
+            f'{[grid for grid, _ in fits[:4]]} fit. Pass img_size.')
+    raise ValueError(f'Expected position embeddings that halve in height and width per stage, got {list(counts)} rows.')
 
 
 def _some(names: Iterable[str], limit: int = 6) -> str:
@@ -417,7 +450,11 @@ def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDi
     return out, pairs
 
 
-def convert(checkpoint: Mapping[str, Any], use_ema: bool = False) -> Converted:
+def map_to_timm(
+        checkpoint: Mapping[str, Any],
+        use_ema: bool = False,
+        prefix: Optional[str] = None,
+) -> Converted:
     """Map any PVT v1 checkpoint, wrapped or prefixed or neither, to timm's names.
 
     A key next to the backbone (neck, detection head, optimizer) is dropped and listed. A key inside of it that is no
@@ -484,9 +521,7 @@ def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Tuple[in
     hint = (img_size[0] // patch_size, img_size[1] // patch_size) if img_size else None
     grid_size, prefix = source_grid(counts, hint, class_row=True if class_token else None)
     head = state_dict.get('head.weight')
-    variant = next((k for k, v in VARIANTS.items() if v == (tuple(depths), dims)), None)
     return Description(
-        variant=variant,
         depths=tuple(depths),
         embed_dims=dims,
         sr_ratios=sr_ratios,
@@ -523,45 +558,26 @@ def drop_parts(state_dict: Mapping[str, torch.Tensor], parts: Iterable[str], cla
     return out
 
 
-def resize_pos_embeds(
-        state_dict: Mapping[str, torch.Tensor],
-        old: Tuple[int, int],
-        new: Tuple[int, int],
-        class_row: bool,
-) -> StateDict:
-    """Resize the position embeddings of all stages, as `PyramidVisionTransformer` does for another input size.
+def fit_to_model(
+        checkpoint: Mapping[str, Any],
+        model: torch.nn.Module,
+        prefix: Optional[str] = None,
+) -> Tuple[StateDict, Description]:
+    """Map any PVT v1 checkpoint to the names of a `PyramidVisionTransformer`, without the parts that it does not have.
 
     Args:
-        state_dict: Tensors under timm's names.
-        old: Grid (height, width) of the first stage now.
-        new: Grid of the first stage to resize to.
-        class_row: Whether the last position embedding has a row for the class token.
-    """
-    out = dict(state_dict)
-    if tuple(old) == tuple(new):
-        return out
-    for i, (old_i, new_i) in enumerate(zip(stage_grids(old), stage_grids(new))):
-        key = f'stages.{i}.pos_embed'
-        out[key] = resample_pos_embed(out[key], new_i, old_i, num_prefix_tokens=int(class_row and i == 3))
-    return out
+        checkpoint: What a checkpoint file holds.
+        model: The model. Its class token, norm and head are looked at.
+        prefix: See `map_to_timm`.
 
-
-def adapt_to_model(checkpoint: Mapping[str, Any], model: torch.nn.Module) -> StateDict:
-    """Map any PVT v1 checkpoint to the parameters of a `PyramidVisionTransformer`.
-
-    Leaves out what the model does not have (class token, norm, head) and resizes the position embeddings to its grid.
-    A head of another number of classes and a first convolution of other channels are left to timm, which drops or
-    adapts them.
+    Returns:
+        The state dict, its position embeddings on their own grid, and what it says about its model.
 
     Raises:
-        ValueError: Not a PVT v1 checkpoint, of another variant, without what the model needs, or with wrong shapes.
+        ValueError: Not a PVT v1 checkpoint, of another variant, or of a dense backbone where a classifier is wanted.
     """
-    converted = convert(checkpoint)
+    converted = map_to_timm(checkpoint, prefix=prefix)
     state_dict = converted.state_dict
-    if converted.dropped:
-        _logger.info('Not part of the backbone and left out: %s.', _some(converted.dropped))
-
-    reference = model.state_dict()
     img_size = getattr(model, 'pretrained_model_args', {}).get('img_size')
     if img_size is not None:
         img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
@@ -577,36 +593,41 @@ def adapt_to_model(checkpoint: Mapping[str, Any], model: torch.nn.Module) -> Sta
     if (info.depths, info.embed_dims) != (tuple(model.depths), tuple(model.embed_dims)):
         raise ValueError(
             f'Expected a checkpoint with depths {tuple(model.depths)} and channels {tuple(model.embed_dims)}, got '
-            f'{info.depths} and {info.embed_dims}' + (f' ({info.variant}).' if info.variant else '.'))
+            f'{info.depths} and {info.embed_dims}.')
     if model.class_token and not info.class_token:
         raise ValueError(
             'Expected a checkpoint with class token, got the one of a dense backbone (detector, segmenter): '
             'create the model with features_only=True, or class_token=False and num_classes=0.')
-
+    reference = model.state_dict()
     parts = [] if model.class_token or not (info.class_token or info.class_row) else ['class_token']
     parts += [part for part in ('norm', 'head') if f'{part}.weight' not in reference]
-    state_dict = drop_parts(state_dict, parts, info.class_row)
-    state_dict = resize_pos_embeds(
-        state_dict, info.grid_size, model.stages[0].grid_size, info.class_row and model.class_token)
-    _check_shapes(state_dict, reference, model)
-    return state_dict
+    return drop_parts(state_dict, parts, info.class_row), info
 
 
-def _check_shapes(state_dict: StateDict, reference: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    new_head = cfg.get('num_classes', model.num_classes) != model.num_classes
-    ours = {k for k in reference if new_head and k.startswith('head.')}
-    first_conv = 'stages.0.patch_embed.proj.weight'
-    if state_dict[first_conv].shape[1] != model.in_chans:
-        ours.add(first_conv)
-    missing = [k for k in reference if k not in state_dict and k not in ours]
+def check_keys(
+        state_dict: Mapping[str, torch.Tensor],
+        reference: Mapping[str, torch.Tensor],
+        ignore: Iterable[str] = (),
+        what: str = 'the checkpoint',
+) -> None:
+    """Refuse a state dict that does not have the names and shapes of another one.
+
+    Args:
+        state_dict: The state dict.
+        reference: That of the model.
+        ignore: Names that may be missing, extra or of another shape.
+        what: What holds the state dict, for the message.
+
+    Raises:
+        ValueError: Names are missing or extra, or shapes differ. The first ones are named.
+    """
+    missing = [k for k in reference if k not in state_dict and k not in ignore]
     if missing:
-        raise ValueError(f'Missing in the checkpoint: {_some(missing)}.')
-    extra = [k for k in state_dict if k not in reference and not (new_head and k.startswith('head.'))]
+        raise ValueError(f'Missing in {what}: {_some(missing)}.')
+    extra = [k for k in state_dict if k not in reference and k not in ignore]
     if extra:
-        raise ValueError(f'Not part of the model: {_some(extra)}.')
-    wrong = [
-        f'{k} {list(state_dict[k].shape)} instead of {list(v.shape)}'
-        for k, v in reference.items() if k not in ours and state_dict[k].shape != v.shape]
+        raise ValueError(f'Not part of the model, in {what}: {_some(extra)}.')
+    wrong = [f'{k} {list(state_dict[k].shape)} instead of {list(v.shape)}'
+             for k, v in reference.items() if k not in ignore and state_dict[k].shape != v.shape]
     if wrong:
-        raise ValueError(f'Wrong shape in the checkpoint: {_some(wrong)}.')
+        raise ValueError(f'Wrong shape in {what}: {_some(wrong)}.')

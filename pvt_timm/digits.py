@@ -1,4 +1,6 @@
-""" scikit-learn's handwritten digits as an image folder, the data that `test_pvt` was trained on.
+""" `test_pvt`, a PVT of 0.15 M parameters whose weights are in the package, and the data that it was trained on.
+
+The data are scikit-learn's handwritten digits as an image folder.
 
     python -m pvt_timm.digits FOLDER
 
@@ -13,8 +15,33 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Union
 
+from timm.models import generate_default_cfgs, register_model
+
+from .pvt import VARIANTS, PyramidVisionTransformer, _cfg, _create_pvt
+
 SEED = 0
 HELD_OUT_PER_LABEL = 36  # of 174 to 183, a fifth of all
+
+VARIANTS['test_pvt'] = dict(depths=(1, 2, 2, 1), embed_dims=(16, 32, 40, 64), num_heads=(1, 2, 5, 8))
+
+default_cfgs = generate_default_cfgs({
+    'test_pvt.digits': _cfg(
+        file=str(Path(__file__).parent / 'weights' / 'test_pvt_digits.safetensors'),
+        num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0,
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        label_names=tuple(str(i) for i in range(10)),
+        origin_url='https://archive.ics.uci.edu/dataset/80', paper_ids=None, paper_name=None,
+    ),
+})
+
+
+@register_model
+def test_pvt(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(img_size=32, sr_ratios=(4, 2, 1, 1), mlp_ratios=(4., 4., 4., 4.))
+    return _create_pvt('test_pvt', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+test_pvt.__test__ = False  # pytest takes it for a test where it is imported
 
 
 def upscale(image):

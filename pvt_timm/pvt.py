@@ -15,17 +15,26 @@ Two modes:
 Any height and width from 32 pixels up works in both modes. Position embeddings are stored at the grid of `img_size` and
 resized (bilinear) stage by stage to the grid of the input.
 """
+import logging
 from functools import partial
-from inspect import signature
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm, Mlp, get_norm_layer, to_2tuple, trunc_normal_, use_fused_attn
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    _assert,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_norm_layer,
+    to_2tuple,
+    trunc_normal_,
+    use_fused_attn,
+)
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -34,11 +43,10 @@ from timm.models import (
     register_notrace_function,
     resolve_pretrained_cfg,
 )
-from timm.utils import reparameterize_model
+from timm.models._features import feature_take_indices
 
-from .checkpoints import adapt_to_model
-from .pos_embed import resample_pos_embed, stage_grids
-from .pretrained import clear_errors
+from .checkpoints import check_keys, fit_to_model, stage_grids
+from .sliced_mlp import SlicedMlp
 
 try:  # timm >= 1.0.29 keeps construction arguments in step with `set_input_size`, for `save_for_hf`
     from timm.models._input import update_model_input_size
@@ -47,64 +55,47 @@ except ImportError:
 
 __all__ = ['PyramidVisionTransformer']
 
+_logger = logging.getLogger(__name__)
+
 Size_ = Tuple[int, int]
 
 
 @torch.fx.wrap
 @register_notrace_function
-def check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
-    """Refuse an input that a stage cannot take.
+def resample_pos_embed(
+        pos_embed: torch.Tensor,
+        size: List[int],
+        grid_size: List[int],
+        num_prefix_tokens: int = 0,
+) -> torch.Tensor:
+    """Resize a position embedding as the original does: bilinear, align_corners=False, no antialias.
+
+    timm's `resample_abs_pos_embed` is not used because it computes in float32 whatever the dtype.
 
     Args:
-        x: Input of a stage (B, C, H, W).
-        in_chans: Number of channels that the stage takes.
-        min_size: Smallest height and width that the stage and those after it take.
+        pos_embed: Position embedding (1, num_prefix_tokens + h * w, C).
+        size: Height and width of the grid to resize to, in tokens.
+        grid_size: Height and width (h, w) of the stored grid.
+        num_prefix_tokens: Leading rows (class token) that are kept as they are.
 
-    Raises:
-        ValueError: Wrong number of dimensions or channels, or smaller than `min_size`.
+    Returns:
+        Position embedding (1, num_prefix_tokens + size[0] * size[1], C).
     """
-    if not torch.jit.is_scripting():
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return  # a Python branch on a shape would tie the graph to the example input
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(
-            f'Expected an input of shape (batch, {in_chans}, height, width), got {list(x.shape)}. '
-            f'Pass images with {in_chans} channels or create the model with another in_chans.')
-    if x.shape[2] < min_size or x.shape[3] < min_size:
-        raise ValueError(
-            f'Expected an input of at least {min_size}x{min_size}, got {x.shape[2]}x{x.shape[3]}. '
-            f'Resize or pad the input.')
-
-
-def _indices_error(num_stages: int, indices: Any) -> ValueError:
-    return ValueError(
-        f'Expected indices to be a number of last stages (1 to {num_stages}) or different stage indices '
-        f'(0 to {num_stages - 1}, negative ones count from the end), got {indices!r}.')
-
-
-def take_indices_of(num_stages: int, indices: Optional[Union[int, List[int]]] = None) -> Tuple[List[int], int]:
-    """Stage indices counted from the first, and the largest, as timm's `feature_take_indices` gives them.
-
-    Raises:
-        ValueError: An index that is out of range or there twice.
-    """
-    take_indices: List[int] = []
-    if indices is None:
-        take_indices += list(range(num_stages))
-    elif isinstance(indices, int):
-        take_indices += list(range(num_stages - indices, num_stages))
+    if torch.jit.is_scripting():
+        graph = False
     else:
-        for i in indices:
-            take_indices.append(i + num_stages if i < 0 else i)
-    valid = len(take_indices) > 0
-    for n, i in enumerate(take_indices):
-        valid = valid and 0 <= i < num_stages and i not in take_indices[:n]
-    if not valid:
-        if torch.jit.is_scripting():
-            raise ValueError('indices out of range or repeated')  # a scripted Union cannot be formatted and saved
-        else:
-            raise _indices_error(num_stages, indices)
-    return take_indices, max(take_indices)
+        # A Python branch on the size would tie a traced or compiled graph to the example input. Resizing to the stored
+        # grid gives back the stored values exactly, so both ways are equal.
+        graph = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if not graph and size[0] == grid_size[0] and size[1] == grid_size[1]:
+        return pos_embed
+
+    prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+    grid = grid if grid.dtype == torch.float64 else grid.float()
+    grid = grid.reshape(1, grid_size[0], grid_size[1], -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(size[0], size[1]), mode='bilinear', align_corners=False)
+    grid = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+    return torch.cat([prefix, grid], dim=1) if num_prefix_tokens else grid
 
 
 class Attention(nn.Module):
@@ -124,8 +115,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if dim % num_heads != 0:
-            raise ValueError(f'Expected a dim divisible by num_heads, got dim {dim} and num_heads {num_heads}.')
+        assert dim % num_heads == 0, 'dim should be divisible by num_heads'
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -173,26 +163,6 @@ class Attention(nn.Module):
         return x
 
 
-# Tokens that an MLP takes at a time on the CPU without gradients. The hidden activations of so many stay in the cache,
-# those of a batch of images (100 MB for 16 of 224x224) are written to fresh memory and read back.
-MLP_TOKENS = 1568
-
-
-def _takes_slices(mlp: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `mlp` may see tokens (B, N, C) slice by slice: nobody watches it and nothing in it mixes tokens."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_grad_enabled()
-        and type(x) is torch.Tensor
-        and x.device.type == 'cpu'
-        and x.shape[0] * x.shape[1] > MLP_TOKENS
-        and type(mlp) is Mlp
-        and type(mlp.fc1) is type(mlp.fc2) is nn.Linear
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in mlp.modules())
-    )
-
-
 class Block(nn.Module):
     """Pre-norm transformer block on tokens (B, N, C)."""
 
@@ -206,7 +176,9 @@ class Block(nn.Module):
             proj_drop: float = 0.,
             attn_drop: float = 0.,
             drop_path: float = 0.,
-            norm_layer=partial(LayerNorm, eps=1e-6),
+            act_layer: Type[nn.Module] = nn.GELU,
+            norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-6),
+            mlp_layer: Type[nn.Module] = SlicedMlp,
             device=None,
             dtype=None,
     ):
@@ -225,19 +197,19 @@ class Block(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(in_features=dim, hidden_features=int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp = mlp_layer(
+            in_features=dim,
+            hidden_features=int(dim * mlp_ratio),
+            act_layer=act_layer,
+            drop=proj_drop,
+            **dd,
+        )
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor, size: Size_) -> torch.Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x), size))
-        x = x + self.drop_path2(self.forward_mlp(self.norm2(x)))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
-
-    def forward_mlp(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if _takes_slices(self.mlp, x):
-                return torch.cat([self.mlp(tokens) for tokens in x.flatten(0, 1).split(MLP_TOKENS)]).view_as(x)
-        return self.mlp(x)
 
 
 class PatchEmbed(nn.Module):
@@ -290,15 +262,16 @@ class PyramidVisionTransformerStage(nn.Module):
             proj_drop: float = 0.,
             attn_drop: float = 0.,
             drop_path: Tuple[float, ...] = (),
-            norm_layer=partial(LayerNorm, eps=1e-6),
+            act_layer: Type[nn.Module] = nn.GELU,
+            norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-6),
+            block_fn: Type[nn.Module] = Block,
+            mlp_layer: Type[nn.Module] = SlicedMlp,
             device=None,
             dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if class_token and sr_ratio != 1:
-            raise ValueError(f'Expected sr_ratio 1 in the stage with the class token, got {sr_ratio}.')
-        self.in_chans = in_chans
+        assert not class_token or sr_ratio == 1, 'the class token has no place in a reduced grid'
         self.dim = dim
         self.grid_size = grid_size
         self.min_input_size = min_input_size
@@ -312,7 +285,7 @@ class PyramidVisionTransformerStage(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim, **dd))
         self.pos_drop = nn.Dropout(p=pos_drop)
         self.blocks = nn.ModuleList([
-            Block(
+            block_fn(
                 dim,
                 num_heads=num_heads,
                 sr_ratio=sr_ratio,
@@ -321,7 +294,9 @@ class PyramidVisionTransformerStage(nn.Module):
                 proj_drop=proj_drop,
                 attn_drop=attn_drop,
                 drop_path=drop_path[i],
+                act_layer=act_layer,
                 norm_layer=norm_layer,
+                mlp_layer=mlp_layer,
                 **dd,
             ) for i in range(depth)])
 
@@ -341,10 +316,8 @@ class PyramidVisionTransformerStage(nn.Module):
         self.grid_size = grid_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_plain(x)
-
-    def forward_plain(self, x: torch.Tensor) -> torch.Tensor:
-        check_input(x, self.in_chans, self.min_input_size)
+        _assert(x.shape[2] >= self.min_input_size, f'Input height should be at least {self.min_input_size}.')
+        _assert(x.shape[3] >= self.min_input_size, f'Input width should be at least {self.min_input_size}.')
         B = x.shape[0]
         x, size = self.patch_embed(x)
         pos_embed = resample_pos_embed(self.pos_embed, size, self.grid_size, self.num_prefix_tokens)
@@ -361,12 +334,6 @@ class PyramidVisionTransformerStage(nn.Module):
         if self.output_nchw:
             x = x[:, self.num_prefix_tokens:].reshape(B, size[0], size[1], self.dim).permute(0, 3, 1, 2)
         return x
-
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """The stage for inference, see `fast.py`. `timm.utils.reparameterize_model` calls it."""
-        from .fast import FusedStage
-        return FusedStage.from_stage(self)
 
 
 class PyramidVisionTransformer(nn.Module):
@@ -396,7 +363,10 @@ class PyramidVisionTransformer(nn.Module):
             proj_drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            norm_layer=None,
+            act_layer: Optional[Union[str, Type[nn.Module]]] = None,
+            norm_layer: Optional[Union[str, Callable[..., nn.Module]]] = None,
+            block_fn: Type[nn.Module] = Block,
+            mlp_layer: Type[nn.Module] = SlicedMlp,
             weight_init: str = '',
             device=None,
             dtype=None,
@@ -424,27 +394,22 @@ class PyramidVisionTransformer(nn.Module):
             proj_drop_rate: Dropout after the attention projection and in the MLP (the original's `drop_rate`).
             attn_drop_rate: Dropout of attention weights.
             drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
+            act_layer: Activation of the MLPs (default GELU).
             norm_layer: Norm of the blocks and final norm (default LayerNorm with eps 1e-6). The norms of patch
                 embeddings and spatial reductions are always LayerNorm with eps 1e-5.
+            block_fn: Transformer block, called with tokens (B, N, C) and the size (H, W) of their grid.
+            mlp_layer: MLP of the blocks.
             weight_init: '' for the original's initialisation, 'skip' for none.
-
-        Raises:
-            ValueError: An argument is outside of what it accepts.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         num_stages = len(depths)
-        for name, values in dict(
-                embed_dims=embed_dims, num_heads=num_heads, sr_ratios=sr_ratios, mlp_ratios=mlp_ratios).items():
-            if len(values) != num_stages:
-                raise ValueError(f'Expected {num_stages} {name} as there are {num_stages} depths, got {len(values)}.')
-        if weight_init not in ('', 'skip'):
-            raise ValueError(f"Expected weight_init '' or 'skip', got {weight_init!r}.")
-        if output_fmt is None:
-            output_fmt = 'NLC' if class_token else 'NCHW'
-        if output_fmt not in ('NLC', 'NCHW'):
-            raise ValueError(f"Expected output_fmt 'NLC' or 'NCHW', got {output_fmt!r}.")
+        assert len(embed_dims) == len(num_heads) == len(sr_ratios) == len(mlp_ratios) == num_stages
+        assert weight_init in ('', 'skip')
+        output_fmt = output_fmt or ('NLC' if class_token else 'NCHW')
+        assert output_fmt in ('NLC', 'NCHW')
         norm_layer = get_norm_layer(norm_layer) or partial(LayerNorm, eps=1e-6)
+        act_layer = get_act_layer(act_layer) or nn.GELU
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -454,7 +419,8 @@ class PyramidVisionTransformer(nn.Module):
         self.num_prefix_tokens = 1 if class_token and not self.output_nchw else 0
         if global_pool is None:
             global_pool = 'token' if self.num_prefix_tokens else 'avg'
-        self.global_pool = self._check_global_pool(global_pool)
+        self._check_global_pool(global_pool)
+        self.global_pool = global_pool
         self.depths = tuple(depths)
         self.embed_dims = tuple(embed_dims)
         self.num_features = self.head_hidden_size = embed_dims[-1]
@@ -463,7 +429,7 @@ class PyramidVisionTransformer(nn.Module):
         self.reductions = tuple(reductions)
         self.min_input_size = max(r * sr for r, sr in zip(reductions, sr_ratios))
         grid_sizes = self._grid_sizes(to_2tuple(img_size))
-        dpr = [x.tolist() for x in torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(list(depths))]
+        dpr = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
         for i in range(num_stages):
@@ -485,7 +451,10 @@ class PyramidVisionTransformer(nn.Module):
                 proj_drop=proj_drop_rate,
                 attn_drop=attn_drop_rate,
                 drop_path=dpr[i],
+                act_layer=act_layer,
                 norm_layer=norm_layer,
+                block_fn=block_fn,
+                mlp_layer=mlp_layer,
                 **dd,
             ))
             self.feature_info += [dict(num_chs=embed_dims[i], reduction=reductions[i], module=f'stages.{i}')]
@@ -498,18 +467,12 @@ class PyramidVisionTransformer(nn.Module):
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
 
-    def _check_global_pool(self, global_pool: str) -> str:
+    def _check_global_pool(self, global_pool: str) -> None:
         accepted = ('token', 'avg', '') if self.num_prefix_tokens else ('avg', '')
-        if global_pool not in accepted:
-            why = '' if self.num_prefix_tokens else " ('token' needs the class token in the output)"
-            raise ValueError(f'Expected global_pool in {accepted}{why}, got {global_pool!r}.')
-        return global_pool
+        assert global_pool in accepted, f'global_pool should be one of {accepted}, got {global_pool!r}'
 
     def _grid_sizes(self, img_size: Tuple[int, int]) -> List[Tuple[int, int]]:
-        if min(img_size) < self.min_input_size:
-            raise ValueError(
-                f'Expected an img_size of at least {self.min_input_size}x{self.min_input_size}, '
-                f'got {img_size[0]}x{img_size[1]}.')
+        assert min(img_size) >= self.min_input_size, f'img_size {img_size} is below {self.min_input_size}'
         patch_size = self.reductions[0]
         return stage_grids((img_size[0] // patch_size, img_size[1] // patch_size), len(self.reductions))
 
@@ -518,12 +481,11 @@ class PyramidVisionTransformer(nn.Module):
         """Initialise all weights as the original does.
 
         Args:
-            mode: Only '' (the original's) is accepted.
+            mode: '' for the original's, the only one.
             needs_reset: Also reset modules whose constructor did it already (convolutions, norms). Needed after
                 `to_empty()`.
         """
-        if mode != '':
-            raise ValueError(f"Expected mode '', got {mode!r}.")
+        assert mode == ''
         for stage in self.stages:
             stage.init_pos_embed()
         self.apply(partial(self._init_weights, needs_reset=needs_reset))
@@ -566,12 +528,10 @@ class PyramidVisionTransformer(nn.Module):
         Args:
             num_classes: Number of classes, 0 for no head.
             global_pool: Pooling, None to keep the present one.
-
-        Raises:
-            ValueError: `global_pool` is not supported. The model is unchanged then.
         """
         if global_pool is not None:
-            self.global_pool = self._check_global_pool(global_pool)
+            self._check_global_pool(global_pool)
+            self.global_pool = global_pool
         like = next(self.parameters())
         self.num_classes = num_classes
         self.head = nn.Identity() if num_classes <= 0 else nn.Linear(
@@ -587,14 +547,10 @@ class PyramidVisionTransformer(nn.Module):
 
         Args:
             img_size: Height and width in pixels, None to keep the present one.
-            patch_size: Must be None or the present one, the patch embeddings are not resized.
-
-        Raises:
-            ValueError: A size that is too small or another patch size. The model is unchanged then.
+            patch_size: None or the present one, the patch embeddings are not resized.
         """
-        present = self.stages[0].patch_embed.patch_size
-        if patch_size is not None and to_2tuple(patch_size) != to_2tuple(present):
-            raise ValueError(f'Expected patch_size {present} or None (patches are not resized), got {patch_size}.')
+        assert patch_size is None or to_2tuple(patch_size) == to_2tuple(self.stages[0].patch_embed.patch_size), (
+            'the patch embeddings are not resized')
         if img_size is None:
             return
         img_size = to_2tuple(img_size)
@@ -628,13 +584,12 @@ class PyramidVisionTransformer(nn.Module):
             List of feature maps (B, C, H / reduction, W / reduction), after what `forward_features` returns unless
             `intermediates_only`.
         """
-        if output_fmt != 'NCHW':
-            raise ValueError(f"Expected output_fmt 'NCHW', got '{output_fmt}'.")
-        if return_prefix_tokens:  # segmentation_models_pytorch's DPT asks for them where the model has a class token
-            raise ValueError(
-                'Expected return_prefix_tokens=False, only the last stage has a class token. For a decoder that takes '
-                'prefix tokens create the model with class_token=False, num_classes=0.')
-        take_indices, max_index = take_indices_of(len(self.stages), indices)
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        # segmentation_models_pytorch's DPT asks for prefix tokens where the model has a class token
+        assert not return_prefix_tokens, (
+            'Only the last stage has a class token. For a decoder that takes prefix tokens create the model with '
+            'class_token=False, num_classes=0.')
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last_index = len(self.stages) - 1
         intermediates: List[torch.Tensor] = []
 
@@ -677,7 +632,7 @@ class PyramidVisionTransformer(nn.Module):
         Returns:
             The indices kept, counted from the first stage.
         """
-        take_indices, max_index = take_indices_of(len(self.stages), indices)
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
         if prune_end:
@@ -718,95 +673,106 @@ class PyramidVisionTransformer(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            class_token_stage = getattr(self.stages[-1], 'forward_class_token', None)  # of a fused model
-            if class_token_stage is not None and self.global_pool == 'token':
-                for stage in self.stages[:-1]:
-                    x = stage(x)
-                return self.forward_head(self.norm(class_token_stage(x)))
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
 
-    @torch.jit.ignore
-    def fuse(self, inplace: bool = False) -> 'PyramidVisionTransformer':
-        """Model for inference on CPU: the same results and state dict, faster and with less memory, see `fast.py`.
 
-        Args:
-            inplace: Change and return this model, otherwise a copy.
-        """
-        return reparameterize_model(self, inplace=inplace)
+def resize_pos_embeds(
+        state_dict: Mapping[str, torch.Tensor],
+        old: Tuple[int, int],
+        new: Tuple[int, int],
+        class_row: bool,
+) -> Dict[str, torch.Tensor]:
+    """Resize the position embeddings of all stages, as `PyramidVisionTransformer` does for another input size.
+
+    Args:
+        state_dict: Tensors under timm's names.
+        old: Grid (height, width) of the first stage now.
+        new: Grid of the first stage to resize to.
+        class_row: Whether the last position embedding has a row for the class token.
+    """
+    out = dict(state_dict)
+    if tuple(old) == tuple(new):
+        return out
+    for i, (old_i, new_i) in enumerate(zip(stage_grids(old), stage_grids(new))):
+        key = f'stages.{i}.pos_embed'
+        out[key] = resample_pos_embed(out[key], new_i, old_i, num_prefix_tokens=int(class_row and i == 3))
+    return out
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """ Map any PVT v1 checkpoint to `model`. See `checkpoints.py` for the formats and errors. """
-    return adapt_to_model(state_dict, model)
+def checkpoint_filter_fn(
+        state_dict: Mapping[str, Any],
+        model: nn.Module,
+        prefix: Optional[str] = None,
+) -> Dict[str, torch.Tensor]:
+    """ Map a PVT v1 checkpoint of any known format (see `checkpoints.py`) to `model`. """
+    state_dict, info = fit_to_model(state_dict, model, prefix)
+    state_dict = resize_pos_embeds(state_dict, info.grid_size, model.stages[0].grid_size, model.class_token)
+    reference = model.state_dict()
+    head = state_dict.get('head.weight')
+    if head is not None and head.shape != reference['head.weight'].shape:
+        _logger.warning(f'The head for {head.shape[0]} classes is replaced by a new one for {model.num_classes}.')
+        state_dict.update({k: v for k, v in reference.items() if k.startswith('head.')})
+    first_conv = 'stages.0.patch_embed.proj.weight'  # timm adapts it to other channels after this
+    ours = {first_conv} if state_dict[first_conv].shape[1] != model.in_chans else ()
+    check_keys(state_dict, reference, ignore=ours)
+    return state_dict
 
 
-# Tags of weights that come from a dense backbone and have no class token
-_DENSE_TAGS = ('retinanet_coco',)
-_FEATURE_CLS = ('list', 'dict', 'hook', 'getter', 'fx')
+# What tells the variants apart. They share the sr_ratios and mlp_ratios.
+VARIANTS = {
+    'pvt_tiny': dict(depths=(2, 2, 2, 2), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
+    'pvt_small': dict(depths=(3, 4, 6, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
+    'pvt_medium': dict(depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
+    'pvt_large': dict(depths=(3, 8, 27, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
+    'pvt_huge_v2': dict(depths=(3, 10, 60, 3), embed_dims=(128, 256, 512, 768), num_heads=(2, 4, 8, 12)),
+}
+
+# Top-1 on the ImageNet-1K validation set, as published with the weights
+TOP1 = {'pvt_tiny.in1k': 75.1, 'pvt_small.in1k': 79.8, 'pvt_medium.in1k': 81.2, 'pvt_large.in1k': 81.7}
 
 
-def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+def find_variant(depths: Tuple[int, ...], embed_dims: Tuple[int, ...]) -> Optional[str]:
+    """Name of the variant with these depths and channels, None if there is none."""
+    return next((k for k, v in VARIANTS.items() if (v['depths'], v['embed_dims']) == (depths, embed_dims)), None)
+
+
+def _create_pvt(variant: str, pretrained: bool = False, prefix: Optional[str] = None, **kwargs):
+    """Create a model.
+
+    Args:
+        variant: Key of `VARIANTS`.
+        pretrained: Load weights.
+        prefix: What stands before the names of the backbone in the checkpoint, needed where it holds several.
+        kwargs: Arguments of the model and of `build_model_with_cfg`.
+    """
     if kwargs.pop('output_stride', 32) != 32:
         raise ValueError(
-            'Expected output_stride 32, the only one that PVT has (feature strides are 4, 8, 16, 32). '
-            'Use a decoder that takes a feature pyramid, such as FPN, UPerNet or Unet.')
-    _check_arguments(kwargs)
-    num_stages = len(kwargs['depths'])
-    feature_cfg = kwargs.pop('feature_cfg', None) or {}
-    out_indices = kwargs.pop('out_indices', feature_cfg.get('out_indices', tuple(range(num_stages))))
-    pretrained_cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+            'PVT has output_stride 32 only (feature strides are 4, 8, 16, 32): use a decoder that takes a feature '
+            'pyramid, such as FPN, UPerNet or Unet.')
+    kwargs = dict(VARIANTS[variant], **kwargs)
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    pretrained_cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
+    if overlay and 'num_classes' not in overlay and kwargs.get('num_classes'):
+        pretrained_cfg.num_classes = kwargs['num_classes']  # the filter compares heads, not timm the tag's classes
+    feature_cfg = dict(kwargs.pop('feature_cfg', None) or {}, flatten_sequential=True)
+    if 'out_indices' in kwargs or 'out_indices' not in feature_cfg:
+        feature_cfg['out_indices'] = kwargs.pop('out_indices', tuple(range(len(kwargs['depths']))))
     if kwargs.get('features_only', False):
-        try:
-            take_indices_of(num_stages, out_indices)
-        except TypeError:
-            raise _indices_error(num_stages, out_indices) from None
-        feature_cls = kwargs.get('feature_cls', 'list')
-        if isinstance(feature_cls, str) and feature_cls.lower() not in _FEATURE_CLS:
-            raise ValueError(f'Expected feature_cls in {_FEATURE_CLS} or a class, got {feature_cls!r}.')
         kwargs.setdefault('class_token', False)
         kwargs['num_classes'] = 0  # no head, so that weights need not have one
-        if kwargs.setdefault('output_fmt', 'NCHW') != 'NCHW':
-            raise ValueError(f"Expected output_fmt 'NCHW' with features_only=True, got {kwargs['output_fmt']!r}.")
-    elif pretrained_cfg.tag in _DENSE_TAGS:
+    elif pretrained_cfg.tag == 'retinanet_coco':  # from a dense backbone
         kwargs.setdefault('class_token', False)
-    if pretrained and pretrained_cfg.tag in _DENSE_TAGS and kwargs.get('class_token', True):
-        raise ValueError(
-            f'Expected class_token=False, the weights of {variant}.{pretrained_cfg.tag} are those of a dense backbone.')
-
-    with clear_errors(variant, pretrained, pretrained_cfg, kwargs.get('cache_dir')) as progress:
-        def create(**model_args):
-            model = PyramidVisionTransformer(**model_args)
-            progress.constructed = True
-            return model
-
-        def filter_fn(state_dict, model):
-            progress.read = True
-            return checkpoint_filter_fn(state_dict, model)
-
-        return build_model_with_cfg(
-            create,
-            variant,
-            pretrained,
-            pretrained_cfg=pretrained_cfg.to_dict(),
-            pretrained_filter_fn=filter_fn,
-            feature_cfg=dict(feature_cfg, flatten_sequential=True, out_indices=out_indices),
-            **kwargs,
-        )
-
-
-def _check_arguments(kwargs: Dict[str, Any]) -> None:
-    accepted = set(signature(PyramidVisionTransformer).parameters)
-    builder = set(signature(build_model_with_cfg).parameters)
-    builder |= {'features_only', 'out_indices', 'feature_cls', 'no_rewrite'}  # taken from its **kwargs
-    unknown = sorted(set(kwargs) - accepted - builder)
-    if unknown:
-        raise TypeError(
-            f"PyramidVisionTransformer got an unexpected keyword argument {', '.join(map(repr, unknown))}, "
-            f"accepted are {', '.join(sorted(accepted))} and timm's features_only, out_indices, feature_cls.")
+    return build_model_with_cfg(
+        PyramidVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg.to_dict(),
+        pretrained_filter_fn=partial(checkpoint_filter_fn, prefix=prefix),
+        feature_cfg=feature_cfg,
+        **kwargs,
+    )
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -854,49 +820,29 @@ default_cfgs = generate_default_cfgs({
         'retinanet_pvt-m_fpn_1x_coco/retinanet_pvt-m_fpn_1x_coco_20210831_103243-55effa1b'),
     'pvt_large.in1k': _in1k_cfg('large'),
     'pvt_huge_v2.untrained': _cfg(),
-    'test_pvt.digits': _cfg(
-        file=str(Path(__file__).parent / 'weights' / 'test_pvt_digits.safetensors'),
-        num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0,
-        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        label_names=tuple(str(i) for i in range(10)),
-        origin_url='https://archive.ics.uci.edu/dataset/80', paper_ids=None, paper_name=None,
-    ),
 })
 
 
 @register_model
 def pvt_tiny(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    model_args = dict(depths=(2, 2, 2, 2))
-    return _create_pvt('pvt_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_pvt('pvt_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def pvt_small(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    model_args = dict(depths=(3, 4, 6, 3))
-    return _create_pvt('pvt_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_pvt('pvt_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def pvt_medium(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    model_args = dict(depths=(3, 4, 18, 3))
-    return _create_pvt('pvt_medium', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_pvt('pvt_medium', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def pvt_large(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    model_args = dict(depths=(3, 8, 27, 3))
-    return _create_pvt('pvt_large', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_pvt('pvt_large', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def pvt_huge_v2(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    model_args = dict(embed_dims=(128, 256, 512, 768), depths=(3, 10, 60, 3), num_heads=(2, 4, 8, 12))
-    return _create_pvt('pvt_huge_v2', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def test_pvt(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    model_args = dict(
-        img_size=32, embed_dims=(16, 32, 40, 64), depths=(1, 2, 2, 1), num_heads=(1, 2, 5, 8), sr_ratios=(4, 2, 1, 1),
-        mlp_ratios=(4., 4., 4., 4.))
-    return _create_pvt('test_pvt', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_pvt('pvt_huge_v2', pretrained=pretrained, **kwargs)

@@ -9,7 +9,7 @@ import pytest
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # the tests run in parallel, their operators need not
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / 'support'))
 import loopback  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,12 +15,12 @@ import pvt_timm  # registers the models
 from pvt_timm.checkpoints import (
     Converted,
     Description,
-    convert as map_to_timm,
     describe,
     drop_parts,
     from_timm,
-    resize_pos_embeds,
+    map_to_timm,
 )
+from pvt_timm.pvt import VARIANTS, find_variant, resize_pos_embeds
 from pvt_timm.files import MAX_BYTES, read_checkpoint
 
 from . import targets
@@ -209,8 +209,8 @@ def _load(
         progress: Optional[Progress],
 ) -> Iterator[Loaded]:
     source_size = _check_size(source_size, 'source_size')
-    if model is not None and model not in pvt_timm.checkpoints.VARIANTS:
-        raise ValueError(f'Expected a model in {tuple(pvt_timm.checkpoints.VARIANTS)}, got {model!r}.')
+    if model is not None and model not in VARIANTS:
+        raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
     with open_source(spec, max_bytes, progress) as source:
         found = sha256_of(source.file, progress)
         if sha256 is not None:
@@ -251,9 +251,10 @@ def _describe(
         raise ValueError(
             f'Expected position embeddings of {source_size[0]}x{source_size[1]} images, they have a grid of '
             f'{info.grid_size[0]}x{info.grid_size[1]} patches.')
-    if info.variant is None:
+    variant = find_variant(info.depths, info.embed_dims)
+    if variant is None:
         raise ValueError(
-            f'Expected the depths and channels of one of {", ".join(pvt_timm.checkpoints.VARIANTS)}, got '
+            f'Expected the depths and channels of one of {", ".join(VARIANTS)}, got '
             f'{info.depths} and {info.embed_dims}.')
     if not info.class_token and not info.class_row and source.class_row is not None:
         state_dict = dict(state_dict)
@@ -261,7 +262,7 @@ def _describe(
         info = describe(state_dict, tuple(4 * n for n in info.grid_size))
 
     loaded = Loaded(state_dict, info, source, converted, report)
-    loaded.model_args = _configured_args(source.config, info.variant, report)
+    loaded.model_args = _configured_args(source.config, variant, report)
     loaded.cfg = _configured_cfg(source, info, report)
     _check_against_model(state_dict, info, _model_args(info, loaded.model_args))
 
@@ -274,7 +275,7 @@ def _describe(
     others = [k for k in converted.dropped if k.rpartition('.')[2] in (
         ('model', 'state_dict') if report.weights == 'averaged' else ema)]
     report.other_weights = clean(others[0]) if others else None
-    report.variant = info.variant
+    report.variant = variant
     report.num_classes = info.num_classes
     report.in_chans = info.in_chans
     report.img_size = info.img_size
@@ -364,7 +365,7 @@ def _configured_args(config: Dict[str, Any], variant: str, report: Report) -> Di
 def _configured_cfg(source: Source, info: Description, report: Report) -> Dict[str, Any]:
     """Preprocessing and labels, from what lies next to the checkpoint, else from the model's default."""
     config, cfg = source.config, {}
-    default = get_pretrained_cfg(info.variant).to_dict()
+    default = get_pretrained_cfg(find_variant(info.depths, info.embed_dims)).to_dict()
     for key in ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'license', 'origin_url'):
         if default.get(key) is not None:
             cfg[key] = default[key]
@@ -485,7 +486,7 @@ def _cast(key: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _model_args(info: Description, given: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments for `timm.create_model` that differ from the defaults of the variant."""
-    default = 32 if info.variant == 'test_pvt' else 224
+    default = 32 if find_variant(info.depths, info.embed_dims) == 'test_pvt' else 224
     args: Dict[str, Any] = {}
     if info.grid_size != (default // 4, default // 4):
         args['img_size'] = info.img_size[0] if info.img_size[0] == info.img_size[1] else list(info.img_size)
@@ -509,7 +510,7 @@ def _check_against_model(state_dict: StateDict, info: Description, model_args: D
     if info.patch_size != 4:
         raise ValueError(f'Expected patches of 4x4 pixels, got {info.patch_size}x{info.patch_size}.')
     args = dict(model_args, img_size=info.img_size, num_classes=info.num_classes, weight_init='skip', device='meta')
-    reference = timm.create_model(info.variant, pretrained=False, **args).state_dict()
+    reference = timm.create_model(find_variant(info.depths, info.embed_dims), pretrained=False, **args).state_dict()
     if info.class_row and not info.class_token:
         state_dict = drop_parts(state_dict, ['class_token'])
     some = pvt_timm.checkpoints._some
@@ -518,7 +519,7 @@ def _check_against_model(state_dict: StateDict, info: Description, model_args: D
         raise ValueError(f'Missing in the checkpoint: {some(missing)}.')
     extra = [k for k in state_dict if k not in reference]
     if extra:
-        raise ValueError(f'Not part of {info.variant}: {some(extra)}.')
+        raise ValueError(f'Not part of {find_variant(info.depths, info.embed_dims)}: {some(extra)}.')
     wrong = [f'{k} {list(state_dict[k].shape)} instead of {list(v.shape)}'
              for k, v in reference.items() if state_dict[k].shape != v.shape]
     if wrong:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from pvt_timm import __version__
 from pvt_timm.checkpoints import Description
+from pvt_timm.pvt import VARIANTS, find_variant
 
 from .report import Report, clean
 from .sources import CLASS_ROW_FILE
@@ -43,7 +44,7 @@ class Plan:
 
 def num_heads(variant: str) -> Tuple[int, ...]:
     """Attention heads per stage, which no state dict tells."""
-    return (2, 4, 8, 12) if variant == 'pvt_huge_v2' else (1, 2, 5, 8)
+    return VARIANTS[variant]['num_heads']
 
 
 def write_timm(folder: Path, plan: Plan) -> None:
@@ -57,13 +58,13 @@ def write_timm(folder: Path, plan: Plan) -> None:
 
 def write_original(folder: Path, plan: Plan) -> None:
     """A bare state dict, as whai362/PVT publishes."""
-    _save_torch(plan.state_dict, folder / f'{plan.info.variant}.pth')
+    _save_torch(plan.state_dict, folder / f'{find_variant(plan.info.depths, plan.info.embed_dims)}.pth')
     _write_card(folder, plan, _USE_ORIGINAL if plan.info.class_token else _USE_ORIGINAL_DENSE)
 
 
 def write_mmdet(folder: Path, plan: Plan) -> None:
     """A bare state dict for mmdetection's backbone."""
-    _save_torch(plan.state_dict, folder / f'{plan.info.variant}.pth')
+    _save_torch(plan.state_dict, folder / f'{find_variant(plan.info.depths, plan.info.embed_dims)}.pth')
     _write_card(folder, plan, _USE_MMDET)
 
 
@@ -97,7 +98,7 @@ WRITERS: Dict[str, Callable[[Path, Plan], None]] = {
 def timm_config(plan: Plan) -> Dict[str, Any]:
     """config.json of a timm repository."""
     info, size = plan.info, list(plan.info.img_size)
-    default = timm.models.get_pretrained_cfg(info.variant)
+    default = timm.models.get_pretrained_cfg(find_variant(info.depths, info.embed_dims))
     cfg = {k: v for k, v in plan.cfg.items() if k != 'label_names'}
     pretrained_cfg = {
         'custom_load': False,
@@ -113,7 +114,7 @@ def timm_config(plan: Plan) -> Dict[str, Any]:
         'paper_name': 'Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions',
     }
     config = {
-        'architecture': info.variant,
+        'architecture': find_variant(info.depths, info.embed_dims),
         'num_classes': info.num_classes,
         'num_features': info.embed_dims[-1],
         'global_pool': plan.model_args.get('global_pool', 'token' if info.class_token and info.norm else 'avg'),
@@ -138,7 +139,7 @@ def transformers_config(plan: Plan) -> Dict[str, Any]:
         'num_encoder_blocks': 4,
         'depths': list(info.depths),
         'hidden_sizes': list(info.embed_dims),
-        'num_attention_heads': list(num_heads(info.variant)),
+        'num_attention_heads': list(num_heads(find_variant(info.depths, info.embed_dims))),
         'sequence_reduction_ratios': list(info.sr_ratios),
         'mlp_ratios': [int(r) if r == int(r) else r for r in info.mlp_ratios],
         'patch_sizes': [info.patch_size, 2, 2, 2],
@@ -233,7 +234,7 @@ def _write_card(folder: Path, plan: Plan, use: str) -> None:
         args.append(f'in_chans={info.in_chans}')
     if info.img_size != (224, 224):
         args.append(f'img_size={info.img_size[0]}')
-    for name, value in dict(VARIANT=info.variant, ARGS=', '.join(args), DEPTHS=list(info.depths)).items():
+    for name, value in dict(VARIANT=find_variant(info.depths, info.embed_dims), ARGS=', '.join(args), DEPTHS=list(info.depths)).items():
         use = use.replace(name, str(value))
     library = 'transformers' if report.to == 'transformers' else 'timm'
     task = 'image-classification' if info.num_classes else 'image-feature-extraction'
@@ -271,7 +272,7 @@ def _write_card(folder: Path, plan: Plan, use: str) -> None:
     rows += [('Note', _code(w)) for w in report.warnings]
     changed = any(name == 'Changed' for name, _ in rows)
     lines = [
-        *head, '---', '', f'# {info.variant}', '',
+        *head, '---', '', f'# {find_variant(info.depths, info.embed_dims)}', '',
         'Weights of a [Pyramid Vision Transformer](https://arxiv.org/abs/2102.12122) (v1), converted without a change '
         'to their values' + (' but those under "Changed".' if changed else '.'), '',
         '```python', use.rstrip(), '```', '',

@@ -15,7 +15,8 @@ import timm
 import torch
 from torch import nn
 
-from pvt_timm.checkpoints import Description, convert as map_to_timm, describe, drop_parts, from_timm
+from pvt_timm.checkpoints import Description, describe, drop_parts, from_timm, map_to_timm
+from pvt_timm.pvt import find_variant
 from pvt_timm.files import read_checkpoint
 
 from . import targets
@@ -204,7 +205,7 @@ def _timm_model(state_dict: StateDict, info: Description) -> nn.Module:
     if not info.class_token:
         kwargs.update(class_token=False, output_fmt='NLC' if info.norm else 'NCHW')
     model = timm.create_model(
-        info.variant, num_classes=info.num_classes, in_chans=info.in_chans, img_size=info.img_size, weight_init='skip',
+        find_variant(info.depths, info.embed_dims), num_classes=info.num_classes, in_chans=info.in_chans, img_size=info.img_size, weight_init='skip',
         dtype=torch.float64, **kwargs)
     model.load_state_dict({k: v.double() for k, v in state_dict.items()})
     return model
@@ -298,7 +299,7 @@ def _mmdet() -> Reference:
         return PyramidVisionTransformer(
             pretrain_img_size=info.img_size,
             in_channels=info.in_chans,
-            embed_dims=info.embed_dims[0] // targets.num_heads(info.variant)[0],
+            embed_dims=info.embed_dims[0] // targets.num_heads(find_variant(info.depths, info.embed_dims))[0],
             num_layers=list(info.depths),
             num_heads=[d // info.embed_dims[0] for d in info.embed_dims],
             mlp_ratios=[int(r) for r in info.mlp_ratios],
@@ -354,9 +355,9 @@ def _original(checkout: Path) -> Reference:
     def build(info: Description) -> nn.Module:
         if info.img_size[0] != info.img_size[1]:
             raise ValueError('--verify with the original code takes square images only.')
-        build_variant = getattr(module, info.variant, None)
+        build_variant = getattr(module, find_variant(info.depths, info.embed_dims), None)
         if build_variant is None:
-            raise ValueError(f'--verify: the original code has no {info.variant}.')
+            raise ValueError(f'--verify: the original code has no {find_variant(info.depths, info.embed_dims)}.')
         return build_variant(
             img_size=info.img_size[0], in_chans=info.in_chans, num_classes=info.num_classes).double()
 

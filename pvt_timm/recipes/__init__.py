@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional
 import timm
 import yaml
 
-from ..inference import UserError
+from ..cli.predict import UserError
 
 __all__ = ['Plan', 'add_parser', 'build_command', 'load_recipe', 'plan', 'recipe_names', 'recipe_path']
 
@@ -139,7 +139,7 @@ def build_command(
 
 def add_parser(subparsers) -> None:
     """Add the `recipe` and `train` commands."""
-    from ..launch import add_train
+    from ..cli.train import add_train
 
     parser = subparsers.add_parser(
         'recipe', help="print the command that trains with timm's train.py",
@@ -167,7 +167,7 @@ def _count(text: str) -> int:
 
 def run_recipe(args: argparse.Namespace) -> None:
     """Print the command, and as comments what it amounts to."""
-    from ..launch import check_checkpoint, check_data, check_output, num_classes_of
+    from ..cli.train import check_checkpoint, check_data, check_output, num_classes_of
 
     if args.name is None:
         for name in recipe_names():

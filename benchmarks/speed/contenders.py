@@ -1,0 +1,205 @@
+""" The models that the benchmarks compare, each as a function of a batch of images, all PVTs with the same weights. """
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Callable, Optional
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import timm  # noqa: E402
+import pvt_timm  # noqa: E402, F401
+from pvt_timm.checkpoints import from_timm  # noqa: E402
+from weights_conversion.verification import import_original  # noqa: E402
+
+DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+# What is allowed between the logits of a contender and those of the original algorithm in float32, of size 1 to 2
+TOLERANCE = {'fp32': 1e-4, 'tf32': 2e-2, 'bf16': 8e-2, 'fp16': 2e-2}
+CPU = ('original', 'transformers', 'eager', 'fused', 'compiled', 'pvt_v2', 'resnet50', 'onnxruntime', 'openvino')
+CUDA = (
+    'original', 'transformers', 'eager', 'channels_last', 'compiled', 'cuda_graph', 'sdpa_flash', 'sdpa_efficient',
+    'sdpa_math', 'pvt_v2', 'resnet50')
+TRAIN = ('original', 'transformers', 'eager', 'checkpointed', 'pvt_v2', 'resnet50')
+NOT_PVT = ('pvt_v2', 'resnet50')
+PVT_V2 = {'tiny': 'pvt_v2_b1', 'small': 'pvt_v2_b2', 'medium': 'pvt_v2_b3', 'large': 'pvt_v2_b4'}
+
+
+class Skipped(Exception):
+    """A contender that cannot run here, and why."""
+
+
+def reference(variant: str) -> torch.nn.Module:
+    """Ours, with the weights that all PVTs get."""
+    torch.manual_seed(0)
+    model = timm.create_model(f'pvt_{variant}').eval()
+    with torch.no_grad():
+        model.head.weight.mul_(10)  # logits of size 1 to 2 from initial weights, as trained ones give
+    return model
+
+
+def _original(variant: str) -> torch.nn.Module:
+    checkout = os.environ.get('PVT_CHECKOUT')
+    if not checkout:
+        raise Skipped('no checkout of whai362/PVT: pass --pvt-checkout or set PVT_CHECKOUT')
+    module = import_original(Path(checkout))
+    model = getattr(module, f'pvt_{variant}')()
+    model.load_state_dict(from_timm(reference(variant).state_dict(), 'original')[0])
+    return model
+
+
+class _Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits
+
+
+def _transformers(variant: str) -> torch.nn.Module:
+    from transformers import PvtConfig, PvtForImageClassification
+    ours = reference(variant)
+    model = PvtForImageClassification(PvtConfig(depths=list(ours.depths), num_labels=1000))
+    model.load_state_dict(from_timm(ours.state_dict(), 'transformers')[0])
+    for name, m in model.named_modules():  # its 1e-6 everywhere would be another function
+        if isinstance(m, torch.nn.LayerNorm) and ('patch_embeddings' in name or 'attention.self' in name):
+            m.eps = 1e-5
+    return _Logits(model)
+
+
+def module(name: str, variant: str) -> torch.nn.Module:
+    """A contender that is a module of PyTorch, in float32 on CPU."""
+    if name == 'original':
+        return _original(variant).eval()
+    if name == 'transformers':
+        return _transformers(variant).eval()
+    if name == 'pvt_v2':
+        return timm.create_model(PVT_V2[variant]).eval()
+    if name == 'resnet50':
+        import torchvision
+        return torchvision.models.resnet50().eval()
+    model = reference(variant)
+    if name == 'checkpointed':
+        model.set_grad_checkpointing()
+    return model
+
+
+def _onnx(variant: str, shape) -> str:
+    path = Path(tempfile.gettempdir()) / f'pvt_{variant}_{"x".join(map(str, shape))}_{os.getpid()}.onnx'
+    if not path.exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            torch.onnx.export(
+                reference(variant), (torch.zeros(shape),), str(path), dynamo=False, opset_version=17,
+                input_names=['images'], output_names=['logits'])
+    return str(path)
+
+
+def _onnxruntime(variant, shape, precision, threads) -> Callable:
+    if precision != 'fp32':
+        raise Skipped('its CPU provider has no bf16')
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(_onnx(variant, shape), options, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
+
+
+def _openvino(variant, shape, precision, threads) -> Callable:
+    import openvino
+    compiled = openvino.Core().compile_model(_onnx(variant, shape), 'CPU', {
+        'INFERENCE_PRECISION_HINT': {'fp32': 'f32', 'bf16': 'bf16'}[precision],
+        'INFERENCE_NUM_THREADS': threads,
+        'PERFORMANCE_HINT': 'LATENCY',
+    })
+    request = compiled.create_infer_request()
+
+    def forward(x):
+        out = request.infer({0: x.numpy()}, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(np.asarray(out[compiled.output(0)]))
+    return forward
+
+
+def _cuda_graph(model: torch.nn.Module, shape, dtype) -> Callable:
+    static = torch.zeros(shape, device='cuda', dtype=dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(static)
+
+    def forward(x):
+        static.copy_(x)
+        graph.replay()
+        return out
+    return forward
+
+
+def _sdpa(model: torch.nn.Module, backend: str) -> Callable:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    backend = dict(
+        flash=SDPBackend.FLASH_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION, math=SDPBackend.MATH)[backend]
+
+    def forward(x):
+        with sdpa_kernel(backend):
+            return model(x)
+    return forward
+
+
+def build(
+        name: str,
+        variant: str,
+        shape,
+        precision: str,
+        device: str = 'cpu',
+        threads: Optional[int] = None,
+) -> Callable:
+    """A contender as a function from a batch of images (float32, or `input_dtype`) to logits.
+
+    Raises:
+        Skipped: It cannot run here.
+    """
+    threads = threads or torch.get_num_threads()
+    try:
+        if name == 'onnxruntime':
+            return _onnxruntime(variant, shape, precision, threads)
+        if name == 'openvino':
+            return _openvino(variant, shape, precision, threads)
+        if name == 'transformers' and tuple(shape[2:]) != (224, 224):
+            raise Skipped('takes 224x224 only')
+        dtype = DTYPES[precision]
+        model = module(name, variant).requires_grad_(False).to(device=device, dtype=dtype)
+    except ImportError as e:
+        raise Skipped(f'{e.name} is not installed') from e
+    if name == 'fused':
+        return model.fuse(inplace=True)
+    if name == 'channels_last':
+        model = model.to(memory_format=torch.channels_last)
+        return lambda x: model(x.to(memory_format=torch.channels_last))
+    if name == 'compiled':
+        torch._dynamo.reset()
+        return torch.compile(model, dynamic=False)
+    if name == 'cuda_graph':
+        return _cuda_graph(model, shape, dtype)
+    if name.startswith('sdpa_'):
+        return _sdpa(model, name[5:])
+    return model
+
+
+def input_dtype(name: str, precision: str) -> torch.dtype:
+    """Type of the images that a contender takes. OpenVINO and onnxruntime convert inside."""
+    return torch.float32 if name in ('onnxruntime', 'openvino') else DTYPES[precision]
+
+
+def set_precision(precision: str, device: str) -> None:
+    """Switch TF32 on or off."""
+    if device == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == 'tf32'

@@ -1,0 +1,223 @@
+""" Markdown table and plots from the JSON that run.py writes: `python benchmarks/speed/report.py results/cpu.json`. """
+import json
+import sys
+from pathlib import Path
+
+LABELS = dict(
+    original='original code', transformers='transformers', eager='ours', fused='ours, fused',
+    checkpointed='ours, checkpointing', compiled='ours, compiled', pvt_v2='timm pvt_v2 (like size)',
+    resnet50='torchvision ResNet-50', onnxruntime='onnxruntime', openvino='OpenVINO',
+    channels_last='ours, channels_last', cuda_graph='ours, CUDA graph', sdpa_flash='ours, flash attention',
+    sdpa_efficient='ours, efficient attention', sdpa_math='ours, plain attention')
+COLOURS = dict(
+    original='#999999', transformers='#e69f00', eager='#56b4e9', fused='#d62728', compiled='#0072b2',
+    checkpointed='#0072b2', pvt_v2='#cc79a7', resnet50='#b8860b', onnxruntime='#009e73', openvino='#111111',
+    channels_last='#7f7fff', cuda_graph='#d62728',
+    sdpa_flash='#2ca02c', sdpa_efficient='#98df8a', sdpa_math='#bcbd22')
+
+
+def _names(rows):
+    seen = {name for row in rows for name in row['contenders']}
+    return [name for name in LABELS if name in seen]
+
+
+def _size(shape):
+    return f'{shape[0]}x{shape[2]}' if shape[2] == shape[3] else f'{shape[0]}x{shape[2]}x{shape[3]}'
+
+
+def _cell(values, key, scale, digits):
+    if key not in values:
+        return '–'
+    text = f'{values[key] * scale:.{digits}f}'
+    return text + (f' ±{values["spread"] * 50:.0f}%' if 'spread' in values else '')
+
+
+def _table(rows, key, scale, digits):
+    names = _names(rows)
+    lines = ['| | ' + ' | '.join(f'{r["variant"]} {_size(r["shape"])} {r["precision"]}' for r in rows) + ' |']
+    lines += ['|---' * (len(rows) + 1) + '|']
+    for name in names:
+        cells = [_cell(r['contenders'].get(name, {}), key, scale, digits) for r in rows]
+        lines += [f'| {LABELS[name]} | ' + ' | '.join(cells) + ' |']
+    return lines
+
+
+def _find(rows, shape, precision, variant='small'):
+    for row in rows:
+        if row['shape'] == list(shape) and row['precision'] == precision and row['variant'] == variant:
+            return row['contenders']
+    return {}
+
+
+def ratios(results) -> list:
+    """How many times faster (or smaller) the first is than the second, by medians of the same run."""
+    found = []
+    inference = (('fused', 'original'), ('fused', 'openvino'), ('eager', 'original'))
+    training = (('eager', 'original'), ('eager', 'transformers'), ('checkpointed', 'eager'))
+    wanted = [('throughput', variant, (16, 3, 224, 224), (*inference, ('eager', 'transformers')))
+              for variant in results['gmacs']]
+    wanted += [('latency', 'small', (1, 3, 224, 224), inference), ('latency', 'small', (1, 3, 800, 1344), inference)]
+    wanted += [(section, 'small', (8, 3, 224, 224), training) for section in ('training', 'training_memory')]
+    wanted += [('memory', 'small', (1, 3, 800, 1344), (('fused', 'original'), ('eager', 'original')))]
+    for precision in ('fp32', 'bf16'):
+        for section, variant, shape, pairs in wanted:
+            row = _find(results.get(section, []), shape, precision, variant)
+            for a, b in pairs:
+                key = 'bytes' if 'memory' in section else 'median'
+                if key in row.get(a, {}) and key in row.get(b, {}):
+                    ratio = row[b][key] / row[a][key]
+                    what = f'{ratio:.2f}x the speed' if key == 'median' else f'{1 / ratio:.2f}x the memory'
+                    found.append(f'| {section.replace("_", " ")} {variant} {_size(shape)} {precision} '
+                                 f'| {LABELS[a]} against {LABELS[b]} | {what} |')
+    return found
+
+
+def peak_shares(results) -> list:
+    """(label, {contender: share}) of the measured matrix-product peak, nominal operations of PVT over time."""
+    peaks = {p['precision']: p['gflops'] for p in results['peak']}
+    shares = []
+    for row in results['throughput']:
+        gflop = 2 * results['gmacs'][row['variant']] * row['shape'][0]
+        shares.append((f'{row["variant"]} {row["precision"]}', {
+            name: gflop / (values['median'] / 1e3) / peaks[row['precision']]
+            for name, values in row['contenders'].items()
+            if 'median' in values and name not in ('pvt_v2', 'resnet50')}))
+    return shares
+
+
+def markdown(results, device) -> str:
+    m = results['machine']
+    lines = [f'# Results on {device.upper()}', '', 'Written by `run.py`.', '']
+    lines += [f'{m["gpu"] or m["cpu"]}; {m["cpus"]} CPUs, {m["threads"]} threads, {m["capability"]}; load average at '
+              f'the start {m["load"]:.1f}; {m["when"]}.', '']
+    if results.get('clock') == 'cpu':
+        lines += ['Times are processor time of one thread (`--clock cpu`), other programs ran meanwhile.', '']
+    lines += [', '.join(f'{k} {v}' for k, v in m['versions'].items()) + f', Python {m["python"]}.', '']
+    lines += ['Measured peak of matrix products: ' + ', '.join(
+        f'{p["precision"]} {p["gflops"]:.0f} GFLOP/s' for p in results['peak']) + '.', '']
+    table = ratios(results)
+    if table:
+        lines += ['## Ratios', '', '| where | who | |', '|---|---|---|', *table, '']
+    for section, title, key, scale, digits in (
+            ('throughput', 'Milliseconds per batch', 'median', 1, 0),
+            ('latency', 'Latency by resolution, ms', 'median', 1, 0),
+            ('training', 'Forward and backward pass, ms', 'median', 1, 0),
+            ('memory', 'Peak memory over the loaded model, MB', 'bytes', 1e-6, 0),
+            ('training_memory', 'Peak memory of forward and backward pass, MB', 'bytes', 1e-6, 0)):
+        if results.get(section):
+            lines += [f'## {title}', '']
+            lines += ['Medians, ± half of the spread of the middle half of the runs.', ''] if key == 'median' else []
+            for precision in dict.fromkeys(r['precision'] for r in results[section]):
+                lines += _table([r for r in results[section] if r['precision'] == precision], key, scale, digits) + ['']
+    shares = peak_shares(results)
+    if shares:
+        names = [n for n in LABELS if any(n in s for _, s in shares)]
+        lines += ['## Share of the measured peak', '', '| | ' + ' | '.join(label for label, _ in shares) + ' |',
+                  '|---' * (len(shares) + 1) + '|']
+        lines += [f'| {LABELS[n]} | ' + ' | '.join(f'{s[n]:.0%}' if n in s else '–' for _, s in shares) + ' |'
+                  for n in names] + ['']
+    return '\n'.join(lines)
+
+
+def _bars(axis, groups, unit):
+    """`groups`: list of (label, {contender: value})."""
+    names = [n for n in LABELS if any(n in g for _, g in groups)]
+    width = 0.85 / max(1, len(names))
+    for i, name in enumerate(names):
+        at = [(x + (i - (len(names) - 1) / 2) * width, g[name]) for x, (_, g) in enumerate(groups) if name in g]
+        axis.bar([x for x, _ in at], [y for _, y in at], width * 0.92, color=COLOURS[name], label=LABELS[name])
+    axis.set_xticks(range(len(groups)), [label for label, _ in groups])
+    axis.set_ylabel(unit)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.grid(axis='y', alpha=.3)
+    axis.set_axisbelow(True)
+
+
+def _lines(axis, rows, key, scale, x_of, x_label, unit):
+    for name in _names(rows):
+        points = sorted((x_of(r), r['contenders'][name][key] * scale) for r in rows
+                        if key in r['contenders'].get(name, {}) and r['contenders'][name][key] > 0)
+        if points:
+            axis.plot(*zip(*points), 'o-', color=COLOURS[name], label=LABELS[name], ms=4,
+                      lw=2.4 if name == 'fused' else 1.4)
+    axis.set(xscale='log', yscale='log', xlabel=x_label, ylabel=unit)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.grid(alpha=.3)
+
+
+def plots(results, output, device) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print('matplotlib is not installed, no plots')
+        return
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    def save(name, figure, axes):
+        handles = {}
+        for axis in axes:
+            handles.update(zip(*reversed(axis.get_legend_handles_labels())))
+        figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4, frameon=False, fontsize=9)
+        figure.savefig(output / f'{device}_{name}.png', dpi=130)
+        plt.close(figure)
+
+    def panels(section, draw, name, height=4.2):
+        precisions = list(dict.fromkeys(r['precision'] for r in results[section]))
+        if not precisions:
+            return
+        figure, axes = plt.subplots(
+            1, len(precisions), figsize=(6 * len(precisions), height), squeeze=False, layout='constrained')
+        for axis, precision in zip(axes[0], precisions):
+            draw(axis, [r for r in results[section] if r['precision'] == precision])
+            axis.set_title(precision)
+        save(name, figure, axes[0])
+
+    order = list(results['gmacs'])
+    panels('throughput', lambda axis, rows: _bars(axis, [
+        (r['variant'], {n: r['shape'][0] / c['median'] * 1e3 for n, c in r['contenders'].items() if 'median' in c})
+        for r in sorted(rows, key=lambda r: order.index(r['variant']))], 'images/s at 224x224'), 'throughput')
+
+    def latency(axis, rows):
+        _lines(axis, rows, 'median', 1, lambda r: r['shape'][2] * r['shape'][3], 'image size', 'ms per image')
+        shapes = sorted({(r['shape'][2] * r['shape'][3], _size(r['shape'])[2:]) for r in rows})
+        axis.xaxis.set_major_locator(FixedLocator([x for x, _ in shapes]))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticklabels([label for _, label in shapes], fontsize=8)
+    panels('latency', latency, 'latency')
+    panels('training', lambda axis, rows: _bars(axis, [
+        (f'{r["variant"]}, {_size(r["shape"])}', {n: c['median'] for n, c in r['contenders'].items() if 'median' in c})
+        for r in rows], 'ms, forward and backward'), 'training')
+
+    rows = results['memory']
+    if rows:
+        precisions = list(dict.fromkeys(r['precision'] for r in rows))
+        figure, axes = plt.subplots(
+            len(precisions), 2, figsize=(12, 4 * len(precisions)), squeeze=False, layout='constrained')
+        for line, precision in zip(axes, precisions):
+            some = [r for r in rows if r['precision'] == precision]
+            _lines(line[0], [r for r in some if r['shape'][0] == 1], 'bytes', 1e-6,
+                   lambda r: r['shape'][2] * r['shape'][3] / 1e6, 'megapixels, batch 1', 'MB over the loaded model')
+            _lines(line[1], [r for r in some if r['shape'][2:] == [224, 224]], 'bytes', 1e-6,
+                   lambda r: r['shape'][0], 'batch, 224x224', 'MB over the loaded model')
+            for axis in line:
+                axis.set_title(precision)
+        save('memory', figure, axes.flat)
+
+    shares = peak_shares(results)
+    if shares:
+        figure, axis = plt.subplots(figsize=(1.6 * len(shares) + 4, 4), layout='constrained')
+        groups = [(label, {n: v * 100 for n, v in share.items()}) for label, share in shares]
+        _bars(axis, groups, '% of the measured matrix-product peak')
+        save('peak', figure, [axis])
+
+
+def report(results, output, device) -> None:
+    (output / f'{device}.md').write_text(markdown(results, device))
+    plots(results, output, device)
+
+
+if __name__ == '__main__':
+    path = Path(sys.argv[1])
+    report(json.loads(path.read_text()), path.parent, path.stem)

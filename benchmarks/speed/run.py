@@ -1,0 +1,326 @@
+""" Speed and memory of PVT against its alternatives, in one run: JSON, a Markdown table and plots.
+
+    python benchmarks/speed/run.py                      # everything, on CPU about 40 minutes
+    python benchmarks/speed/run.py --quick              # PVT-Tiny and few repetitions, under 2 minutes
+    python benchmarks/speed/run.py --device cuda
+
+See README.md in this folder for what is measured and how.
+"""
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import contenders
+from pvt_timm.cli.pictures import save_atomically
+from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, Skipped
+
+GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included
+PAUSE = 0.05  # s before a contender runs: threads of other libraries spin for a while after theirs
+HERE = Path(__file__).resolve().parents[1]
+SECTIONS = ('throughput', 'latency', 'training', 'memory', 'training_memory')
+PACKAGES = ('torch', 'timm', 'torchvision', 'transformers', 'onnxruntime', 'openvino', 'pvt-timm')
+
+
+def machine(device: str) -> dict:
+    """What the figures depend on."""
+    cpu = platform.processor()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as f:
+            text = f.read()
+        cpu = ', '.join(
+            f'{key} {match[1]}' for key in ('model name', 'cpu family', 'model')
+            if (match := re.search(rf'^{key}\s*: (.*)$', text, re.M)))
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return dict(
+        cpu=cpu, cpus=os.cpu_count(), threads=torch.get_num_threads(), load=os.getloadavg()[0],
+        capability=torch.backends.cpu.get_cpu_capability(), python=platform.python_version(),
+        system=platform.platform(terse=True), versions=versions,
+        gpu=torch.cuda.get_device_name() if device == 'cuda' else None,
+        when=time.strftime('%Y-%m-%d %H:%M'))
+
+
+def synchronize(device):
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+CLOCKS = dict(wall=time.perf_counter, cpu=time.process_time)
+
+
+def interleave(functions: dict, rounds: int, device: str, clock: str = 'wall') -> dict:
+    """Time functions in turns, so that what else the machine does hits all of them alike."""
+    now = CLOCKS[clock]
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            synchronize(device)
+            time.sleep(PAUSE)
+            start = now()
+            function()
+            synchronize(device)
+            times[name].append((now() - start) * 1e3)
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(ms: list) -> dict:
+    ms = sorted(ms)
+    quarter = len(ms) // 4
+    return dict(
+        median=statistics.median(ms), min=ms[0], spread=(ms[-1 - quarter] - ms[quarter]) / statistics.median(ms),
+        rounds=len(ms))
+
+
+def check(name, precision, shape, out, expected) -> float:
+    """Largest difference from the expected logits, over the largest of these. Ends the run if they are not equal."""
+    error = ((out.detach().float().cpu() - expected).abs().max() / expected.abs().max()).item()
+    if error > TOLERANCE[precision]:
+        raise SystemExit(f'{name} {precision} {shape}: relative error {error:.1e}, nothing to time.')
+    return error
+
+
+def inference(variant, shape, precision, names, args) -> dict:
+    """Time contenders on one input, after their outputs were found equal."""
+    device = args.device
+    contenders.set_precision(precision, device)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    functions, result = {}, {}
+    with torch.no_grad():
+        expected = contenders.reference(variant)(images) if set(names) - set(NOT_PVT) else None
+        for name in names:
+            try:
+                model = contenders.build(name, variant, shape, precision, device)
+                x = images.to(device=device, dtype=contenders.input_dtype(name, precision))
+                out = model(x)
+            except Skipped as e:
+                result[name] = dict(skipped=str(e))
+                continue
+            except (AssertionError, RuntimeError) as e:
+                if name not in ('original', 'sdpa_flash', 'sdpa_efficient'):
+                    raise
+                result[name] = dict(skipped=f'raises {type(e).__name__}')
+                continue
+            result[name] = {}
+            if name not in NOT_PVT:
+                result[name] = dict(error=check(name, precision, shape, out, expected))
+            functions[name] = lambda model=model, x=x: model(x)
+            functions[name]()
+        for name, values in interleave(functions, args.rounds, device, args.clock).items():
+            result[name].update(values)
+    del functions
+    gc.collect()
+    return dict(variant=variant, shape=list(shape), precision=precision, contenders=result)
+
+
+def training(variant, shape, precision, names, args) -> dict:
+    """Time a forward and backward pass (no optimizer), after the outputs were found equal."""
+    contenders.set_precision(precision, args.device)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x = images.to(device=args.device, dtype=contenders.DTYPES[precision])
+    with torch.no_grad():
+        expected = contenders.reference(variant)(images)
+    functions, result = {}, {}
+    for name in names:
+        try:
+            model = contenders.module(name, variant)
+        except Skipped as e:
+            result[name] = dict(skipped=str(e))
+            continue
+        model = model.train().to(device=args.device, dtype=contenders.DTYPES[precision])
+
+        def step(model=model):
+            out = model(x)
+            out.float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
+            return out
+        functions[name] = step
+        result[name] = {}
+        out = step()
+        if name not in NOT_PVT:
+            result[name] = dict(error=check(name, precision, shape, out, expected))
+    for name, values in interleave(functions, args.rounds, args.device, args.clock).items():
+        result[name].update(values)
+    del functions
+    gc.collect()
+    return dict(variant=variant, shape=list(shape), precision=precision, contenders=result)
+
+
+def peak(precision: str, device: str, clock: str) -> dict:
+    """Largest rate of a matrix product that the machine reaches, in GFLOP/s, by any library behind PyTorch."""
+    contenders.set_precision(precision, device)
+    dtype = contenders.DTYPES[precision]
+    n = 8192 if device == 'cuda' else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    functions = dict(matmul=lambda: a @ b)
+    if device == 'cpu':
+        from pvt_timm import fused as fast
+        if fast._works(dtype):
+            linear = fast._pack_linear(b, None)
+            functions['oneDNN'] = lambda: linear(a)
+    with torch.no_grad():
+        for function in functions.values():
+            function()
+        times = interleave(functions, 10, device, clock)
+    rates = {name: 2e-6 * n ** 3 / values['min'] for name, values in times.items()}
+    return dict(precision=precision, size=n, gflops=max(rates.values()), by=rates)
+
+
+# --- Memory, each figure in its own process ---
+
+def memory(field: str) -> int:
+    with open('/proc/self/status') as f:
+        return int(re.search(rf'{field}:\s+(\d+)', f.read())[1]) * 1024
+
+
+def memory_child(name, variant, shape, precision, device, train=False) -> None:
+    """Print how far memory rises over that of the loaded (and packed) model in one forward (and backward)."""
+    torch.set_grad_enabled(train)
+    x = torch.randn(shape).to(device=device, dtype=contenders.input_dtype(name, precision))
+    if train:
+        model = contenders.module(name, variant).train().to(device=device, dtype=contenders.DTYPES[precision])
+    else:
+        model = contenders.build(name, variant, shape, precision, device)
+
+    def step():
+        out = model(x)
+        if train:
+            out.float().square().mean().backward()
+
+    if name not in ('transformers', 'onnxruntime', 'openvino', 'original'):
+        model(torch.zeros(1, 3, 64, 64, dtype=x.dtype, device=device))
+    gc.collect()
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        print(torch.cuda.max_memory_allocated() - before)
+        return
+    with open('/proc/self/clear_refs', 'w') as f:
+        f.write('5')  # the peak starts anew
+    before = memory('VmRSS')
+    step()
+    print(memory('VmHWM') - before)
+
+
+def peak_memory(variant, shape, precision, names, args, train=False) -> dict:
+    result = {}
+    for name in names:
+        command = [sys.executable, __file__, '--device', args.device, '--memory-of', json.dumps(
+            [name, variant, list(shape), precision, args.device, train])]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode == 0:
+            result[name] = dict(bytes=int(run.stdout.split()[-1]))
+        else:
+            result[name] = dict(skipped=(run.stderr.strip().splitlines() or ['failed'])[-1][:120])
+    return dict(variant=variant, shape=list(shape), precision=precision, contenders=result)
+
+
+# --- The suite ---
+
+def suite(args):
+    """Yield the section, a function that measures and its arguments."""
+    quick, cuda = args.quick, args.device == 'cuda'
+    names = CUDA if cuda else CPU
+    precisions = ('fp32', 'tf32', 'bf16', 'fp16') if cuda else ('fp32', 'bf16')
+    batch = 4 if quick else 64 if cuda else 16
+    small = 'tiny' if quick else 'small'
+    slow = ('compiled',) if quick else ()
+    precisions = precisions[:1] if quick else precisions
+    for precision in precisions:
+        yield 'peak', peak, precision, args.device, args.clock
+        for variant in (small,) if quick else (args.variants or 'small,tiny,medium,large').split(','):
+            keep = [n for n in names if n not in slow and (variant == small or n not in (
+                'compiled', 'resnet50', 'cuda_graph') and not n.startswith('sdpa'))]
+            yield 'throughput', inference, variant, (batch, 3, 224, 224), precision, keep, args
+        keep = [n for n in names if n not in slow]
+        yield 'latency', inference, small, (1, 3, 224, 224), precision, keep, args
+        keep = [n for n in keep if n != 'compiled']
+        for size in ((448, 448),) if quick else ((448, 448), (640, 640), (800, 1344), (1344, 1344)):
+            yield 'latency', inference, small, (1, 3, *size), precision, keep, args
+        yield 'training', training, small, (2 if quick else 8, 3, 224, 224), precision, TRAIN, args
+    if not cuda and not os.access('/proc/self/clear_refs', os.W_OK):
+        return
+    keep = ['eager', 'fused', 'original'] if quick else [
+        n for n in names if n not in ('compiled', *slow) and not n.startswith('sdpa')]
+    for precision in precisions:
+        for shape in ((1, 448, 448),) if quick else (
+                (1, 224, 224), (16, 224, 224), (64, 224, 224), (1, 448, 448), (1, 800, 1344), (1, 1344, 1344)):
+            yield 'memory', peak_memory, small, (shape[0], 3, *shape[1:]), precision, keep, args
+        yield 'training_memory', peak_memory, small, (2 if quick else 8, 3, 224, 224), precision, TRAIN, args, True
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='PVT-Tiny, few repetitions')
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
+    parser.add_argument('--threads', type=int, help='threads of each contender (default: all cores)')
+    parser.add_argument('--clock', default='wall', choices=list(CLOCKS), help=(
+        'cpu: processor time of all threads, which other programs disturb less; only with --threads 1'))
+    parser.add_argument('--rounds', type=int, help='times that each contender is timed (default 7, 3 with --quick)')
+    parser.add_argument('--pvt-checkout', help='checkout of whai362/PVT (default: $PVT_CHECKOUT)')
+    parser.add_argument('--variants', help='comma-separated (default: all, the small one first)')
+    parser.add_argument('--only', help='sections, comma-separated: ' + ','.join(SECTIONS))
+    parser.add_argument('--output', type=Path, help='folder (default: results/ here, or a temporary one with --quick)')
+    parser.add_argument('--memory-of', help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('Expected a GPU for --device cuda, PyTorch sees none.')
+    if args.pvt_checkout:
+        os.environ['PVT_CHECKOUT'] = args.pvt_checkout
+    if args.clock == 'cpu' and (args.threads != 1 or args.device != 'cpu'):
+        parser.error('Expected --threads 1 and the CPU with --clock cpu: threads that wait for others count as busy.')
+    if args.memory_of:
+        memory_child(*json.loads(args.memory_of))
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+        os.environ['OMP_NUM_THREADS'] = str(args.threads)
+    args.rounds = args.rounds or (3 if args.quick else 7)
+    output = args.output or (Path(tempfile.mkdtemp(prefix='pvt-benchmark-')) if args.quick else HERE / 'results')
+    output.mkdir(parents=True, exist_ok=True)
+
+    only = args.only.split(',') if args.only else SECTIONS
+    if set(only) - set(SECTIONS):
+        parser.error(f'Expected --only to name some of {", ".join(SECTIONS)}, got {args.only!r}.')
+    results = dict(machine=machine(args.device), clock=args.clock, gmacs=GMACS, peak=[])
+    results.update((section, []) for section in SECTIONS)
+    path = output / f'{args.device}.json'
+    if args.only and path.is_file():
+        before = json.loads(path.read_text())
+        results.update((section, before.get(section, [])) for section in SECTIONS if section not in only)
+        if 'throughput' not in only:
+            results.update(peak=before['peak'], machine=before['machine'])
+    measured_peak = bool(results['peak'])  # the shares of the peak stay those of one run
+    for section, measure, *what in suite(args):
+        if measured_peak if section == 'peak' else section not in only:
+            continue
+        result = measure(*what)
+        results[section].append(result)
+        line = {n: round(c.get('median', c.get('bytes', 0) / 1e6), 1) if 'skipped' not in c else '-'
+                for n, c in result['contenders'].items()} if 'contenders' in result else round(result['gflops'])
+        print(section, result.get('variant', ''), result.get('shape', ''), result['precision'], line, flush=True)
+        save_atomically(path, lambda f: f.write(json.dumps(results, indent=1).encode()))
+    import report
+    report.report(results, output, args.device)
+    print(f'Written to {output}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,174 @@
+""" ImageNet-1K top-1 of the published weights against the published numbers.
+
+    python benchmarks/training/imagenet.py --data-dir IMAGENET [--split validation] [--device cuda] [--json results.json]
+
+IMAGENET/validation (or val) holds one folder per class. Every image is decoded or the run stops: unlike timm's
+validate.py, which puts the next image in the place of one that it cannot read. Exit code 0 if all models are within the
+allowed difference, 1 if one is not, 2 after an error.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
+
+import pvt_timm  # noqa: F401
+from pvt_timm.cli.predict import UserError, load_model, open_image
+from pvt_timm.cli.train import _split_folder
+
+PUBLISHED = {'pvt_tiny.in1k': 75.1, 'pvt_small.in1k': 79.8, 'pvt_medium.in1k': 81.2, 'pvt_large.in1k': 81.7}
+
+# Half a unit of the published digit, and 0.1 for another version of the JPEG decoder and of the bicubic resize (75 of
+# the 50,000 images in all).
+ALLOWED = 0.15
+
+
+class Images(torch.utils.data.Dataset):
+    """Images with labels. What cannot be read comes back as the error, to be raised with its name."""
+
+    def __init__(self, samples: List[Tuple[str, int]], transform) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        try:
+            return self.transform(open_image(path)), label
+        except UserError as e:
+            return str(e), label
+
+
+def collate(batch):
+    errors = [image for image, _ in batch if isinstance(image, str)]
+    if errors:
+        return errors, None
+    return torch.stack([image for image, _ in batch]), torch.tensor([label for _, label in batch])
+
+
+def find_samples(data_dir: os.PathLike, split: str, num_classes: int) -> List[Tuple[str, int]]:
+    """Files and labels of a split.
+
+    Raises:
+        UserError: The folders are not as many as the model has classes.
+    """
+    if not Path(data_dir).is_dir():
+        raise UserError(f'No such data folder: {data_dir}')
+    folder = _split_folder(Path(data_dir), split)
+    samples, classes = find_images_and_targets(str(folder))
+    if len(classes) != num_classes or '' in classes:
+        raise UserError(
+            f'Expected {num_classes} folders of images in {folder}, one per class of the model, got {len(classes)}')
+    return samples
+
+
+@torch.inference_mode()
+def evaluate(
+        name: str,
+        data_dir: os.PathLike,
+        split: str = 'validation',
+        checkpoint: Optional[str] = None,
+        device: str = 'cpu',
+        batch_size: int = 128,
+        workers: int = 4,
+) -> Dict[str, Any]:
+    """Score of a model as its data config says: resize, centre crop.
+
+    Args:
+        name: Model with tag.
+        data_dir: Folder with the split.
+        split: Name of the split.
+        checkpoint: File with weights instead of the published ones.
+        device: Where to run.
+        batch_size: Images per forward pass.
+        workers: Processes that read images.
+
+    Returns:
+        `top1` and `top5` in percent, `images`, `seconds`.
+
+    Raises:
+        UserError: An image that cannot be read, wrong folders, no weights.
+    """
+    if checkpoint is None:
+        model = load_model(name).model
+    else:
+        model = load_model(name.partition('.')[0], checkpoint).model
+    config = resolve_model_data_config(model)
+    samples = find_samples(data_dir, split, model.num_classes)
+    model.to(device)
+    loader = torch.utils.data.DataLoader(
+        Images(samples, create_transform(**config, is_training=False)), batch_size, num_workers=workers,
+        collate_fn=collate)
+    right1 = right5 = 0
+    start = time.monotonic()
+    for images, labels in loader:
+        if labels is None:
+            raise UserError(f'{images[0]} (no score without it)')
+        logits = model(images.to(device)).float().cpu()
+        if not logits.isfinite().all():
+            raise UserError(f'{name} gives values that are not finite')
+        found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        right1 += int(found[:, 0].sum())
+        right5 += int(found.sum())
+    return dict(
+        top1=100 * right1 / len(samples), top5=100 * right5 / len(samples), images=len(samples), right=right1,
+        seconds=round(time.monotonic() - start, 1), crop_pct=config['crop_pct'], interpolation=config['interpolation'])
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder with the split')
+    parser.add_argument('--split', default='validation', help='name of the split (default validation, or val)')
+    parser.add_argument('--models', nargs='+', default=list(PUBLISHED), metavar='MODEL', help='default all')
+    parser.add_argument('--checkpoints', nargs='+', metavar='FILE', help='files with weights, one per model')
+    parser.add_argument('--allowed', type=float, default=ALLOWED, help=f'difference in percent (default {ALLOWED})')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--workers', type=int, default=4)
+    parser.add_argument('--json', metavar='FILE', help='also write the results')
+    args = parser.parse_args(argv)
+    results, failed = {}, []
+    try:
+        unknown = [m for m in args.models if m not in PUBLISHED]
+        if unknown:
+            raise UserError(f'No published top-1 for {", ".join(unknown)}, there is {", ".join(PUBLISHED)}')
+        checkpoints = args.checkpoints or [None] * len(args.models)
+        if len(checkpoints) != len(args.models):
+            raise UserError(f'Expected one checkpoint for each of {len(args.models)} models, got {len(checkpoints)}')
+        if args.json and not Path(args.json).absolute().parent.is_dir():
+            raise UserError(f'No such folder: {Path(args.json).parent}')
+        print(f'{"model":20s} {"top-1":>7s} {"published":>10s} {"difference":>11s} {"top-5":>7s}')
+        for name, checkpoint in zip(args.models, checkpoints):
+            r = evaluate(
+                name, args.data_dir, args.split, checkpoint, args.device, args.batch_size, args.workers)
+            r['published'] = PUBLISHED[name]
+            r['difference'] = round(r['top1'] - PUBLISHED[name], 4)
+            r['ok'] = abs(r['difference']) <= args.allowed
+            results[name] = r
+            if not r['ok']:
+                failed.append(name)
+            print(f'{name:20s} {r["top1"]:7.3f} {r["published"]:10.2f} {r["difference"]:+11.3f} {r["top5"]:7.3f}  '
+                  f'{"ok" if r["ok"] else "NOT within what is allowed"}', flush=True)
+    except UserError as e:
+        print(f'imagenet.py: error: {" ".join(str(e).split())}', file=sys.stderr)
+        return 2
+    finally:
+        if args.json and results:
+            temporary = Path(f'{args.json}.part')
+            temporary.write_text(json.dumps(dict(
+                torch=torch.__version__, timm=timm.__version__, device=args.device, allowed=args.allowed,
+                models=results), indent=1) + '\n')
+            os.replace(temporary, args.json)
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

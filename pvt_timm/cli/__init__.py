@@ -1,0 +1,1 @@
+""" The command line `pvt-timm`, one file a command. """

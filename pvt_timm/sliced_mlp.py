@@ -1,0 +1,48 @@
+""" MLP on slices of tokens, for inference on CPU. """
+import torch
+import torch.nn as nn
+
+from timm.layers import Mlp
+
+__all__ = ['SlicedMlp']
+
+# Tokens that an MLP takes at a time. The hidden activations of so many stay in the cache, those of a batch of images
+# (100 MB for 16 of 224x224) are written to fresh memory and read back.
+SLICE_TOKENS = 1568
+
+
+class SlicedMlp(Mlp):
+    """timm's `Mlp`, which takes the tokens slice by slice in evaluation mode on the CPU without gradients.
+
+    The results are the same bit for bit. Takes tokens (B, N, C).
+    """
+
+    def _takes_slices(self, x: torch.Tensor) -> bool:
+        """Whether nobody watches the modules inside and none of them was replaced by one that may mix tokens."""
+        return (
+            not self.training
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch.is_grad_enabled()
+            and type(x) is torch.Tensor
+            and x.device.type == 'cpu'
+            and x.shape[0] * x.shape[1] > SLICE_TOKENS
+            and type(self.fc1) is type(self.fc2) is nn.Linear
+            and not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.children())
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self._takes_slices(x):
+                slices = x.flatten(0, 1).split(SLICE_TOKENS)
+                return torch.cat([self.forward_tokens(tokens) for tokens in slices]).view_as(x)
+        return self.forward_tokens(x)
+
+    def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc1(x)
+        x = self.act(x)
+        x = self.drop1(x)
+        x = self.norm(x)
+        x = self.fc2(x)
+        x = self.drop2(x)
+        return x

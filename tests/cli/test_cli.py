@@ -1,0 +1,453 @@
+"""The command line: what it prints and writes, and that every user error is one line and exit code 2."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+
+import pvt_timm  # noqa: F401
+from pvt_timm.cli import predict as inference
+from pvt_timm.checkpoints import from_timm
+from pvt_timm.cli.main import main
+from pvt_timm.cli.zoo import MODELS, count_macs
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / 'pvt_timm' / 'data' / 'digits'
+DIGIT = next(DIGITS.glob('3_*.png'))
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+    def run(*argv):
+        try:
+            code = main([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """Weights and images, good and bad."""
+    root = tmp_path_factory.mktemp('files')
+    model = timm.create_model('test_pvt', pretrained=True)
+    state = model.state_dict()
+    save_file(state, root / 'native.safetensors')
+    torch.save({'model': from_timm(state, 'original')[0], 'args': argparse.Namespace(a=1)}, root / 'original.pth')
+    torch.save({'state_dict': {k: v for k, v in state.items() if not k.startswith('head')}}, root / 'headless.pth')
+    dense = timm.create_model('test_pvt', class_token=False, num_classes=0)
+    torch.save({'state_dict': {f'backbone.{k}': v for k, v in dense.state_dict().items()}}, root / 'dense.pth')
+    save_file({k: v * float('nan') for k, v in state.items()}, root / 'nan.safetensors')
+    save_file({k: v for k, v in state.items() if 'blocks.0.attn.q' not in k}, root / 'gap.safetensors')
+    save_for_hf(model, root / 'folder', model_config=dict(label_names=[f'digit {i}' for i in range(10)]))
+
+    (root / 'transformers').mkdir()
+    save_file({k: v.contiguous() for k, v in from_timm(state, 'transformers')[0].items()},
+              root / 'transformers' / 'model.safetensors')
+    (root / 'transformers' / 'config.json').write_text(json.dumps(
+        {'model_type': 'pvt', 'id2label': {str(i): f'number {i}' for i in range(10)}}))
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f'touch {root / "pwned"}',)
+    torch.save({'model': Evil()}, root / 'evil.pth')
+    (root / 'truncated.pth').write_bytes((root / 'original.pth').read_bytes()[:5000])
+    (root / 'truncated.safetensors').write_bytes((root / 'native.safetensors').read_bytes()[:50000])
+    for name, text in dict(badjson='{', list='[]', resnet='{"architecture": "resnet18"}', odd=(
+            '{"architecture": "test_pvt", "pretrained_cfg": 5}')).items():
+        (root / name).mkdir()
+        (root / name / 'config.json').write_text(text)
+    (root / 'noweights').mkdir()
+    (root / 'noweights' / 'config.json').write_bytes((root / 'folder' / 'config.json').read_bytes())
+    (root / 'empty').mkdir()
+
+    (root / 'text.png').write_text('no image')
+    (root / 'empty.png').write_bytes(b'')
+    (root / 'cut.png').write_bytes(DIGIT.read_bytes()[:200])
+    Image.new('RGB', (20000, 2)).save(root / 'thin.png')
+    photo = np.random.RandomState(0).randint(0, 255, (90, 150, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(root / 'photo.jpg')
+    return root
+
+
+# what it does ---------------------------------------------------------------------------------------------------------
+
+def test_demo(cli, tmp_path):
+    code, out, err = cli('demo', '--output', tmp_path / 'out')
+    assert (code, err) == (0, '')
+    right, of = map(int, out.split(' right')[0].split('\n')[-1].split(' of '))
+    assert of == len(list(DIGITS.glob('*.png'))) >= 20 and right >= .97 * of
+    with Image.open(tmp_path / 'out' / 'pyramid.png') as image:
+        assert image.width > 1000
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['pyramid.png']
+    assert '--model pvt_small' in out
+
+
+def test_bundled_digits_are_held_out(tmp_path):
+    pytest.importorskip('sklearn')
+    from pvt_timm.digits import write_digits
+    write_digits(tmp_path / 'digits')
+    held_out = {p.read_bytes() for p in (tmp_path / 'digits' / 'validation').glob('*/*.png')}
+    for path in DIGITS.glob('*.png'):
+        label, name = path.name.split('_')
+        original = tmp_path / 'digits' / 'validation' / label / name
+        assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(original)))
+    assert len(held_out) >= 350
+
+
+def test_list(cli):
+    code, out, err = cli('list')
+    assert (code, err) == (0, '')
+    for text in ('pvt_tiny.in1k', 'pvt_huge_v2', 'test_pvt.digits', '24.49 M', '81.7', 'Zetatech/pvt-small-224'):
+        assert text in out
+    code, out, err = cli('list', '--json')
+    rows = {f'{r["model"]}.{r["tag"]}': r for r in json.loads(out)}
+    assert {r['model'] for r in rows.values()} == set(MODELS)
+    expected = dict(tiny=(13229288, 1.93, 75.1), small=(24485864, 3.82, 79.8), medium=(44208104, 6.66, 81.2),
+                    large=(61369320, 9.81, 81.7))
+    for variant, (params, gmacs, top1) in expected.items():
+        row = rows[f'pvt_{variant}.in1k']
+        assert (row['params'], round(row['macs'] / 1e9, 2), row['top1']) == (params, gmacs, top1)
+        assert row['url'].startswith('https://') and row['hf_hub_id']
+    assert rows['pvt_huge_v2.None']['url'] is None
+
+
+@pytest.mark.parametrize('size', [(224, 224), (230, 300)])
+@pytest.mark.parametrize('kwargs', [{}, dict(class_token=False, num_classes=0)])
+def test_macs_are_those_that_run(size, kwargs):
+    from torch.utils.flop_counter import FlopCounterMode
+    model = timm.create_model('pvt_tiny', device='meta', **kwargs).eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.empty(1, 3, *size, device='meta'))
+    counted = counter.get_total_flops() / 2
+    assert counted == count_macs(model, size)
+
+
+def test_predict(cli):
+    code, out, err = cli('predict', DIGIT, '--model', 'test_pvt', '--topk', 3)
+    assert (code, err) == (0, '')
+    lines = out.splitlines()
+    assert len(lines) == 4 and lines[0] == str(DIGIT) and lines[1].split()[1] == '3'
+
+
+@pytest.mark.parametrize('name', [
+    'native.safetensors', 'original.pth', 'folder', 'transformers', 'transformers/model.safetensors'])
+def test_predict_with_any_checkpoint(cli, files, name):
+    reference = json.loads(cli('predict', DIGIT, '--model', 'test_pvt', '--json')[1])['images'][0]['predictions']
+    code, out, err = cli('predict', DIGIT, '--checkpoint', files / name, '--json')
+    assert (code, err) == (0, '')
+    predictions = json.loads(out)['images'][0]['predictions']
+    assert [p['probability'] for p in predictions] == pytest.approx([p['probability'] for p in reference], abs=2e-6)
+    word = {'folder': 'digit ', 'transformers': 'number '}.get(name, '')
+    assert predictions[0]['label'] == f'{word}3'
+
+
+@pytest.mark.parametrize('argv, size', [(['--img-size', '64'], [64, 64]), (['--img-size', '64', '96'], [64, 96])])
+def test_img_size_may_stand_before_the_image(cli, argv, size):
+    code, out, err = cli('predict', '--model', 'test_pvt', '--json', *argv, DIGIT)
+    assert (code, err) == (0, '') and json.loads(out)['img_size'] == size
+
+
+def test_predict_equals_timm_by_hand(cli):
+    model = timm.create_model('test_pvt', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.inference_mode():
+        probabilities = model(transform(Image.open(DIGIT).convert('RGB'))[None]).softmax(-1)[0]
+    code, out, _ = cli('predict', DIGIT, '--model', 'test_pvt', '--json', '--topk', 10)
+    for item in json.loads(out)['images'][0]['predictions']:
+        assert item['probability'] == pytest.approx(probabilities[item['index']].item(), abs=2e-6)
+
+
+def test_imagenet_labels_and_input_channels(cli, files, tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('pvt_tiny', in_chans=1).state_dict(), tmp_path / 'grey.pth')
+    torch.save(timm.create_model('test_pvt', in_chans=4).state_dict(), tmp_path / 'four.pth')
+    photo = files / 'photo.jpg'
+    code, out, err = cli('predict', photo, '--checkpoint', tmp_path / 'grey.pth', '--json', '--img-size', 64)
+    assert (code, err) == (0, '')
+    labels = timm.data.ImageNetInfo().label_descriptions()
+    for item in json.loads(out)['images'][0]['predictions']:
+        assert item['label'] == labels[item['index']]
+    code, out, err = cli('predict', photo, '--checkpoint', tmp_path / 'four.pth')
+    assert code == 2 and 'takes 4' in err
+
+
+def test_image_modes(tmp_path):
+    grey = np.arange(64 * 48, dtype=np.uint8).reshape(64, 48)
+    Image.fromarray(grey).save(tmp_path / '8.png')
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / '16.png')
+    Image.fromarray(grey).convert('P').save(tmp_path / 'palette.png')
+    Image.fromarray(grey).convert('LA').save(tmp_path / 'alpha.png')
+    turned = Image.fromarray(grey)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / 'turned.png', exif=exif)
+    for name in ('8', '16', 'palette', 'alpha'):
+        for channels, mode in ((1, 'L'), (3, 'RGB')):
+            image = inference.open_image(tmp_path / f'{name}.png', channels)
+            assert image.mode == mode and np.array_equal(np.array(image.convert('L')), grey), name
+    assert inference.open_image(tmp_path / 'turned.png').size == (64, 48)
+
+
+@pytest.mark.parametrize('name', ['native.safetensors', 'dense.pth', 'headless.pth', 'folder'])
+def test_features(cli, files, tmp_path, name):
+    code, out, err = cli(
+        'features', files / 'photo.jpg', '--checkpoint', files / name, '--img-size', 64, 96, '--output',
+        tmp_path / 'pyramid.png', '--save', tmp_path / 'f.safetensors')
+    assert (code, err) == (0, '')
+    saved = load_file(tmp_path / 'f.safetensors')
+    assert [tuple(f.shape) for f in saved.values()] == [(16, 16, 24), (32, 8, 12), (40, 4, 6), (64, 2, 3)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['f.safetensors', 'pyramid.png']
+    with Image.open(tmp_path / 'pyramid.png') as image:
+        assert len(image.convert('RGB').resize((200, 100)).getcolors(20000)) > 500
+
+
+def test_features_are_those_of_features_only(cli, tmp_path):
+    code, out, err = cli(
+        'features', DIGIT, '--model', 'test_pvt', '--output', tmp_path / 'a.svg', '--save', tmp_path / 'a.safetensors')
+    assert (code, err) == (0, '') and (tmp_path / 'a.svg').read_text().startswith('<?xml')
+    model = timm.create_model('test_pvt', pretrained=True, features_only=True).eval()
+    data = timm.data.resolve_model_data_config(model)
+    with torch.inference_mode():
+        x = timm.data.create_transform(**data)(Image.open(DIGIT).convert('RGB'))[None]
+        for mine, timms in zip(load_file(tmp_path / 'a.safetensors').values(), model(x)):
+            torch.testing.assert_close(mine, timms[0], rtol=0, atol=1e-6)
+
+
+def test_features_keep_the_aspect(cli, files, tmp_path):
+    code, out, err = cli('features', files / 'photo.jpg', '--model', 'test_pvt', '--output', tmp_path / 'a.png')
+    assert code == 0 and '16x8x16' in out  # 90x150 becomes 32x64
+
+
+# user errors ----------------------------------------------------------------------------------------------------------
+
+TEST_PVT = ['--model', 'test_pvt']
+
+
+@pytest.mark.parametrize('argv, says', [
+    (['predict', 'nope.png', *TEST_PVT], 'No such file: nope.png'),
+    (['predict', '{files}', *TEST_PVT], 'is a folder'),
+    (['predict', '{files}/text.png', *TEST_PVT], 'Not an image'),
+    (['predict', '{files}/empty.png', *TEST_PVT], 'Not an image'),
+    (['predict', '{files}/cut.png', *TEST_PVT], 'cut.png, it may be damaged'),
+    (['predict', '{files}/thin.png', '--img-size', '224', *TEST_PVT], 'pixels at most'),
+    (['predict'], 'required: IMAGE'),
+    (['predict', '{digit}', '--model', 'pvt_smal'], "Unknown model 'pvt_smal', expected one of pvt_tiny"),
+    (['predict', '{digit}', '--model', 'resnet18'], "Unknown model 'resnet18'"),
+    (['predict', '{digit}', '--model', 'pvt_small.foo'], 'there is pvt_small.in1k'),
+    (['predict', '{digit}', '--model', 'pvt_huge_v2'], 'no published weights for pvt_huge_v2'),
+    (['predict', '{digit}', '--model', 'pvt_huge_v2.untrained'], 'no pretrained weights'),
+    (['features', '{digit}', '--model', 'pvt_huge_v2', '--output', '{out}/a.png'], 'no published weights'),
+    (['predict', '{digit}', '--model', 'pvt_small.retinanet_coco'], 'without a classifier'),
+    (['predict', '{digit}', *TEST_PVT, '--topk', '0'], 'a number from 1 up'),
+    (['predict', '{digit}', *TEST_PVT, '--img-size', '31'], 'at least 32x32, got 31x31'),
+    (['predict', '{digit}', *TEST_PVT, '--img-size', 'big'], 'N or H W'),
+    (['predict', '{digit}', *TEST_PVT, '--img-size', '100000'], 'pixels at most'),
+    (['predict', '{digit}', *TEST_PVT, '--nonsense'], 'unrecognized arguments: --nonsense'),
+    (['predict', '{digit}', '--checkpoint', 'nope.pth'], 'No such checkpoint: nope.pth'),
+    (['predict', '{digit}', '--checkpoint', '{digit}'], 'Expected a checkpoint'),
+    (['predict', '{digit}', '--checkpoint', '{files}/empty'], 'found none'),
+    (['predict', '{digit}', '--checkpoint', '{files}/noweights'], 'noweights'),
+    (['predict', '{digit}', '--checkpoint', '{files}/badjson'], 'Cannot read'),
+    (['predict', '{digit}', '--checkpoint', '{files}/list'], 'Expected a JSON object'),
+    (['predict', '{digit}', '--checkpoint', '{files}/odd'], 'Cannot load'),
+    (['predict', '{digit}', '--checkpoint', '{files}/resnet'], "got 'resnet18'"),
+    (['predict', '{digit}', '--checkpoint', '{files}/evil.pth'], 'posix.system'),
+    (['predict', '{digit}', '--checkpoint', '{files}/truncated.pth'], 'truncated'),
+    (['predict', '{digit}', '--checkpoint', '{files}/truncated.safetensors'], 'damaged'),
+    (['predict', '{digit}', '--checkpoint', '{files}/dense.pth'], 'without a classifier'),
+    (['predict', '{digit}', '--checkpoint', '{files}/headless.pth'], 'without a classifier'),
+    (['predict', '{digit}', '--checkpoint', '{files}/nan.safetensors'], 'not finite'),
+    (['features', '{digit}', '--checkpoint', '{files}/nan.safetensors', '--output', '{out}/a.png'], 'not finite'),
+    (['predict', '{digit}', '--checkpoint', '{files}/gap.safetensors'], 'stages.0.blocks.0.attn.q.weight'),
+    (['predict', '{digit}', '--checkpoint', '{files}/original.pth', '--model', 'pvt_tiny'], 'holds test_pvt'),
+    (['predict', '{digit}', '--checkpoint', '{files}/folder', '--model', 'pvt_tiny'], 'holds test_pvt'),
+    (['features', '{digit}', *TEST_PVT], 'required: --output'),
+    (['features', '{digit}', *TEST_PVT, '--output', '{out}/a.xyz'], 'ends in'),
+    (['features', '{digit}', *TEST_PVT, '--output', '{out}/none/a.png'], 'No such folder'),
+    (['features', '{digit}', *TEST_PVT, '--output', '{out}/a.png', '--save', '{out}/none/a'], 'No such folder'),
+    (['demo', '--output', '{digit}'], 'Cannot write'),
+    (['nonsense'], "invalid choice: 'nonsense'"),
+    (['run'], 'required: SCRIPT'),
+    (['run', 'nope.py'], 'No such script: nope.py'),
+    (['run', '{files}'], 'directory'),
+])
+def test_user_errors(cli, files, tmp_path, argv, says):
+    code, out, err = cli(*[a.format(files=files, digit=DIGIT, out=tmp_path) for a in argv])
+    assert (code, out) == (2, '')
+    assert err.count('\n') == 1 and err.startswith('pvt-timm') and says in err, err
+    assert not list(tmp_path.iterdir()) and not (files / 'pwned').exists()
+
+
+def test_hub_unreachable(cli, monkeypatch, no_waits):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    code, out, err = cli('predict', DIGIT, '--model', 'pvt_tiny')
+    assert (code, out) == (2, '')
+    assert err.count('\n') == 1 and 'Zetatech/pvt-tiny-224' in err and '--checkpoint' in err
+
+
+def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path):
+    torch.manual_seed(0)
+    state = timm.create_model('pvt_tiny').state_dict()
+    theirs = from_timm(state, 'transformers')[0]
+    save_file({k: v.contiguous() for k, v in theirs.items()}, tmp_path / 'model.safetensors')
+    save_file(state, tmp_path / 'native.safetensors')
+    hub.add_repo('Zetatech/pvt-tiny-224', {'model.safetensors': tmp_path / 'model.safetensors', 'config.json': '{}'},
+                 commit=timm.models.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')[2])
+    photo = files / 'photo.jpg'
+    argv = ['predict', photo, '--model', 'pvt_tiny', '--img-size', 64, '--json']
+
+    hub.fail('truncate', 'model.safetensors')
+    hub.fail(500, 'pytorch_model.bin')
+    code, out, err = cli(*argv)
+    assert (code, out) == (2, '') and 'Zetatech/pvt-tiny-224' in err.strip().splitlines()[-1], err
+    hub.heal()
+
+    code, out, err = cli(*argv)
+    assert code == 0, err
+    from_file = cli('predict', photo, '--checkpoint', tmp_path / 'native.safetensors', '--img-size', 64, '--json')[1]
+    assert json.loads(out)['images'] == json.loads(from_file)['images']
+
+
+def test_no_matplotlib(cli, monkeypatch, tmp_path):
+    for name in [m for m in sys.modules if m.split('.')[0] == 'matplotlib'] + ['matplotlib']:
+        monkeypatch.setitem(sys.modules, name, None)
+    code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png')
+    assert code == 2 and err.count('\n') == 1 and '`draw` extra' in err
+
+
+def test_a_failed_write_leaves_nothing(cli, monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    def fail(self, f, **kwargs):
+        f.write(b'half a picture')
+        raise OSError(28, 'No space left on device')
+    (tmp_path / 'a.png').write_bytes(b'old')
+    monkeypatch.setattr(Figure, 'savefig', fail)
+    code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png')
+    assert code == 2 and 'No space left' in err
+    assert [p.name for p in tmp_path.iterdir()] == ['a.png'] and (tmp_path / 'a.png').read_bytes() == b'old'
+
+
+# run ------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = '''
+import json, os, sys
+import neighbour
+import timm
+
+class Thing:
+    pass
+
+if __name__ == '__main__':
+    import pickle
+    print(json.dumps(dict(
+        argv=sys.argv, path=sys.path[0], file=__file__, registered=timm.is_model('pvt_small'), cwd=os.getcwd(),
+        pickles=type(pickle.loads(pickle.dumps(Thing()))).__name__, main=sys.modules['__main__'].Thing is Thing)))
+    sys.exit(int(sys.argv[-1]) if sys.argv[-1].isdigit() else 0)
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    folder = tmp_path / 'scripts'
+    folder.mkdir()
+    (folder / 'neighbour.py').write_text('')
+    (folder / 'script.py').write_text(SCRIPT)
+    return folder / 'script.py'
+
+
+def python(*args, env, cwd, timeout=300):
+    env = {**os.environ, **env, 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout,
+        stdin=subprocess.DEVNULL)
+
+
+def test_run_is_like_python(script, tmp_path, client_env):
+    args = ['scripts/script.py', '--help', '--', 'run', '-x', '3']
+    plain = python(*args, env=client_env, cwd=tmp_path)
+    ours = python('-m', 'pvt_timm', 'run', *args, env=client_env, cwd=tmp_path)
+    assert (plain.returncode, ours.returncode) == (3, 3), ours.stderr
+    expected, got = json.loads(plain.stdout), json.loads(ours.stdout)
+    assert not expected.pop('registered') and got.pop('registered')
+    assert got == expected
+
+
+def test_run_with_spawned_processes(tmp_path, client_env):
+    (tmp_path / 'script.py').write_text('''
+import multiprocessing
+
+def double(x):
+    return 2 * x
+
+if __name__ == '__main__':
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        print(pool.map(double, [1, 2]))
+''')
+    done = python('-m', 'pvt_timm', 'run', 'script.py', env=client_env, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, '[2, 4]\n'), done.stderr
+
+
+def test_run_shows_the_scripts_own_traceback(tmp_path, client_env):
+    (tmp_path / 'bad.py').write_text('\n\nraise KeyError("mine")\n')
+    done = python('-m', 'pvt_timm', 'run', 'bad.py', env=client_env, cwd=tmp_path)
+    assert done.returncode == 1
+    assert 'bad.py", line 3, in <module>' in done.stderr and done.stderr.endswith("KeyError: 'mine'\n")
+
+
+def test_run_under_torchrun(tmp_path, client_env):
+    (tmp_path / 'script.py').write_text('''
+import sys
+import timm
+import torch
+import torch.distributed as dist
+
+dist.init_process_group('gloo')
+model = timm.create_model('test_pvt')
+ones = torch.ones(1)
+dist.all_reduce(ones)
+print(f'{sys.argv[1]} {dist.get_rank()} {int(ones)}', flush=True)
+dist.destroy_process_group()
+''')
+    done = python(
+        '-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-addr=127.0.0.1', '--master-port=0',
+        '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0', '-m', 'pvt_timm', 'run', 'script.py', 'hello',
+        env=client_env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split('\n'))[-2:] == ['hello 0 2', 'hello 1 2']
+
+
+def test_process(tmp_path, client_env):
+    """The real process: exit code, one line on stderr and nothing else, also before any option is read."""
+    done = python('-m', 'pvt_timm', 'predict', 'nope.png', env=client_env, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == 'pvt-timm: error: No such file: nope.png\n'
+
+
+def test_file_name_that_the_terminal_cannot_show(tmp_path, client_env):
+    name = tmp_path / 'drei \udcff\u4e09.png'
+    name.write_bytes(DIGIT.read_bytes())
+    env = {**client_env, 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0', 'LC_ALL': 'C'}
+    done = python('-m', 'pvt_timm', 'predict', name.name, '--model', 'test_pvt', '--topk', 1, env=env, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith('drei ')
+
+
+def test_closed_pipe(tmp_path, client_env):
+    env = {**os.environ, **client_env}
+    done = subprocess.run(
+        f'"{sys.executable}" -m pvt_timm list --json | head -1', shell=True, cwd=tmp_path, env=env, capture_output=True,
+        text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '[\n', '')

@@ -1,0 +1,69 @@
+"""False colours: deterministic, free of arbitrary signs, and right for levels too small or too flat to have colours."""
+import math
+
+import pytest
+import torch
+
+from pvt_timm.cli.pictures import _layout, draw_pyramid, false_colour, pca
+
+
+def test_pca_is_that_of_the_covariance():
+    torch.manual_seed(0)
+    features = torch.randn(6, 9, 11) * torch.tensor([5, 3, 2, .5, .1, .1])[:, None, None]
+    scores = pca(features)
+    x = features.flatten(1).double()
+    variances = torch.linalg.eigvalsh(torch.cov(x)).flip(0)[:3]
+    torch.testing.assert_close(torch.cov(scores.flatten(1)), variances.diag(), rtol=1e-9, atol=1e-9)
+
+
+def test_colours_do_not_depend_on_signs():
+    torch.manual_seed(0)
+    image = torch.rand(3, 64, 96)
+    levels = [torch.randn(8, 16, 24), torch.randn(16, 8, 12), torch.randn(16, 4, 6), torch.randn(16, 2, 3)]
+    turned = [-level for level in levels]
+    turned[1] = torch.linalg.qr(torch.randn(16, 16))[0] @ levels[1].flatten(1)
+    turned[1] = turned[1].reshape(levels[1].shape)
+    for one, other in zip(false_colour(levels, image), false_colour(turned, image)):
+        assert one.min() == 0 and one.max() == 1
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1), (8, 1, 2), (8, 2, 2), (2, 5, 5), (8, 1, 30)])
+def test_small_levels(shape):
+    torch.manual_seed(0)
+    colours, = false_colour([torch.randn(shape)], torch.rand(3, 32, 32))
+    assert colours.shape == (*shape[1:], 3) and colours.isfinite().all() and 0 <= colours.min() <= colours.max() <= 1
+    if shape[1:] == (1, 1):
+        assert (colours == .5).all()
+
+
+def test_flat_level_is_grey():
+    colours, = false_colour([torch.full((8, 4, 4), 3.)], torch.zeros(3, 32, 32))
+    assert (colours == .5).all()
+
+
+def test_outlier_leaves_the_rest_its_colours():
+    torch.manual_seed(0)
+    features = torch.randn(4, 40, 40)
+    features[:, 7, 7] = 1e4
+    colours, = false_colour([features], torch.rand(3, 160, 160))
+    assert colours.flatten(0, 1).std(0).min() > .2
+
+
+@pytest.mark.parametrize('size', [(32, 32), (64, 256), (320, 32), (32, 640)])
+def test_picture_fits_a_slide_or_page(tmp_path, size):
+    Image = pytest.importorskip('PIL.Image')
+    pytest.importorskip('matplotlib')
+    torch.manual_seed(0)
+    image = Image.new('RGB', size[::-1], 'red')
+    levels = [torch.randn(8, math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in (4, 8, 16, 32)]
+    draw_pyramid(image, levels, tmp_path / 'a.png', title='a title')
+    with Image.open(tmp_path / 'a.png') as drawn:
+        assert 900 < drawn.width < 2500 and 500 < drawn.height < 2500
+        colours = drawn.convert('RGB').getcolors(1 << 24)
+        assert any(colour == (255, 0, 0) and count > 1e4 for count, colour in colours)  # the image is in it
+    assert [p.name for p in tmp_path.iterdir()] == ['a.png']
+
+
+def test_layouts_follow_the_aspect():
+    assert [_layout(a)[0] for a in (.2, .75, 1, 1.5, 3, 12)] == ['row', 'left', 'left', 'left', 'top', 'column']

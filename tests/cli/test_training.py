@@ -1,0 +1,95 @@
+""" Training runs with timm's unmodified train.py: one and two processes, a killed worker, shards, damaged images.
+
+train.py comes from a checkout of timm that TIMM_CHECKOUT names.
+"""
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pvt_timm.digits import write_digits
+
+ROOT = Path(__file__).parents[2]
+CHECKOUT = os.environ.get('TIMM_CHECKOUT')
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not CHECKOUT or not Path(CHECKOUT, 'train.py').is_file(),
+        reason='TIMM_CHECKOUT is not set to a checkout of huggingface/pytorch-image-models (for its train.py)')]
+
+
+@pytest.fixture(scope='module')
+def scripts():
+    """The scripts in benchmarks/, whose runs these are."""
+    pytest.importorskip('psutil')
+    sys.path.insert(0, str(ROOT / 'benchmarks' / 'training'))
+    try:
+        yield {name: importlib.import_module(name) for name in ('training_runs', 'scale_out', 'make_shards')}
+    finally:
+        sys.path.remove(str(ROOT / 'benchmarks' / 'training'))
+
+
+@pytest.fixture(scope='module')
+def small(scripts, tmp_path_factory):
+    """16 training and 4 held-out images of every digit."""
+    folder = tmp_path_factory.mktemp('small')
+    return scripts['training_runs'].small_copy(write_digits(folder / 'all'), folder / 'data', 16, 4)
+
+
+def test_two_processes_follow_one(scripts, small, tmp_path):
+    """All images in every step: the same losses and weights up to rounding."""
+    results = scripts['scale_out'].whole(small, tmp_path, epochs=8, images=160)
+    one, two = results['processes1'], results['processes2']
+    assert len(one) == len(two) == 8 and one[-1] < one[0] - 0.3
+    assert results['largest_difference'] <= 1e-4
+    assert results['largest_weight_difference'] <= 1e-3
+
+
+def test_killed_worker_goes_on_from_the_last_epoch(scripts, small, tmp_path):
+    """Without randomness in training the resumed run ends exactly where the other one does."""
+    r = scripts['scale_out'].killed(small, tmp_path, epochs=4, kill_epoch=2, batch_size=4)
+    assert r['epochs_trained'] == [4, 4]
+    assert r['restarts'] >= 1 and r['resumed_after_epoch'] == 1
+    assert r['before_kill']['epoch'] == r['after_restart']['epoch'] == 2
+    assert r['before_kill']['step'] > 0 and r['after_restart']['step'] == 0
+    assert r['after_restart'] == r['same_step_left_alone']
+    assert r['learning_rate'] == r['learning_rate_left_alone']
+    assert r['top1'] == r['top1_left_alone']
+    assert set(r['largest_difference'].values()) == {0.}
+
+
+def test_shards(scripts, small, tmp_path):
+    """WebDataset shards through timm's reader, in two processes."""
+    pytest.importorskip('webdataset')
+    info = scripts['make_shards'].write_shards(small, tmp_path / 'shards', images=20)
+    assert info['splits']['train']['shard_lengths'] == [20] * 8 and len(info['splits']['validation']['filenames']) == 2
+    assert json.loads((tmp_path / 'shards' / '_info.json').read_text()) == info
+    runs = scripts['training_runs']
+    runs.run(['--config', 'digits', '--dataset', 'wds/digits', '--data-dir', tmp_path / 'shards', '--train-split',
+              'train', '--val-split', 'validation', '--output', tmp_path, '--experiment', 'wds', '--batch-size', '8',
+              '--epochs', '10', '--warmup-epochs', '1', '--drop-path', '0', '--workers', '1'], processes=2)
+    rows = list(runs.read_summary(tmp_path / 'wds').values())
+    assert len(rows) == 10 and rows[-1]['train_loss'] < rows[0]['train_loss'] - 0.3
+    assert rows[-1]['eval_top1'] >= 50
+
+
+def test_damaged_image_in_mid_epoch(scripts, small, tmp_path):
+    """timm goes on with the next image and says so; --check-images names it before, and stops."""
+    import shutil
+    runs = scripts['training_runs']
+    data = tmp_path / 'data'
+    shutil.copytree(small, data)
+    file = sorted((data / 'train' / '5').iterdir())[3]
+    file.write_text('not an image')
+    args = ['--config', 'digits', '--data-dir', data, '--output', tmp_path, '--experiment', 'x', '--epochs', '1']
+    log = runs.run(args)
+    assert 'Skipped sample' in log and file.name in log
+    assert len(runs.read_summary(tmp_path / 'x')) == 1
+    command = runs.command(args)
+    command.insert(command.index('train') + 1, '--check-images')
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and str(file) in done.stderr and done.stderr.count('\n') == 1

@@ -1,0 +1,736 @@
+""" The converter: to timm and back without a changed bit, and folders that load wherever they should. """
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+
+import convert_files as files
+import pvt_timm
+from pvt_timm.files import read_checkpoint
+from weights_conversion import VerificationError, convert, inspect, push
+from weights_conversion.cli import main
+
+BACK = {'timm': 'timm', 'original': 'original', 'transformers': 'transformers', 'mmdet': 'mmdet'}
+
+
+def run(*argv):
+    """The command line in this process: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(*argv):
+    """Run, check that it is refused with one line and exit code 2, return the line."""
+    code, out, err = run(*argv)
+    assert code == 2, err
+    assert out == ''
+    assert len(err.strip().splitlines()) == 1 and err.startswith('pvt-convert: error: '), err
+    return err
+
+
+def there_and_back(source: Path, expected, fmt: str, folder: Path, **kwargs):
+    """Convert to timm and back to `fmt`, compare with `expected`."""
+    report = convert(source, folder / 'timm', **kwargs)
+    convert(folder / 'timm', folder / 'back', to=fmt)
+    found = read_checkpoint(folder / 'back')
+    assert files.same(found, expected)
+    return report
+
+
+# ---- there and back -------------------------------------------------------------------------------------------------
+
+KEYS = {  # the original's and transformers' counts are published facts
+    'original': (161, 301, 517, 751),
+    'transformers': (177, 333, 573, 833),
+}
+
+
+@pytest.mark.parametrize('variant', [
+    'pvt_tiny', 'pvt_small', pytest.param('pvt_medium', marks=pytest.mark.slow),
+    pytest.param('pvt_large', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('fmt', files.FORMATS)
+def test_all_variants_there_and_back(fmt, variant, tmp_path):
+    source = files.make(fmt, variant, num_classes=1000, dtype=torch.bfloat16)
+    if fmt in KEYS:
+        assert len(source) == KEYS[fmt][('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large').index(variant)]
+    expected = {f'pvt.{k}': v for k, v in source.items()} if fmt == 'transformers-base' else source
+    report = there_and_back(
+        files.save(source, tmp_path / 'x.pth'), expected, fmt.partition('-')[0], tmp_path, model=variant)
+    assert report.variant == variant
+    assert report.num_classes == (0 if fmt in files.DENSE or fmt == 'transformers-base' else 1000)
+    has_row = (tmp_path / 'timm' / 'class_row.safetensors').exists()
+    assert has_row == (fmt == 'original-dense')
+
+
+@settings(
+    max_examples=30, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck))
+@given(
+    fmt=st.sampled_from(files.FORMATS),
+    num_classes=st.integers(1, 30),
+    in_chans=st.integers(1, 6),
+    size=st.one_of(st.integers(32, 140), st.tuples(st.integers(32, 140), st.integers(32, 140))),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    wrapper=st.sampled_from([None, 'model', 'state_dict', 'state_dict_ema', 'model_ema']),
+    prefix=st.sampled_from(['', 'module.', 'backbone.', 'module.backbone.', '_orig_mod.', 'model.']),
+    kind=st.sampled_from(['zip', 'legacy', 'safetensors']),
+    seed=st.integers(0, 1000),
+)
+def test_any_form_there_and_back(
+        tmp_path_factory, fmt, num_classes, in_chans, size, dtype, wrapper, prefix, kind, seed):
+    if fmt.startswith('transformers') and isinstance(size, tuple):
+        size = size[0]
+    source = files.make(fmt, 'test_pvt', num_classes, in_chans, size, dtype, seed)
+    tmp_path = tmp_path_factory.mktemp('any')
+    if kind == 'safetensors':
+        file = files.save(files.wrap(source, None, prefix), tmp_path / 'x.safetensors')
+    else:
+        file = files.save(files.wrap(source, wrapper, prefix), tmp_path / 'x.pth', legacy=kind == 'legacy')
+    # what the stored grid stands for: 4 pixels a patch
+    pixels = tuple(n // 4 * 4 for n in ((size, size) if isinstance(size, int) else size))
+    expected = {f'pvt.{k}': v for k, v in source.items()} if fmt == 'transformers-base' else source
+    report = there_and_back(file, expected, fmt.partition('-')[0], tmp_path, source_size=pixels)
+    assert (report.in_chans, report.img_size, report.prefix) == (in_chans, pixels, prefix)
+    assert report.wrappers == ((wrapper,) if wrapper and kind != 'safetensors' else ())
+    assert report.format == fmt.partition('-')[0]
+    kept = sum(len(row['from'].split(' + ')) * row['count'] for row in report.mapped)
+    assert kept == len(source) and len(report.dropped) == (
+        (4 if report.wrappers else 0) + (2 if prefix.endswith('backbone.') else 0))
+
+
+def test_transformers_own_state_dict_there_and_back(tmp_path):
+    from transformers import PvtConfig, PvtForImageClassification
+
+    model = PvtForImageClassification(PvtConfig(
+        image_size=64, depths=[2, 2, 2, 2], num_labels=5, id2label={i: f'kind {i}' for i in range(5)}))
+    model.save_pretrained(tmp_path / 'hf')
+    convert(tmp_path / 'hf', tmp_path / 'timm')
+    convert(tmp_path / 'timm', tmp_path / 'back', to='transformers')
+    again, info = PvtForImageClassification.from_pretrained(tmp_path / 'back', output_loading_info=True)
+    assert not any(info.values()), info
+    assert files.same(again.state_dict(), model.state_dict())
+    assert again.config.id2label == model.config.id2label
+    assert again.config.image_size == 64
+
+
+def test_every_pair_of_formats_agrees(tmp_path):
+    """original -> X -> Y gives the same as original -> Y, for all X and Y that hold everything."""
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    direct = {}
+    for to in ('timm', 'original', 'transformers'):
+        convert(file, tmp_path / to, to=to)
+        direct[to] = read_checkpoint(tmp_path / to)
+    for via in direct:
+        for to in direct:
+            convert(tmp_path / via, tmp_path / f'{via}-{to}', to=to)
+            assert files.same(read_checkpoint(tmp_path / f'{via}-{to}'), direct[to]), (via, to)
+
+
+# ---- nothing vanishes, nothing is made up ---------------------------------------------------------------------------
+
+def test_mmdet_needs_the_drop_said_out_loud(tmp_path):
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    message = refused(file, '-o', tmp_path / 'out', '--to', 'mmdet')
+    assert '--drop class_token norm head' in message
+    assert 'norm' in refused(file, '-o', tmp_path / 'out', '--to', 'mmdet', '--drop', 'head', 'class_token')
+    assert not (tmp_path / 'out').exists()
+    report = convert(file, tmp_path / 'out', to='mmdet', drop=['head', 'norm', 'class_token'])
+    assert sorted(report.dropped) == ['cls_token', 'head.bias', 'head.weight', 'norm.bias', 'norm.weight']
+    found = read_checkpoint(tmp_path / 'out')
+    assert found['layers.3.1.0.pos_embed'].shape[1] == 1
+
+
+def test_what_a_detector_lacks_is_not_made_up(tmp_path):
+    file = files.save(files.wrap(files.make('mmdet'), 'state_dict', 'backbone.'), tmp_path / 'x.pth')
+    assert 'nothing is made up' in refused(file, '-o', tmp_path / 'out', '--to', 'original')
+    assert 'nothing is made up' in refused(file, '-o', tmp_path / 'out', '--to', 'transformers')
+    dense = files.save(files.make('original-dense'), tmp_path / 'y.pth')
+    convert(dense, tmp_path / 'timm')
+    (tmp_path / 'timm' / 'class_row.safetensors').unlink()
+    assert 'class_row.safetensors' in refused(tmp_path / 'timm', '-o', tmp_path / 'out', '--to', 'original')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_classifier_to_the_originals_dense_form_keeps_the_class_token_row(tmp_path):
+    source = files.make('original')
+    file = files.save(source, tmp_path / 'x.pth')
+    convert(file, tmp_path / 'out', to='original', drop=['class_token', 'norm', 'head'])
+    found = read_checkpoint(tmp_path / 'out')
+    expected = {k: v for k, v in source.items() if not k.startswith(('cls_token', 'norm.', 'head.'))}
+    assert files.same(found, expected)
+
+
+@pytest.mark.parametrize('drop', [['norm'], ['class_token'], ['class_token', 'norm'], ['legs']])
+def test_parts_that_need_each_other(drop, tmp_path):
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    refused(file, '-o', tmp_path / 'out', '--to', 'original', '--drop', *drop)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_ema_or_plain_is_chosen_and_reported(tmp_path):
+    plain, ema = files.make('original', seed=1), files.make('original', seed=2)
+    file = files.save({'model': plain, 'model_ema': ema, 'epoch': 1}, tmp_path / 'x.pth')
+    report = convert(file, tmp_path / 'a', to='original')
+    assert (report.weights, report.other_weights) == ('plain', 'model_ema')
+    assert files.same(read_checkpoint(tmp_path / 'a'), plain)
+    report = convert(file, tmp_path / 'b', to='original', use_ema=True)
+    assert (report.weights, report.other_weights) == ('averaged', 'model')
+    assert files.same(read_checkpoint(tmp_path / 'b'), ema)
+    bare = files.save(plain, tmp_path / 'y.pth')
+    assert 'the checkpoint has none' in refused(bare, '-o', tmp_path / 'c', '--use-ema')
+
+
+def test_the_guess_is_checked(tmp_path):
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    assert 'pvt_small' in refused(file, '-o', tmp_path / 'out', '--model', 'pvt_small')
+    assert 'pvt_medium' in refused(file, '-o', tmp_path / 'out', '--model', 'resnet50')  # lists what there is
+    convert(file, tmp_path / 'out', model='test_pvt')
+
+
+def test_non_square_sizes_have_to_be_told(tmp_path):
+    file = files.save(files.make('original', img_size=(64, 96)), tmp_path / 'x.pth')
+    assert 'img_size' in refused(file, '-o', tmp_path / 'out')
+    assert 'grid' in refused(file, '-o', tmp_path / 'out', '--source-size', 64, 64)
+    code, _, err = run(file, '-o', tmp_path / 'out', '--source-size', 64, 96)
+    assert code == 0, err
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert model.stages[0].grid_size == (16, 24)
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+def test_dtype(tmp_path):
+    source = files.make('original', fill=files.random_values)
+    file = files.save(source, tmp_path / 'x.pth')
+    for dtype in ('float16', 'bfloat16', 'float32'):
+        report = convert(file, tmp_path / dtype, to='original', dtype=dtype)
+        found = read_checkpoint(tmp_path / dtype)
+        assert files.same(found, {k: v.to(getattr(torch, dtype)) for k, v in source.items()})
+        assert report.dtype == dtype
+    source['norm.weight'][3] = 1e6
+    file = files.save(source, tmp_path / 'y.pth')
+    assert 'norm.weight' in refused(file, '-o', tmp_path / 'out', '--dtype', 'float16')
+    convert(file, tmp_path / 'out', dtype='bfloat16')
+
+
+def test_img_size_equals_timm_resizing(tmp_path):
+    file = files.save(files.make('original', fill=files.random_values), tmp_path / 'x.pth')
+    convert(file, tmp_path / 'plain')
+    convert(file, tmp_path / 'baked', img_size=(96, 64))
+    baked = timm.create_model(f'local-dir:{tmp_path / "baked"}', pretrained=True)
+    resized = timm.create_model(f'local-dir:{tmp_path / "plain"}', pretrained=True, img_size=(96, 64))
+    assert baked.stages[0].grid_size == (24, 16)
+    assert files.same(baked.state_dict(), resized.state_dict())
+    x = torch.randn(1, 3, 96, 64)
+    with torch.inference_mode():
+        assert torch.equal(baked.eval()(x), resized.eval()(x))
+    for size in (16, 5000, (64, 64, 64)):
+        size = size if isinstance(size, tuple) else (size,)
+        assert 'img_size' in refused(file, '-o', tmp_path / 'out', '--img-size', *size)
+
+
+def test_num_classes(tmp_path):
+    file = files.save(files.make('original', fill=files.random_values), tmp_path / 'x.pth')
+    convert(file, tmp_path / 'out', num_classes=0)
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    assert model.num_classes == 0 and model(torch.randn(1, 3, 32, 32)).shape == (1, 64)
+    assert 'create_model' in refused(file, '-o', tmp_path / 'out2', '--num-classes', 3)
+    convert(file, tmp_path / 'out3', num_classes=7)
+    convert(tmp_path / 'out', tmp_path / 'hf', to='transformers')
+    from transformers import PvtForImageClassification
+    _, info = PvtForImageClassification.from_pretrained(tmp_path / 'hf', output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_sha256(tmp_path):
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert convert(file, tmp_path / 'out', sha256=digest.upper()).sha256 == digest
+    convert(file, tmp_path / 'out8', sha256=digest[:8])
+    assert digest in refused(file, '-o', tmp_path / 'no', '--sha256', '0' * 64)
+    assert 'hexadecimal' in refused(file, '-o', tmp_path / 'no', '--sha256', digest[:7])
+    assert not (tmp_path / 'no').exists()
+
+
+def test_known_files_are_named(tmp_path, monkeypatch):
+    from weights_conversion import sources
+    assert sources.known_file('3e22c4983336c00625daee8934ed7fd280d854b3faecfad15be4b00f3f91a3ce').startswith('Zetatech')
+    assert 'retinanet_pvt-s' in sources.known_file('b6c94a5b' + '0' * 56)
+    assert sources.known_file('0' * 64) is None
+    file = files.save(files.make('original'), tmp_path / 'x-0123abcd.pth')
+    assert any('0123abcd' in w for w in inspect(file).warnings)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(sources._KNOWN, digest, 'somebody/pvt, ImageNet-1K')
+    assert inspect(file).known == 'somebody/pvt, ImageNet-1K'
+    assert 'somebody/pvt' in run('inspect', file)[1]
+
+
+def test_existing_output_is_kept_unless_forced(tmp_path):
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    out = tmp_path / 'deep' / 'er' / 'out'
+    convert(file, out, to='original')
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert '--force' in refused(file, '-o', out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    convert(file, out, force=True)
+    assert sorted(p.name for p in out.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    (out / 'thesis.tex').write_text('years of work')
+    assert 'other files' in refused(file, '-o', out, '--force')
+    assert (out / 'thesis.tex').read_text() == 'years of work'
+    assert 'is a file' in refused(file, '-o', file)
+    assert sorted(p.name for p in out.parent.iterdir()) == ['out']
+
+
+def test_output_onto_its_own_source(tmp_path):
+    convert(files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out')
+    before = read_checkpoint(tmp_path / 'out')
+    before = {k: v.clone() for k, v in before.items()}
+    convert(tmp_path / 'out', tmp_path / 'out', force=True)
+    assert files.same(read_checkpoint(tmp_path / 'out'), before)
+
+
+def test_inspect_writes_nothing_and_says_it_all(tmp_path):
+    file = files.save(files.wrap(files.make('mmdet'), 'state_dict', 'backbone.'), tmp_path / 'x.pth')
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run('inspect', file)
+    assert code == 0 and err == '' and sorted(tmp_path.iterdir()) == before
+    for text in ('mmdet', 'test_pvt', "'backbone.'", 'state_dict.bbox_head.*', 'state_dict.neck.*', 'split',
+                 'optimizer', '32x32'):
+        assert text in out
+    code, out, _ = run('inspect', file, '--json')
+    report = json.loads(out)
+    assert report['format'] == 'mmdet' and report['dropped']['state_dict.bbox_head.bias'] == "not under 'backbone.'"
+    assert sum(row['count'] for row in report['mapped'] if row['kind'] == 'split') == 12
+
+
+def test_json_report_and_model_card(tmp_path):
+    file = files.save(files.wrap(files.make('original', num_classes=4), 'model'), tmp_path / 'x.pth')
+    code, out, _ = run(file, '-o', tmp_path / 'out', '--json')
+    report = json.loads(out)
+    assert code == 0 and report['to'] == 'timm' and set(report['files']) == {
+        'README.md', 'config.json', 'model.safetensors'}
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    for text in (report['sha256'], f'pvt-timm {pvt_timm.__version__}', 'optimizer', 'x.pth', 'original'):
+        assert text in card
+    assert 'license' not in card  # not ours to say
+    from huggingface_hub import ModelCard
+    data = ModelCard(card).data
+    assert data.library_name == 'timm' and data.pipeline_tag == 'image-classification'
+
+
+def test_non_finite_values_are_kept_and_named(tmp_path):
+    source = files.make('original', fill=files.random_values)
+    source['block2.1.mlp.fc1.weight'][0, 0] = float('nan')
+    report = convert(files.save(source, tmp_path / 'x.pth'), tmp_path / 'out', to='original')
+    assert any('stages.1.blocks.1.mlp.fc1.weight' in w for w in report.warnings)
+    assert files.same(read_checkpoint(tmp_path / 'out'), source)
+
+
+# ---- labels and preprocessing ---------------------------------------------------------------------------------------
+
+def _transformers_folder(folder: Path, num_classes=4, **config):
+    folder.mkdir()
+    source = files.make('transformers', num_classes=num_classes, fill=files.random_values)
+    files.save(source, folder / 'model.safetensors')
+    (folder / 'config.json').write_text(json.dumps({'model_type': 'pvt', 'image_size': 32, **config}))
+    return folder
+
+
+def test_labels_keep_their_order(tmp_path):
+    names = [f'class {i}' for i in range(12)]
+    scrambled = {str(i): names[i] for i in (3, 11, 0, 2, 10, 1, 4, 9, 5, 8, 7, 6)}
+    source = _transformers_folder(tmp_path / 'hf', 12, id2label=scrambled)
+    (source / 'preprocessor_config.json').write_text(json.dumps(
+        {'image_mean': [.1, .2, .3], 'image_std': [.4, .5, .6]}))
+    report = convert(source, tmp_path / 'out')
+    assert report.labels == 12
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert list(model.pretrained_cfg['label_names']) == names
+    data = timm.data.resolve_model_data_config(model)
+    assert [*data['mean'], *data['std'], *data['input_size']] == [.1, .2, .3, .4, .5, .6, 3, 32, 32]
+    convert(tmp_path / 'out', tmp_path / 'back', to='transformers')
+    config = json.loads((tmp_path / 'back' / 'config.json').read_text())
+    assert [config['id2label'][str(i)] for i in range(12)] == names
+    from transformers import AutoImageProcessor
+    processor = AutoImageProcessor.from_pretrained(tmp_path / 'back')
+    assert list(processor.image_mean) == [.1, .2, .3] and processor.size['height'] == 32
+
+
+@pytest.mark.parametrize('id2label', [
+    {'0': 'a', '1': 'b'}, {'0': 'a', '1': 'b', '2': 'c', '7': 'd'}, {'a': 'b'}, {'0': 1, '1': 2, '2': 3, '3': 4}])
+def test_labels_that_do_not_fit_are_left_out_with_a_word(id2label, tmp_path):
+    report = convert(_transformers_folder(tmp_path / 'hf', id2label=id2label), tmp_path / 'out')
+    assert report.labels == 0 and any('label' in w for w in report.warnings)
+
+
+def test_placeholder_labels_are_no_labels(tmp_path):
+    report = inspect(_transformers_folder(tmp_path / 'hf', id2label={str(i): f'LABEL_{i}' for i in range(4)}))
+    assert report.labels == 0 and not report.warnings
+
+
+def test_imagenet_preprocessing_is_the_originals(tmp_path):
+    convert(files.save(files.make('original', 'pvt_tiny', 1000, fill=files.random_values), tmp_path / 'x.pth'),
+            tmp_path / 'out')
+    data = timm.data.resolve_model_data_config(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True))
+    assert data['crop_pct'] == 0.875 and data['interpolation'] == 'bicubic' and [*data['input_size']] == [3, 224, 224]
+    assert [*data['mean'], *data['std']] == [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]
+
+
+def test_a_timm_fine_tune_keeps_its_configuration(tmp_path):
+    model = timm.create_model('test_pvt', num_classes=3, in_chans=2, global_pool='avg', img_size=64)
+    timm.models.save_for_hf(model, tmp_path / 'tuned', model_args=dict(in_chans=2, img_size=64, global_pool='avg'))
+    convert(tmp_path / 'tuned', tmp_path / 'out')
+    again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert again.global_pool == 'avg'
+    x = torch.randn(2, 2, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+# ---- the folder loads everywhere ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    """A converted classifier, an image batch and the logits that it has to give."""
+    folder = tmp_path_factory.mktemp('classifier')
+    torch.manual_seed(0)
+    model = timm.create_model('test_pvt', num_classes=5, in_chans=3).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=.1)
+    source, _ = pvt_timm.checkpoints.from_timm(model.state_dict(), 'original')
+    (folder / 'hf').mkdir()
+    files.save(source, folder / 'x.pth')
+    convert(folder / 'x.pth', folder / 'hf2', to='transformers')
+    config = json.loads((folder / 'hf2' / 'config.json').read_text())
+    config['id2label'] = {str(i): f'kind {i}' for i in range(5)}
+    (folder / 'hf2' / 'config.json').write_text(json.dumps(config))
+    convert(folder / 'hf2', folder / 'out')
+    x = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        return folder / 'out', x, model(x), model
+
+
+def logits_of(model, x):
+    with torch.inference_mode():
+        return model.eval()(x)
+
+
+def test_local_dir(classifier):
+    folder, x, expected, _ = classifier
+    assert torch.equal(logits_of(timm.create_model(f'local-dir:{folder}', pretrained=True), x), expected)
+
+
+def test_hf_hub(classifier, hub, token):
+    folder, x, expected, _ = classifier
+    result = push(folder, 'someone/test-pvt')
+    assert set(hub.repo_files('someone/test-pvt')) >= {'model.safetensors', 'config.json', 'README.md'}
+    assert result['url'].endswith('/someone/test-pvt')
+    assert torch.equal(logits_of(timm.create_model('hf-hub:someone/test-pvt', pretrained=True), x), expected)
+    features = timm.create_model('hf-hub:someone/test-pvt', pretrained=True, features_only=True)
+    assert [f.shape[1] for f in features(x)] == [16, 32, 40, 64]
+
+
+def test_transformers_wrapper(classifier):
+    from transformers import AutoModelForImageClassification
+
+    folder, x, expected, _ = classifier
+    model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == 'TimmWrapperForImageClassification'
+    assert not any(info.values()), info
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(x).logits, expected)
+    assert model.config.id2label == {i: f'kind {i}' for i in range(5)}
+
+
+@pytest.mark.parametrize('fmt', ['original-dense', 'transformers-base'])
+def test_transformers_wrapper_without_head(fmt, tmp_path):
+    from transformers import AutoModel
+
+    convert(files.save(files.make(fmt, fill=files.random_values), tmp_path / 'x.pth'), tmp_path / 'out')
+    model, info = AutoModel.from_pretrained(tmp_path / 'out', output_loading_info=True)
+    assert not info['missing_keys'] and not info['unexpected_keys']
+    ours = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(x).last_hidden_state, ours.forward_features(x))
+
+
+def test_pvt_timm_predict(classifier, tmp_path):
+    pytest.importorskip('pvt_timm.cli', reason='the command line is not there yet')
+    from PIL import Image
+
+    folder, _, _, model = classifier
+    rgb = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy()
+    Image.fromarray(rgb).save(tmp_path / 'x.png')
+    done = subprocess.run(
+        [sys.executable, '-m', 'pvt_timm', 'predict', str(tmp_path / 'x.png'), '--checkpoint', str(folder),
+         '--topk', '5', '--json'],
+        capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])})
+    assert done.returncode == 0, done.stderr
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(
+        timm.create_model(f'local-dir:{folder}', pretrained=True)))
+    with torch.inference_mode():
+        probs = model.eval()(transform(Image.open(tmp_path / 'x.png'))[None]).softmax(-1)[0]
+    text = done.stdout
+    best = probs.argmax().item()
+    assert f'kind {best}' in text
+    found = json.loads(text)
+
+    def numbers(x):
+        if isinstance(x, dict):
+            return [n for v in x.values() for n in numbers(v)]
+        if isinstance(x, list):
+            return [n for v in x for n in numbers(v)]
+        return [x] if isinstance(x, float) else []
+
+    assert any(abs(n - probs.max().item()) < 1e-4 for n in numbers(found))
+
+
+@pytest.mark.parametrize('fmt', ['original-dense', 'mmdet'])
+def test_detector_features(fmt, tmp_path):
+    source = files.make(fmt, fill=files.random_values)
+    file = files.save(files.wrap(source, 'state_dict', 'backbone.'), tmp_path / 'x.pth')
+    convert(file, tmp_path / 'out')
+    features = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True).eval()
+    direct = timm.create_model('test_pvt', features_only=True).eval()
+    direct.load_state_dict(
+        {k.replace('stages.', 'stages_'): v for k, v in read_checkpoint(tmp_path / 'out').items()})
+    x = torch.randn(1, 3, 72, 64)
+    with torch.inference_mode():
+        for a, b in zip(features(x), direct(x), strict=True):
+            assert torch.equal(a, b)
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert not model.class_token and model.num_classes == 0
+
+
+@pytest.mark.parametrize('in_chans', [1, 2, 4])
+def test_other_channel_counts_load_unchanged(in_chans, tmp_path):
+    source = files.make('timm', in_chans=in_chans, fill=files.random_values)
+    convert(files.save(source, tmp_path / 'x.pth'), tmp_path / 'out')
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert files.same(model.state_dict(), source)
+    data = timm.data.resolve_model_data_config(model)
+    assert data['input_size'][0] == in_chans and len(data['mean']) in (1, in_chans)
+
+
+# ---- verification ---------------------------------------------------------------------------------------------------
+
+def _hf_source(folder):
+    file = files.save(files.make('transformers', num_classes=6, fill=files.random_values), folder / 'x.safetensors')
+    return file
+
+
+def test_verify_against_transformers(tmp_path):
+    report = convert(_hf_source(tmp_path), tmp_path / 'out', verify=True)
+    result = report.verification
+    assert result['passed'] and result['reference'].startswith('transformers')
+    ships, exact = result['runs']
+    assert [d['name'] for d in exact['differences']] == ['stage 1', 'stage 2', 'stage 3', 'stage 4', 'logits']
+    assert max(d['absolute'] for d in exact['differences']) <= 1e-10
+    assert max(d['absolute'] for d in ships['differences']) > 1e-8  # its eps deviates
+    assert "with the original's eps" in report.to_text() and 'passed' in report.to_text()
+
+
+def test_verify_fails_over_the_tolerance(tmp_path, monkeypatch):
+    from weights_conversion import verification
+    monkeypatch.setattr(verification, 'ORIGINAL_EPS', 1e-6)
+    with pytest.raises(VerificationError):
+        convert(_hf_source(tmp_path), tmp_path / 'out', verify=True)
+    code, out, err = run(tmp_path / 'x.safetensors', '-o', tmp_path / 'out', '--verify')
+    assert code == 2 and 'FAILED' in out and len(err.splitlines()) == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_verify_notices_a_wrong_mapping(tmp_path, monkeypatch):
+    from weights_conversion import converter
+
+    def swapped(checkpoint, use_ema=False):
+        done = pvt_timm.checkpoints.convert(checkpoint, use_ema)
+        kv = done.state_dict['stages.2.blocks.0.attn.kv.weight']
+        done.state_dict['stages.2.blocks.0.attn.kv.weight'] = torch.cat(kv.chunk(2)[::-1])
+        return done
+
+    monkeypatch.setattr(converter, 'map_to_timm', swapped)
+    with pytest.raises(VerificationError):
+        convert(_hf_source(tmp_path), tmp_path / 'out', verify=True)
+
+
+def test_verify_stands_in_for_the_original(tmp_path, monkeypatch):
+    monkeypatch.delenv('PVT_CHECKOUT', raising=False)
+    file = files.save(files.make('original', fill=files.random_values), tmp_path / 'x.pth')
+    for to in ('timm', 'original', 'transformers'):
+        result = convert(file, tmp_path / to, to=to, verify=True, dtype='bfloat16').verification
+        assert result['passed'] and 'in place of' in result['reference']
+
+
+def test_verify_after_resizing_and_dropping(tmp_path):
+    file = files.save(files.make('transformers', num_classes=6, fill=files.random_values), tmp_path / 'x.safetensors')
+    report = convert(file, tmp_path / 'out', verify=True, img_size=64, num_classes=0, dtype='float16')
+    assert report.verification['passed']
+
+
+def test_verify_without_a_reference(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    file = files.save(files.make('original', fill=files.random_values), tmp_path / 'x.pth')
+    monkeypatch.delenv('PVT_CHECKOUT', raising=False)
+    assert 'pip install transformers' in refused(file, '-o', tmp_path / 'out', '--verify')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('fmt', ['mmdet', 'original-dense'])
+def test_verify_against_mmdetection(fmt, tmp_path):
+    pytest.importorskip('mmdet', reason='mmdetection (mmdet, mmengine, mmcv-lite) is not installed')
+    source = files.wrap(files.make(fmt, 'pvt_tiny', img_size=64, fill=files.random_values), 'state_dict', 'backbone.')
+    report = convert(files.save(source, tmp_path / 'x.pth'), tmp_path / 'out', verify=True)
+    assert report.verification['passed'] and report.verification['reference'].startswith('mmdetection')
+    assert max(d['absolute'] for d in report.verification['runs'][1]['differences']) <= 1e-10
+    report = convert(tmp_path / 'out', tmp_path / 'mm', to='mmdet', verify=True,
+                     drop=['class_token'] if fmt == 'original-dense' else [])
+    assert report.verification['passed']
+
+
+# ---- the original code ----------------------------------------------------------------------------------------------
+
+CHECKOUT = os.environ.get('PVT_CHECKOUT')
+needs_checkout = pytest.mark.skipif(
+    not CHECKOUT, reason='set PVT_CHECKOUT to a checkout of https://github.com/whai362/PVT')
+
+
+@needs_checkout
+@pytest.mark.parametrize('variant', [
+    'pvt_tiny', 'pvt_small', pytest.param('pvt_medium', marks=pytest.mark.slow),
+    pytest.param('pvt_large', marks=pytest.mark.slow)])
+def test_original_code_loads_strictly_and_gives_the_same_logits(variant, tmp_path):
+    from weights_conversion.verification import import_original
+
+    torch.manual_seed(0)
+    ours = timm.create_model(variant, num_classes=20, img_size=64)
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, std=.05)
+    timm.models.save_for_hf(ours, tmp_path / 'tuned', model_args=dict(img_size=64))
+    convert(tmp_path / 'tuned', tmp_path / 'out', to='original')
+    theirs = getattr(import_original(Path(CHECKOUT)), variant)(num_classes=20, img_size=64)
+    theirs.load_state_dict(torch.load(tmp_path / 'out' / f'{variant}.pth', weights_only=True), strict=True)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        a, b = ours.double().eval()(x), theirs.double().eval()(x)
+    assert (a - b).abs().max() <= 1e-12
+
+
+@needs_checkout
+def test_verify_against_the_original_code(tmp_path):
+    file = files.save(files.make('original', 'pvt_tiny', img_size=64, fill=files.random_values), tmp_path / 'x.pth')
+    result = convert(file, tmp_path / 'out', verify=True).verification
+    assert result['passed'] and 'whai362/PVT' in result['reference'] and len(result['runs']) == 1
+
+
+# ---- sources over the network ---------------------------------------------------------------------------------------
+
+def test_url(hub, tmp_path):
+    source = files.make('original')
+    url = hub.add_file('v2/pvt.pth', files.save(source, tmp_path / 'x.pth'))
+    secret = url.replace('http://', 'http://user:secret@') + '?token=secret'
+    report = convert(secret, tmp_path / 'out', to='original')
+    assert files.same(read_checkpoint(tmp_path / 'out'), source)
+    assert report.source == url and 'secret' not in (tmp_path / 'out' / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('kind', [404, 500, 'drop', 'truncate', 'short', 'html', 'garbage'])
+def test_broken_downloads(kind, hub, tmp_path):
+    url = hub.add_file('v2/pvt.pth', files.save(files.make('original'), tmp_path / 'x.pth'))
+    hub.fail(kind, times=1)
+    refused(url, '-o', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+    convert(url, tmp_path / 'out')
+
+
+def test_urls_that_go_elsewhere(hub, tmp_path):
+    url = hub.add_redirect('a.pth', f'file://{files.save(files.make("original"), tmp_path / "x.pth")}')
+    refused(url, '-o', tmp_path / 'out')
+    refused('ftp://localhost/x.pth', '-o', tmp_path / 'out')
+    refused('http://', '-o', tmp_path / 'out')
+    refused('http://[::1', '-o', tmp_path / 'out')
+    refused('http://localhost:1/x.pth', '-o', tmp_path / 'out')
+    refused('http://a b/x.pth', '-o', tmp_path / 'out')
+
+
+def test_download_is_bounded(hub, tmp_path):
+    url = hub.add_file('v2/pvt.pth', files.save(files.make('original'), tmp_path / 'x.pth'))
+    assert 'at most 1000' in refused(url, '-o', tmp_path / 'out', '--max-bytes', 1000)
+    hub.add_repo('a/b', {'model.safetensors': tmp_path / 'x.pth'})
+    assert 'at most 1000' in refused('hf-hub:a/b', '-o', tmp_path / 'out', '--max-bytes', 1000)
+    assert hub.count('GET', '/cdn/') == 0
+
+
+def test_hub_source(hub, tmp_path):
+    source = _transformers_folder(tmp_path / 'hf', id2label={str(i): f'kind {i}' for i in range(4)})
+    sha = hub.add_repo('some/pvt', {p.name: p for p in source.iterdir()})
+    old = files.make('original', seed=9)
+    hub.add_repo('some/pvt', {'pytorch_model.bin': files.save(old, tmp_path / 'y.pth'),
+                              'sub/other.pth': tmp_path / 'y.pth'}, ref='old')
+    report = convert('hf-hub:some/pvt', tmp_path / 'a')
+    assert report.labels == 4 and report.source == 'hf-hub:some/pvt'
+    convert(f'hf-hub:some/pvt@{sha}:model.safetensors', tmp_path / 'b')
+    assert files.same(read_checkpoint(tmp_path / 'a'), read_checkpoint(tmp_path / 'b'))
+    for spec in ('hf-hub:some/pvt@old', 'hf-hub:some/pvt@old:sub/other.pth'):
+        out = tmp_path / spec.replace('/', '_').replace(':', '_')
+        convert(spec, out, to='original')
+        assert files.same(read_checkpoint(out), old)
+
+
+@pytest.mark.parametrize('spec', [
+    'hf-hub:none/there', 'hf-hub:some/pvt@gone', 'hf-hub:some/pvt:gone.pth', 'hf-hub:pvt',
+    'hf-hub:some/pvt:../../x.pth', 'hf-hub:../pvt',
+    'hf-hub:some/..', 'hf-hub:some/pvt@../x', 'hf-hub:some/pvt:/etc/passwd', 'hf-hub:', 'hf-hub:a/b/c',
+    'hf-hub:some/pvt:a\\..\\b', 'hf-hub:gated/pvt', 'hf-hub:some/empty'])
+def test_hub_names_that_are_refused(spec, hub, tmp_path):
+    hub.add_repo('some/pvt', {'model.safetensors': b'x'})
+    hub.add_repo('some/empty', {'README.md': b'x'})
+    hub.add_repo('gated/pvt', {'model.safetensors': b'x'}, gated=True)
+    refused(spec, '-o', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_push(classifier, hub, token, tmp_path):
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    code, out, _ = run(file, '-o', tmp_path / 'dry', '--push', 'me/pvt', '--dry-run')
+    assert code == 0 and 'would upload' in out and not hub.has_repo('me/pvt') and hub.requests == []
+    code, out, _ = run(file, '-o', tmp_path / 'out', '--push', 'me/pvt', '--private', '--json')
+    assert code == 0 and json.loads(out)['push']['url'].endswith('me/pvt')
+    uploaded = hub.repo_files('me/pvt')
+    for p in (tmp_path / 'out').iterdir():
+        assert uploaded[p.name] == p.read_bytes()
+    hub.fail(500)
+    message = refused(file, '-o', tmp_path / 'out2', '--push', 'me/other', '-q')
+    assert 'me/other' in message and (tmp_path / 'out2' / 'model.safetensors').exists()
+    assert 'OWNER/REPO' in refused(file, '-o', tmp_path / 'out3', '--push', '../x')
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def test_as_a_program(tmp_path):
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, '-m', 'weights_conversion', str(file), '--output', str(tmp_path / 'out')],
+                          capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0 and 'model.safetensors' in done.stdout and done.stderr == ''
+    done = subprocess.run([sys.executable, '-m', 'weights_conversion', 'inspect', 'nowhere.pth'],
+                          capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.strip() == 'pvt-convert: error: No such file or folder: nowhere.pth'
+    done = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'weights_conversion', '--help'],
+                          capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0 and ' torch\n' not in done.stderr  # help comes at once

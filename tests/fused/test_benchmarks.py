@@ -1,0 +1,84 @@
+""" The parts of the benchmark suite that do not take time: arithmetic, summaries, table and plots. """
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmarks' / 'speed'))
+import contenders  # noqa: E402
+import cost  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+
+
+@pytest.mark.parametrize('variant', cost.DEPTHS)
+def test_arithmetic(variant):
+    """As torch's counter counts it, but for the head and the class token."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device('meta'):
+        model = timm.create_model(f'pvt_{variant}', class_token=False, num_classes=0).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.empty(2, 3, 256, 320))
+    assert sum(cost.arithmetic(variant, 2, 256, 320)) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
+    assert sum(cost.arithmetic(variant, 1, 224, 224)) / 2 == pytest.approx(run.GMACS[variant], rel=0.01)
+
+
+def test_fit_finds_its_own_coefficients():
+    true = dict(ms_per=[5., 7., 0.5], mb_per=[3., 90.])
+    points = [
+        dict(variant=v, batch=b, height=s, width=s, **cost.predict(true, v, b, s, s))
+        for v in cost.DEPTHS for b in (1, 4) for s in (224, 448, 896)]
+    found = cost.fit(points)
+    assert found['ms_per'] == pytest.approx(true['ms_per'], rel=1e-3) and found['max_error'] < 1e-3
+    assert found['mb_per'] == pytest.approx(true['mb_per'], rel=1e-3) and found['max_memory_error'] < 1e-3
+
+
+def test_summary():
+    assert run.summary([4., 1., 2., 3.]) == dict(median=2.5, min=1., spread=0.4, rounds=4)
+
+
+def results():
+    def row(shape, **values):
+        return dict(variant='small', shape=shape, precision='fp32', contenders={
+            name: dict(median=ms, min=ms, spread=0.1, rounds=3) if ms else dict(skipped='not there')
+            for name, ms in values.items()})
+    return dict(
+        machine=run.machine('cpu'), gmacs=run.GMACS,
+        peak=[dict(precision='fp32', size=2048, gflops=200., by={})],
+        throughput=[row([16, 3, 224, 224], original=1200., fused=600., resnet50=900., openvino=0)],
+        latency=[row([1, 3, 224, 224], original=60., fused=40.), row([1, 3, 800, 1344], original=6000., fused=1500.)],
+        training=[row([8, 3, 224, 224], original=1800., eager=1200.)],
+        memory=[dict(variant='small', shape=[b, 3, s, s], precision='fp32', contenders=dict(
+            original=dict(bytes=b * s * 1e4), fused=dict(bytes=b * s * 2e3)))
+            for b, s in ((1, 224), (1, 448), (16, 224))])
+
+
+def test_report(tmp_path):
+    pytest.importorskip('matplotlib')
+    report.report(json.loads(json.dumps(results())), tmp_path, 'cpu')
+    text = (tmp_path / 'cpu.md').read_text()
+    assert '| throughput small 16x224 fp32 | ours, fused against original code | 2.00x the speed |' in text
+    assert '| latency small 1x800x1344 fp32 | ours, fused against original code | 4.00x the speed |' in text
+    assert '| OpenVINO | – |' in text
+    assert '| ours, fused | 102% |' in text  # 16 * 7.64 GFLOP in 0.6 s of 200 GFLOP/s
+    assert sorted(p.name for p in tmp_path.glob('*.png')) == [
+        f'cpu_{name}.png' for name in ('latency', 'memory', 'peak', 'throughput', 'training')]
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--only', 'speed'], 'Expected --only'),
+    (['--clock', 'cpu'], 'Expected --threads 1'),
+])
+def test_wrong_arguments(capsys, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        run.main([*arguments, '--output', str(tmp_path)])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_contenders_without_a_checkout(monkeypatch):
+    monkeypatch.delenv('PVT_CHECKOUT', raising=False)
+    with pytest.raises(contenders.Skipped, match='PVT_CHECKOUT'):
+        contenders.module('original', 'tiny')
