@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 
-from pvt_timm.cli.pictures import save_atomically
+from pvt_timm.files import save_atomically
 from shapes import Sample, make_samples
 
 History = Dict[str, List[Any]]

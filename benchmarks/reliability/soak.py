@@ -33,7 +33,7 @@ import torch
 from timm.utils import reparameterize_model
 
 import pvt_timm
-from pvt_timm.cli.pictures import save_atomically
+from pvt_timm.files import save_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
 

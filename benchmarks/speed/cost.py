@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import contenders
-from pvt_timm.cli.pictures import save_atomically
+from pvt_timm.files import save_atomically
 from run import interleave, machine, peak_memory
 
 DEPTHS = dict(tiny=(2, 2, 2, 2), small=(3, 4, 6, 3), medium=(3, 4, 18, 3), large=(3, 8, 27, 3))

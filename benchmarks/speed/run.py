@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import contenders
-from pvt_timm.cli.pictures import save_atomically
+from pvt_timm.files import save_atomically
 from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, Skipped
 
 GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included

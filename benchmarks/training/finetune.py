@@ -18,7 +18,7 @@ import torch
 
 from training_runs import read_summary, run
 
-from pvt_timm.cli.pictures import save_atomically
+from pvt_timm.files import save_atomically
 from pvt_timm.recipes import FREEZE
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'

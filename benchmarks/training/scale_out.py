@@ -19,7 +19,7 @@ from typing import Any, Dict
 
 import torch
 
-from pvt_timm.cli.pictures import save_atomically
+from pvt_timm.files import save_atomically
 
 from training_runs import read_steps, read_summary, run, small_copy, worker
 

@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import torch
 from safetensors.torch import save
 
-from .pictures import draw_pyramid, save_atomically
+from ..files import save_atomically
+from .pictures import draw_pyramid
 from .predict import UserError, extract, load_model, open_image, predict, user_errors
 from ..version import __version__
 from .zoo import zoo

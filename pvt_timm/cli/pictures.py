@@ -1,12 +1,12 @@
 """ Draw feature pyramids as false colour. Needs matplotlib (the `draw` extra). """
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
+
+from ..files import save_atomically
 
 __all__ = ['draw_pyramid', 'false_colour', 'pca']
 
@@ -184,21 +184,3 @@ def draw_pyramid(
     notes.append('Colours: the first three principal components of each level')
     figure.text(margin / total_w, .14 / total_h, '\n'.join(notes), fontsize=9.5, color=SUBTLE, va='bottom')
     save_atomically(output, lambda f: figure.savefig(f, format=suffix))
-
-
-def save_atomically(output: Path, write) -> None:
-    """Write a file aside and move it in place, so that it is there completely or not at all."""
-    output = Path(output)
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f'No such folder: {output.parent}')
-    handle, name = tempfile.mkstemp(prefix=f'.{output.name}-', dir=output.parent)
-    try:
-        with os.fdopen(handle, 'wb') as f:
-            write(f)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, output)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
