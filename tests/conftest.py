@@ -1,5 +1,6 @@
 """ Fixtures for all tests. No test reaches a real model hub and none touches the caches of whoever runs them. """
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,26 @@ for _name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_OFFLINE', 'TRANSFORM
 def pytest_unconfigure(config):
     _server.close()
     _scratch.cleanup()
+
+
+def pytest_addoption(parser):
+    parser.addoption('--allowed-skips', metavar='FILE', help='Fail if a test is skipped for a reason that matches no line of '
+                     'FILE, which holds regular expressions. Lines that start with # are comments.')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Ends the run with an error if a skip is not on the list of `--allowed-skips`."""
+    path = session.config.getoption('allowed_skips')
+    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
+    if path is None or reporter is None or hasattr(session.config, 'workerinput'):
+        return
+    lines = Path(path).read_text(encoding='utf-8').splitlines()
+    allowed = [line for line in lines if line and not line.startswith('#')]
+    skipped = [report.longrepr[2] for report in reporter.stats.get('skipped', []) if isinstance(report.longrepr, tuple)]
+    for reason in sorted({reason for reason in skipped if not any(re.search(line, reason) for line in allowed)}):
+        reporter.write_line(f'\nNot on {path}: {reason}', red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)

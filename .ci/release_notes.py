@@ -1,0 +1,16 @@
+""" Prints the section of CHANGELOG.md for a tag such as v0.1.0, which has to be the package's version and to be dated. """
+import re
+import sys
+from pathlib import Path
+
+tag = sys.argv[1]
+root = Path(__file__).resolve().parents[1]
+version = re.search(r"^__version__ = '(.+)'$", (root / 'pvt_timm' / 'version.py').read_text(encoding='utf-8'), re.MULTILINE)[1]
+if tag != f'v{version}':
+    sys.exit(f'Expected the tag v{version}, the version in pvt_timm/version.py, got {tag}.')
+section = re.search(
+    rf'^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.*?)(?=^## \[|^\[|\Z)',
+    (root / 'CHANGELOG.md').read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
+if section is None:
+    sys.exit(f'Expected a section "## [{version}] - YYYY-MM-DD" in CHANGELOG.md, got none.')
+print(section[1].strip())
