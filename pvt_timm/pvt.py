@@ -3,17 +3,17 @@
 Paper: `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions`
     - https://arxiv.org/abs/2102.12122
 
-Original code and weights at https://github.com/whai362/PVT (Apache-2.0). The numbers that this model computes are those
-of the original `classification/pvt.py`, `detection/pvt.py` and `segmentation/pvt.py`, the code is written for timm.
+Original code and weights at https://github.com/whai362/PVT (Apache-2.0). The numbers are those of the original
+`classification/pvt.py`, `detection/pvt.py` and `segmentation/pvt.py`, the code is written for timm.
 
 Two modes:
-  * classification (the default): a class token joins stage 4, `forward_features` returns all tokens of stage 4 after
+  * classification (the default): a class token joins the last stage, `forward_features` returns all of its tokens after
     the final norm, `global_pool` picks 'token' (as published), 'avg' (mean of the patch tokens) or '' (all tokens).
   * dense (`class_token=False`, the default under `features_only=True`): no class token, no final norm, every stage
     returns its feature map, as in the original detection and segmentation backbones.
 
-Any height and width from 32 pixels up works in both modes. Position embeddings are stored at the grid of `img_size` and
-resized (bilinear) stage by stage to the grid of the input.
+Both take any height and width from 32 pixels up. Position embeddings are stored at the grid of `img_size` and resized
+stage by stage to the grid of the input.
 """
 import logging
 from functools import partial
@@ -25,39 +25,24 @@ import torch.nn.functional as F
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath,
-    LayerNorm,
-    _assert,
-    calculate_drop_path_rates,
-    get_act_layer,
-    get_norm_layer,
-    to_2tuple,
-    trunc_normal_,
-    use_fused_attn,
-)
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_function,
-    resolve_pretrained_cfg,
-)
+    DropPath, LayerNorm, _assert, calculate_drop_path_rates, get_act_layer, get_norm_layer, to_2tuple, trunc_normal_,
+    use_fused_attn)
+from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
-
-from .checkpoints import check_keys, fit_to_model, stage_grids
-from .sliced_mlp import SlicedMlp
-
+from timm.models._features_fx import register_notrace_function
+from timm.models._manipulate import checkpoint
+from timm.models._registry import generate_default_cfgs, register_model
 try:  # timm >= 1.0.29 keeps construction arguments in step with `set_input_size`, for `save_for_hf`
     from timm.models._input import update_model_input_size
 except ImportError:
     update_model_input_size = None
 
+from .checkpoints import check_keys, fit_to_model, stage_grids
+from .sliced_mlp import SlicedMlp
+
 __all__ = ['PyramidVisionTransformer']
 
 _logger = logging.getLogger(__name__)
-
-Size_ = Tuple[int, int]
 
 
 @torch.fx.wrap
@@ -70,24 +55,24 @@ def resample_pos_embed(
 ) -> torch.Tensor:
     """Resize a position embedding as the original does: bilinear, align_corners=False, no antialias.
 
-    timm's `resample_abs_pos_embed` is not used because it computes in float32 whatever the dtype.
+    timm's `resample_abs_pos_embed` computes in float32 whatever the dtype.
 
     Args:
         pos_embed: Position embedding (1, num_prefix_tokens + h * w, C).
-        size: Height and width of the grid to resize to, in tokens.
-        grid_size: Height and width (h, w) of the stored grid.
+        size: Grid to resize to, height and width in tokens.
+        grid_size: Grid (h, w) of `pos_embed`.
         num_prefix_tokens: Leading rows (class token) that are kept as they are.
 
     Returns:
         Position embedding (1, num_prefix_tokens + size[0] * size[1], C).
     """
     if torch.jit.is_scripting():
-        graph = False
+        dynamic = False
     else:
-        # A Python branch on the size would tie a traced or compiled graph to the example input. Resizing to the stored
-        # grid gives back the stored values exactly, so both ways are equal.
-        graph = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if not graph and size[0] == grid_size[0] and size[1] == grid_size[1]:
+        # A branch on the size would tie a traced or compiled graph to the example input. Resizing to the stored grid
+        # gives the stored values back exactly.
+        dynamic = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if not dynamic and size[0] == grid_size[0] and size[1] == grid_size[1]:
         return pos_embed
 
     prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
@@ -95,7 +80,7 @@ def resample_pos_embed(
     grid = grid.reshape(1, grid_size[0], grid_size[1], -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(size[0], size[1]), mode='bilinear', align_corners=False)
     grid = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
-    return torch.cat([prefix, grid], dim=1) if num_prefix_tokens else grid
+    return torch.cat([prefix, grid], dim=1)
 
 
 class Attention(nn.Module):
@@ -110,8 +95,8 @@ class Attention(nn.Module):
             qkv_bias: bool = True,
             attn_drop: float = 0.,
             proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -136,7 +121,7 @@ class Attention(nn.Module):
             self.sr = None
             self.norm = None
 
-    def forward(self, x: torch.Tensor, size: Size_) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
         B, N, C = x.shape
         q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
 
@@ -178,9 +163,9 @@ class Block(nn.Module):
             drop_path: float = 0.,
             act_layer: Type[nn.Module] = nn.GELU,
             norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-6),
-            mlp_layer: Type[nn.Module] = SlicedMlp,
-            device=None,
-            dtype=None,
+            mlp_layer: Callable[..., nn.Module] = SlicedMlp,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -206,7 +191,7 @@ class Block(nn.Module):
         )
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-    def forward(self, x: torch.Tensor, size: Size_) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x), size))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
@@ -220,8 +205,8 @@ class PatchEmbed(nn.Module):
             patch_size: int = 4,
             in_chans: int = 3,
             embed_dim: int = 64,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -229,7 +214,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
         self.norm = nn.LayerNorm(embed_dim, **dd)  # eps 1e-5 here, unlike the block norms
 
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Size_]:
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, int]]:
         x = self.proj(x)
         size = (x.shape[2], x.shape[3])
         x = self.norm(x.flatten(2).transpose(1, 2))
@@ -237,7 +222,7 @@ class PatchEmbed(nn.Module):
 
 
 class PyramidVisionTransformerStage(nn.Module):
-    """One stage: patch embedding, position embedding, (class token,) blocks.
+    """Patch embedding, position embedding, (class token,) and blocks.
 
     Takes (B, C_in, H, W). Returns the feature map (B, C, H', W') in channels_last memory format, or, for
     `output_fmt='NLC'`, the tokens (B, num_prefix_tokens + H' * W', C).
@@ -252,26 +237,17 @@ class PyramidVisionTransformerStage(nn.Module):
             grid_size: Tuple[int, int],
             patch_size: int = 2,
             min_input_size: int = 1,
-            num_heads: int = 8,
-            sr_ratio: int = 1,
-            mlp_ratio: float = 4.,
-            qkv_bias: bool = True,
             class_token: bool = False,
             output_fmt: str = 'NCHW',
             pos_drop: float = 0.,
-            proj_drop: float = 0.,
-            attn_drop: float = 0.,
-            drop_path: Tuple[float, ...] = (),
-            act_layer: Type[nn.Module] = nn.GELU,
-            norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-6),
-            block_fn: Type[nn.Module] = Block,
-            mlp_layer: Type[nn.Module] = SlicedMlp,
-            device=None,
-            dtype=None,
+            drop_path: Union[List[float], float] = 0.,
+            block_fn: Callable[..., nn.Module] = Block,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
+            **block_kwargs: Any,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        assert not class_token or sr_ratio == 1, 'the class token has no place in a reduced grid'
         self.dim = dim
         self.grid_size = grid_size
         self.min_input_size = min_input_size
@@ -284,21 +260,9 @@ class PyramidVisionTransformerStage(nn.Module):
         num_tokens = self.num_prefix_tokens + grid_size[0] * grid_size[1]
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim, **dd))
         self.pos_drop = nn.Dropout(p=pos_drop)
-        self.blocks = nn.ModuleList([
-            block_fn(
-                dim,
-                num_heads=num_heads,
-                sr_ratio=sr_ratio,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                proj_drop=proj_drop,
-                attn_drop=attn_drop,
-                drop_path=drop_path[i],
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-                mlp_layer=mlp_layer,
-                **dd,
-            ) for i in range(depth)])
+        self.blocks = nn.ModuleList([block_fn(
+            dim, drop_path=drop_path[i] if isinstance(drop_path, list) else drop_path, **block_kwargs, **dd,
+        ) for i in range(depth)])
 
     def init_pos_embed(self) -> None:
         """Initialise the parameters that no submodule owns."""
@@ -337,10 +301,7 @@ class PyramidVisionTransformerStage(nn.Module):
 
 
 class PyramidVisionTransformer(nn.Module):
-    """ Pyramid Vision Transformer (v1), https://arxiv.org/abs/2102.12122
-
-    Takes images (B, in_chans, H, W) of any size from 32x32 up (`min_input_size` for other configurations).
-    """
+    """ Pyramid Vision Transformer (v1), https://arxiv.org/abs/2102.12122 """
     output_nchw: torch.jit.Final[bool]
 
     def __init__(
@@ -365,16 +326,16 @@ class PyramidVisionTransformer(nn.Module):
             drop_path_rate: float = 0.,
             act_layer: Optional[Union[str, Type[nn.Module]]] = None,
             norm_layer: Optional[Union[str, Callable[..., nn.Module]]] = None,
-            block_fn: Type[nn.Module] = Block,
-            mlp_layer: Type[nn.Module] = SlicedMlp,
+            block_fn: Callable[..., nn.Module] = Block,
+            mlp_layer: Callable[..., nn.Module] = SlicedMlp,
             weight_init: str = '',
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         """
         Args:
-            img_size: Input size of the stored position embeddings. Other sizes work, this only sets the stored grid.
-            patch_size: Patch size of the first stage, the later stages use 2.
+            img_size: Image size of the stored position embeddings, other sizes work too.
+            patch_size: Patch size of the first stage, that of the others is 2.
             in_chans: Number of input channels.
             num_classes: Number of classes for the classification head, 0 for none.
             global_pool: 'token', 'avg' (mean of patch tokens) or '' (none). Default 'token' where class token and
@@ -387,12 +348,12 @@ class PyramidVisionTransformer(nn.Module):
             depths: Blocks per stage.
             num_heads: Attention heads per stage.
             sr_ratios: Spatial reduction of keys and values per stage.
-            mlp_ratios: MLP hidden size over channels per stage.
+            mlp_ratios: Ratio of MLP hidden size to channels per stage.
             qkv_bias: Bias in the query, key and value projections.
-            drop_rate: Dropout before the head.
-            pos_drop_rate: Dropout after the position embeddings (the original's `drop_rate`).
-            proj_drop_rate: Dropout after the attention projection and in the MLP (the original's `drop_rate`).
-            attn_drop_rate: Dropout of attention weights.
+            drop_rate: Dropout rate before the head.
+            pos_drop_rate: Dropout rate after the position embeddings (the original's `drop_rate`).
+            proj_drop_rate: Dropout rate after the attention projection and in the MLP (the original's `drop_rate`).
+            attn_drop_rate: Dropout rate of attention weights.
             drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
             act_layer: Activation of the MLPs (default GELU).
             norm_layer: Norm of the blocks and final norm (default LayerNorm with eps 1e-6). The norms of patch
@@ -405,6 +366,7 @@ class PyramidVisionTransformer(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         num_stages = len(depths)
         assert len(embed_dims) == len(num_heads) == len(sr_ratios) == len(mlp_ratios) == num_stages
+        assert not class_token or sr_ratios[-1] == 1, 'the class token has no place in a reduced grid'
         assert weight_init in ('', 'skip')
         output_fmt = output_fmt or ('NLC' if class_token else 'NCHW')
         assert output_fmt in ('NLC', 'NCHW')
@@ -424,10 +386,9 @@ class PyramidVisionTransformer(nn.Module):
         self.depths = tuple(depths)
         self.embed_dims = tuple(embed_dims)
         self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.reductions = tuple(patch_size * 2 ** i for i in range(num_stages))
+        self.min_input_size = max(r * sr for r, sr in zip(self.reductions, sr_ratios))
 
-        reductions = [patch_size * 2 ** i for i in range(num_stages)]
-        self.reductions = tuple(reductions)
-        self.min_input_size = max(r * sr for r, sr in zip(reductions, sr_ratios))
         grid_sizes = self._grid_sizes(to_2tuple(img_size))
         dpr = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -435,29 +396,29 @@ class PyramidVisionTransformer(nn.Module):
         for i in range(num_stages):
             last = i == num_stages - 1
             stages.append(PyramidVisionTransformerStage(
-                in_chans=in_chans if i == 0 else embed_dims[i - 1],
+                in_chans=embed_dims[i - 1] if i else in_chans,
                 dim=embed_dims[i],
                 depth=depths[i],
                 grid_size=grid_sizes[i],
-                patch_size=patch_size if i == 0 else 2,
-                min_input_size=self.min_input_size if i == 0 else self.min_input_size // reductions[i - 1],
+                patch_size=2 if i else patch_size,
+                min_input_size=self.min_input_size // self.reductions[i - 1] if i else self.min_input_size,
+                class_token=class_token and last,
+                output_fmt=output_fmt if last else 'NCHW',
+                pos_drop=pos_drop_rate,
+                drop_path=dpr[i],
+                block_fn=block_fn,
                 num_heads=num_heads[i],
                 sr_ratio=sr_ratios[i],
                 mlp_ratio=mlp_ratios[i],
                 qkv_bias=qkv_bias,
-                class_token=class_token and last,
-                output_fmt=output_fmt if last else 'NCHW',
-                pos_drop=pos_drop_rate,
                 proj_drop=proj_drop_rate,
                 attn_drop=attn_drop_rate,
-                drop_path=dpr[i],
                 act_layer=act_layer,
                 norm_layer=norm_layer,
-                block_fn=block_fn,
                 mlp_layer=mlp_layer,
                 **dd,
             ))
-            self.feature_info += [dict(num_chs=embed_dims[i], reduction=reductions[i], module=f'stages.{i}')]
+            self.feature_info += [dict(num_chs=embed_dims[i], reduction=self.reductions[i], module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
 
         self.norm = nn.Identity() if self.output_nchw else norm_layer(self.num_features, **dd)
@@ -472,7 +433,7 @@ class PyramidVisionTransformer(nn.Module):
         assert global_pool in accepted, f'global_pool should be one of {accepted}, got {global_pool!r}'
 
     def _grid_sizes(self, img_size: Tuple[int, int]) -> List[Tuple[int, int]]:
-        assert min(img_size) >= self.min_input_size, f'img_size {img_size} is below {self.min_input_size}'
+        assert min(img_size) >= self.min_input_size, f'img_size should be at least {self.min_input_size}'
         patch_size = self.reductions[0]
         return stage_grids((img_size[0] // patch_size, img_size[1] // patch_size), len(self.reductions))
 
@@ -481,9 +442,8 @@ class PyramidVisionTransformer(nn.Module):
         """Initialise all weights as the original does.
 
         Args:
-            mode: '' for the original's, the only one.
-            needs_reset: Also reset modules whose constructor did it already (convolutions, norms). Needed after
-                `to_empty()`.
+            mode: '', there is no other one.
+            needs_reset: Reset the layers too that their constructors initialise, as after `to_empty()`.
         """
         assert mode == ''
         for stage in self.stages:
@@ -523,12 +483,7 @@ class PyramidVisionTransformer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the head.
-
-        Args:
-            num_classes: Number of classes, 0 for no head.
-            global_pool: Pooling, None to keep the present one.
-        """
+        """Replace the head. `num_classes=0` for none, `global_pool=None` keeps the pooling."""
         if global_pool is not None:
             self._check_global_pool(global_pool)
             self.global_pool = global_pool
@@ -543,14 +498,8 @@ class PyramidVisionTransformer(nn.Module):
             img_size: Optional[Union[int, Tuple[int, int]]] = None,
             patch_size: Optional[int] = None,
     ) -> None:
-        """Resize the stored position embeddings, as creating the model with that `img_size` and loading would.
-
-        Args:
-            img_size: Height and width in pixels, None to keep the present one.
-            patch_size: None or the present one, the patch embeddings are not resized.
-        """
-        assert patch_size is None or to_2tuple(patch_size) == to_2tuple(self.stages[0].patch_embed.patch_size), (
-            'the patch embeddings are not resized')
+        """Resize the stored position embeddings, as creating the model with that `img_size` and loading would."""
+        assert patch_size is None or to_2tuple(patch_size) == to_2tuple(self.reductions[0]), 'not resized'
         if img_size is None:
             return
         img_size = to_2tuple(img_size)
@@ -567,7 +516,6 @@ class PyramidVisionTransformer(nn.Module):
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
-            return_prefix_tokens: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """ Forward features that returns intermediates.
 
@@ -578,36 +526,30 @@ class PyramidVisionTransformer(nn.Module):
             stop_early: Stop iterating over stages when last desired intermediate hit.
             output_fmt: Shape of intermediate feature outputs, only 'NCHW'. The class token is left out.
             intermediates_only: Only return intermediate features.
-            return_prefix_tokens: Must be False, the first stages have no class token to return.
 
         Returns:
-            List of feature maps (B, C, H / reduction, W / reduction), after what `forward_features` returns unless
+            Feature maps (B, C, H / reduction, W / reduction), after the output of `forward_features` unless
             `intermediates_only`.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
-        # segmentation_models_pytorch's DPT asks for prefix tokens where the model has a class token
-        assert not return_prefix_tokens, (
-            'Only the last stage has a class token. For a decoder that takes prefix tokens create the model with '
-            'class_token=False, num_classes=0.')
+        intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last_index = len(self.stages) - 1
-        intermediates: List[torch.Tensor] = []
-
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             stages = self.stages
         else:
             stages = self.stages[:max_index + 1]
+
         for i, stage in enumerate(stages):
             B, H, W = x.shape[0], x.shape[2], x.shape[3]
-            x = stage(x)
-            last = i == last_index
-            feat = x
-            if last:
-                feat = self.norm(x) if norm else x
-                if not self.output_nchw:
-                    feat = feat[:, self.num_prefix_tokens:].transpose(1, 2).reshape(
-                        B, x.shape[2], H // stage.patch_embed.patch_size, W // stage.patch_embed.patch_size)
+            x = feat = stage(x)
+            if i == last_index:
                 x = self.norm(x)
+                feat = x if norm else feat
+                if not self.output_nchw:
+                    patch_size = stage.patch_embed.patch_size
+                    feat = feat[:, self.num_prefix_tokens:].transpose(1, 2)
+                    feat = feat.reshape(B, feat.shape[1], H // patch_size, W // patch_size)
             if i in take_indices:
                 intermediates.append(feat)
 
@@ -623,14 +565,6 @@ class PyramidVisionTransformer(nn.Module):
             prune_head: bool = True,
     ) -> List[int]:
         """ Prune layers not required for specified intermediates.
-
-        Args:
-            indices: Stages to keep the outputs of, as in `forward_intermediates`.
-            prune_norm: Remove the final norm.
-            prune_head: Remove the head. It goes in any case when the last stage goes.
-
-        Returns:
-            The indices kept, counted from the first stage.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
@@ -706,17 +640,25 @@ def checkpoint_filter_fn(
         model: nn.Module,
         prefix: Optional[str] = None,
 ) -> Dict[str, torch.Tensor]:
-    """ Map a PVT v1 checkpoint of any known format (see `checkpoints.py`) to `model`. """
+    """ Map a PVT v1 checkpoint of any known format (see `checkpoints.py`) to `model`.
+
+    What timm compares with the model is what the checkpoint holds, whatever its tag says: timm keeps a head that fits,
+    leaves out another one, and adapts the first convolution from the channels that it has.
+    """
     state_dict, info = fit_to_model(state_dict, model, prefix)
     state_dict = resize_pos_embeds(state_dict, info.grid_size, model.stages[0].grid_size, model.class_token)
-    reference = model.state_dict()
-    head = state_dict.get('head.weight')
-    if head is not None and head.shape != reference['head.weight'].shape:
-        _logger.warning(f'The head for {head.shape[0]} classes is replaced by a new one for {model.num_classes}.')
-        state_dict.update({k: v for k, v in reference.items() if k.startswith('head.')})
-    first_conv = 'stages.0.patch_embed.proj.weight'  # timm adapts it to other channels after this
-    ours = {first_conv} if state_dict[first_conv].shape[1] != model.in_chans else ()
-    check_keys(state_dict, reference, ignore=ours)
+    cfg = getattr(model, 'pretrained_cfg', {})
+    adapted = []
+    if info.in_chans != model.in_chans:
+        adapted.append('stages.0.patch_embed.proj.weight')
+    if update_model_input_size is None and info.in_chans != 3 and model.in_chans not in (1, 3):
+        raise ValueError(f'timm < 1.0.29 replaces a first convolution of {info.in_chans} channels by random numbers.')
+    if info.num_classes != model.num_classes and (info.num_classes or model.num_classes != cfg.get('num_classes')):
+        adapted += ['head.weight', 'head.bias']
+        if model.num_classes:
+            _logger.warning(f'The checkpoint has {info.num_classes} classes, the head for {model.num_classes} is new.')
+    check_keys(state_dict, model.state_dict(), ignore=adapted)
+    cfg.update(num_classes=info.num_classes, input_size=(info.in_chans, *cfg.get('input_size', (3, 224, 224))[1:]))
     return state_dict
 
 
@@ -738,44 +680,40 @@ def find_variant(depths: Tuple[int, ...], embed_dims: Tuple[int, ...]) -> Option
     return next((k for k, v in VARIANTS.items() if (v['depths'], v['embed_dims']) == (depths, embed_dims)), None)
 
 
-def _create_pvt(variant: str, pretrained: bool = False, prefix: Optional[str] = None, **kwargs):
+def _create_pvt(variant: str, pretrained: bool = False, prefix: Optional[str] = None, **kwargs: Any) -> Any:
     """Create a model.
 
     Args:
         variant: Key of `VARIANTS`.
         pretrained: Load weights.
-        prefix: What stands before the names of the backbone in the checkpoint, needed where it holds several.
+        prefix: What stands before the names of the backbone in a checkpoint that holds several.
         kwargs: Arguments of the model and of `build_model_with_cfg`.
+
+    Returns:
+        `PyramidVisionTransformer`, with `features_only=True` one of timm's feature extractors around it.
     """
     if kwargs.pop('output_stride', 32) != 32:
         raise ValueError(
             'PVT has output_stride 32 only (feature strides are 4, 8, 16, 32): use a decoder that takes a feature '
             'pyramid, such as FPN, UPerNet or Unet.')
     kwargs = dict(VARIANTS[variant], **kwargs)
-    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
-    pretrained_cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
-    if overlay and 'num_classes' not in overlay and kwargs.get('num_classes'):
-        pretrained_cfg.num_classes = kwargs['num_classes']  # the filter compares heads, not timm the tag's classes
-    feature_cfg = dict(kwargs.pop('feature_cfg', None) or {}, flatten_sequential=True)
-    if 'out_indices' in kwargs or 'out_indices' not in feature_cfg:
-        feature_cfg['out_indices'] = kwargs.pop('out_indices', tuple(range(len(kwargs['depths']))))
     if kwargs.get('features_only', False):
+        kwargs = dict(dict(class_token=False, output_fmt='NCHW'), **dict(kwargs, num_classes=0))
+    elif kwargs.get('pretrained_cfg') == 'retinanet_coco':  # dense backbones
         kwargs.setdefault('class_token', False)
-        kwargs['num_classes'] = 0  # no head, so that weights need not have one
-    elif pretrained_cfg.tag == 'retinanet_coco':  # from a dense backbone
-        kwargs.setdefault('class_token', False)
+    feature_cfg = dict(out_indices=tuple(range(len(kwargs['depths']))))
+    feature_cfg.update(kwargs.pop('feature_cfg', None) or {}, flatten_sequential=True)
     return build_model_with_cfg(
         PyramidVisionTransformer,
         variant,
         pretrained,
-        pretrained_cfg=pretrained_cfg.to_dict(),
         pretrained_filter_fn=partial(checkpoint_filter_fn, prefix=prefix),
         feature_cfg=feature_cfg,
         **kwargs,
     )
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -790,17 +728,16 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 
 
 def _in1k_cfg(variant: str, revision: str = '') -> Dict[str, Any]:
-    # The hub repositories hold the original weights in transformers' format, the url is the original release.
-    hf_hub_id = f'Zetatech/pvt-{variant}-224'
+    # the original release, and its weights in transformers' format on the hub
     return _cfg(
         url=f'https://github.com/whai362/PVT/releases/download/v2/pvt_{variant}.pth',
-        hf_hub_id=f'{hf_hub_id}@{revision}' if revision else hf_hub_id,
+        hf_hub_id=f'Zetatech/pvt-{variant}-224{revision}',
         hf_hub_filename='model.safetensors',
     )
 
 
-def _retinanet_coco_cfg(name: str) -> Dict[str, Any]:
-    # OpenMMLab's COCO detectors, of which the backbone is taken. A dense backbone has no class token, norm or head.
+def _coco_cfg(name: str) -> Dict[str, Any]:
+    # the backbone of OpenMMLab's COCO detectors, without class token, norm and head
     return _cfg(
         url=f'https://download.openmmlab.com/mmdetection/v2.0/pvt/{name}.pth',
         num_classes=0,
@@ -809,14 +746,14 @@ def _retinanet_coco_cfg(name: str) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'pvt_tiny.in1k': _in1k_cfg('tiny', '6a44ba96dda6a6f3e2b6913682acfa0071482e83'),
-    'pvt_tiny.retinanet_coco': _retinanet_coco_cfg(
+    'pvt_tiny.in1k': _in1k_cfg('tiny', '@6a44ba96dda6a6f3e2b6913682acfa0071482e83'),
+    'pvt_tiny.retinanet_coco': _coco_cfg(
         'retinanet_pvt-t_fpn_1x_coco/retinanet_pvt-t_fpn_1x_coco_20210831_103110-17b566bd'),
     'pvt_small.in1k': _in1k_cfg('small'),
-    'pvt_small.retinanet_coco': _retinanet_coco_cfg(
+    'pvt_small.retinanet_coco': _coco_cfg(
         'retinanet_pvt-s_fpn_1x_coco/retinanet_pvt-s_fpn_1x_coco_20210906_142921-b6c94a5b'),
-    'pvt_medium.in1k': _in1k_cfg('medium', '84cba75de906ada79a85f558d3d742c5771064a5'),
-    'pvt_medium.retinanet_coco': _retinanet_coco_cfg(
+    'pvt_medium.in1k': _in1k_cfg('medium', '@84cba75de906ada79a85f558d3d742c5771064a5'),
+    'pvt_medium.retinanet_coco': _coco_cfg(
         'retinanet_pvt-m_fpn_1x_coco/retinanet_pvt-m_fpn_1x_coco_20210831_103243-55effa1b'),
     'pvt_large.in1k': _in1k_cfg('large'),
     'pvt_huge_v2.untrained': _cfg(),
@@ -824,25 +761,25 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def pvt_tiny(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+def pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
     return _create_pvt('pvt_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def pvt_small(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+def pvt_small(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
     return _create_pvt('pvt_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def pvt_medium(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+def pvt_medium(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
     return _create_pvt('pvt_medium', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def pvt_large(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+def pvt_large(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
     return _create_pvt('pvt_large', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def pvt_huge_v2(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+def pvt_huge_v2(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
     return _create_pvt('pvt_huge_v2', pretrained=pretrained, **kwargs)
