@@ -5,51 +5,28 @@ parameters and which source parameters hold the same numbers, so the same row se
 
 Placeholders: {i} stage and {j} block counted from 0, {s} stage and {b} block counted from 1, {p} weight or bias.
 """
+import argparse
 import logging
 import re
+from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
-
 __all__ = [
     'FORMATS', 'Converted', 'Description', 'check_keys', 'describe', 'detect', 'drop_parts', 'fit_to_model',
-    'from_timm', 'map_to_timm', 'stage_grids', 'to_timm', 'unwrap',
+    'from_timm', 'map_to_timm', 'remap', 'stage_grids', 'to_timm', 'training_config', 'unwrap',
 ]
 
 _logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, torch.Tensor]
-
-_POS_EMBED = 'stages.{i}.pos_embed'
-_CLS_TOKEN = 'stages.3.cls_token'
-_BLOCK = 'stages.{i}.blocks.{j}'
+Pairs = List[Tuple[Tuple[str, ...], Tuple[str, ...]]]
+Table = Tuple[Tuple[Any, ...], ...]
 
 # A row is (timm parameters, source parameters[, 'conv1x1']). Where a side has several parameters they are stacked along
 # dim 0 in the order given, `*2` is twice the rows of its neighbour. 'conv1x1' is a linear weight kept as a convolution.
-_TIMM = (
-    ('stages.{i}.pos_embed',                 'stages.{i}.pos_embed'),
-    ('stages.3.cls_token',                   'stages.3.cls_token'),
-    ('stages.{i}.patch_embed.proj.{p}',      'stages.{i}.patch_embed.proj.{p}'),
-    ('stages.{i}.patch_embed.norm.{p}',      'stages.{i}.patch_embed.norm.{p}'),
-    ('stages.{i}.blocks.{j}.norm1.{p}',      'stages.{i}.blocks.{j}.norm1.{p}'),
-    ('stages.{i}.blocks.{j}.attn.q.{p}',     'stages.{i}.blocks.{j}.attn.q.{p}'),
-    ('stages.{i}.blocks.{j}.attn.kv.{p}',    'stages.{i}.blocks.{j}.attn.kv.{p}'),
-    ('stages.{i}.blocks.{j}.attn.sr.{p}',    'stages.{i}.blocks.{j}.attn.sr.{p}'),
-    ('stages.{i}.blocks.{j}.attn.norm.{p}',  'stages.{i}.blocks.{j}.attn.norm.{p}'),
-    ('stages.{i}.blocks.{j}.attn.proj.{p}',  'stages.{i}.blocks.{j}.attn.proj.{p}'),
-    ('stages.{i}.blocks.{j}.norm2.{p}',      'stages.{i}.blocks.{j}.norm2.{p}'),
-    ('stages.{i}.blocks.{j}.mlp.fc1.{p}',    'stages.{i}.blocks.{j}.mlp.fc1.{p}'),
-    ('stages.{i}.blocks.{j}.mlp.fc2.{p}',    'stages.{i}.blocks.{j}.mlp.fc2.{p}'),
-    ('norm.{p}',                             'norm.{p}'),
-    ('head.{p}',                             'head.{p}'),
-)
-
-# `features_only=True` models flatten the stages into their own names
-_TIMM_FEATURES = tuple((timm, source.replace('stages.', 'stages_')) for timm, source in _TIMM)
-
 _ORIGINAL = (
     # timm                                   classification/pvt.py, detection/pvt.py, segmentation/pvt.py
     ('stages.{i}.pos_embed',                 'pos_embed{s}'),
@@ -68,6 +45,11 @@ _ORIGINAL = (
     ('norm.{p}',                             'norm.{p}'),
     ('head.{p}',                             'head.{p}'),
 )
+
+_TIMM = tuple((row[0].replace('.3.', '.{i}.'),) * 2 for row in _ORIGINAL)
+
+# `features_only=True` models flatten the stages into their own names
+_TIMM_FEATURES = tuple((timm, source.replace('stages.', 'stages_')) for timm, source in _TIMM)
 
 _TRANSFORMERS = (
     # timm                                   transformers PvtForImageClassification
@@ -105,122 +87,68 @@ _MMDET = (
     ('stages.{i}.blocks.{j}.mlp.fc2.{p}',    'layers.{i}.1.{b}.ffn.layers.3.{p}', 'conv1x1'),
 )
 
-# format -> (table, the key that only this format has)
-FORMATS = {
-    'timm': (_TIMM, 'stages.0.patch_embed.proj.weight'),
-    'timm_features': (_TIMM_FEATURES, 'stages_0.patch_embed.proj.weight'),
-    'original': (_ORIGINAL, 'patch_embed1.proj.weight'),
-    'transformers': (_TRANSFORMERS, 'pvt.encoder.patch_embeddings.0.projection.weight'),
-    'mmdet': (_MMDET, 'layers.0.0.projection.weight'),
+_HEAD = r'head\.(?:weight|bias)'
+# format -> (table, the key that tells it, how its names start: others stand beside it)
+FORMATS: Dict[str, Tuple[Table, str, str]] = {
+    'timm': (_TIMM, 'stages.0.patch_embed.proj.weight', rf'(?:stages|norm\d*|{_HEAD})\b'),
+    'timm_features': (_TIMM_FEATURES, 'stages_0.patch_embed.proj.weight', rf'(?:stages_\d+|norm\d*|{_HEAD})\b'),
+    'original': (
+        _ORIGINAL, 'patch_embed1.proj.weight',
+        rf'(?:pos_embed\d|cls_token|patch_embed\d|block\d|norm\d*|{_HEAD})\b'),
+    'transformers': (
+        _TRANSFORMERS, 'pvt.encoder.patch_embeddings.0.projection.weight',
+        r'(?:pvt|encoder|classifier\.(?:weight|bias))\b'),
+    'mmdet': (_MMDET, 'layers.0.0.projection.weight', r'(?:layers|norm\d*)\b'),
 }
-_TRANSFORMERS_BASE = 'encoder.patch_embeddings.0.projection.weight'  # PvtModel, without the 'pvt.' prefix
+_TRANSFORMERS_BASE = 'encoder.patch_embeddings.0.projection.weight'  # PvtModel, without the 'pvt.' before all names
+_ANCHORS = {**{anchor: fmt for fmt, (_, anchor, _) in FORMATS.items()}, _TRANSFORMERS_BASE: 'transformers'}
 
-_WRAPPERS = ('model', 'state_dict')
-_EMA_WRAPPERS = ('model_ema', 'state_dict_ema')
-_PREFIX = re.compile(r'(?:(?:module|_orig_mod|backbone|model)\.)*')
-_PLACEHOLDERS = {'i': r'(\d+)', 'j': r'(\d+)', 's': r'(\d+)', 'b': r'(\d+)', 'p': r'(weight|bias)'}
+_OTHER_FAMILIES = (
+    (r'dwconv|\.ffn\.layers\.1\.weight$', "PVT v2 or SegFormer: see timm's pvt_v2 models"),
+    (r'relative_position_bias_table', 'Swin'),
+    (r'\.attn\.qkv\.|attention\.attention\.query\.', 'ViT'),
+    (r'pos_block\.', 'Twins'),
+    (r'layer1\.0\.conv1\.', 'ResNet'),
+)
 
-
-@dataclass(frozen=True)
-class _Template:
-    """A parameter name with placeholders, and its share of the rows of the stack it is in."""
-    text: str
-    rows: int
-    regex: 're.Pattern[str]'
-    names: Tuple[str, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> '_Template':
-        text, _, rows = text.partition('*')
-        pieces = re.split(r'\{(\w)\}', text)
-        names = tuple(pieces[1::2])
-        regex = ''.join(_PLACEHOLDERS[x] if n % 2 else re.escape(x) for n, x in enumerate(pieces))
-        return cls(text, int(rows or 1), re.compile(regex), names)
-
-    def match(self, key: str) -> Optional[Tuple[Tuple[str, Any], ...]]:
-        """Fields of `key` counted from 0, or None. Only a name that `format` gives back is a match (no '01')."""
-        m = self.regex.fullmatch(key)
-        if m is None:
-            return None
-        fields: Dict[str, Any] = {}
-        for name, value in zip(self.names, m.groups()):
-            if name == 'p':
-                fields['p'] = value
-            elif len(value) > 4:
-                return None
-            else:
-                fields[{'s': 'i', 'b': 'j'}.get(name, name)] = int(value) - (name in 'sb')
-        return tuple(sorted(fields.items())) if self.format(fields) == key else None
-
-    def format(self, fields: Mapping[str, Any]) -> str:
-        shifted = dict(fields, s=fields.get('i', 0) + 1, b=fields.get('j', 0) + 1)
-        return re.sub(r'\{(\w)\}', lambda m: str(shifted[m.group(1)]), self.text)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    timm: Tuple[_Template, ...]
-    source: Tuple[_Template, ...]
-    conv1x1: bool
-
-
-@cache
-def _rules(fmt: str) -> Tuple[_Rule, ...]:
-    def parse(side):
-        return tuple(_Template.parse(text) for text in ((side,) if isinstance(side, str) else side))
-    return tuple(_Rule(parse(row[0]), parse(row[1]), 'conv1x1' in row[2:]) for row in FORMATS[fmt][0])
+# timm's order: averaged weights are preferred
+_EMA_WRAPPERS = ('state_dict_ema', 'model_ema')
+_WRAPPERS = ('state_dict', 'model')
+_USUAL_PREFIX = re.compile(
+    r'(?:(?:module|_orig_mod|model|net|timm_model|encoder\.model|backbone|body|model_state_dict)\.)*')
+_COUNT = r'0|[1-9]\d{0,3}'  # as it is written: no '01'
+_PLACEHOLDERS = {
+    'i': _COUNT, 'j': _COUNT, 's': r'[1-9]\d{0,3}', 'b': r'[1-9]\d{0,3}', 'p': 'weight|bias',
+    'n': 'weight|bias|running_mean|running_var|num_batches_tracked',
+}
 
 
 @dataclass
 class Converted:
-    """A state dict under timm's names, and an account of every key of its source.
-
-    Attributes:
-        state_dict: Tensors under timm's names.
-        format: Key of `FORMATS`.
-        wrappers: Keys that were opened to reach the weights, outermost first.
-        prefix: What stood before every name.
-        mapped: (timm names, source names) that hold the same numbers.
-        dropped: Source key to the reason why it is not in `state_dict`.
-    """
+    """A state dict under timm's names, and an account of every key of its source."""
     state_dict: StateDict
-    format: str
-    wrappers: Tuple[str, ...] = ()
-    prefix: str = ''
-    mapped: List[Tuple[Tuple[str, ...], Tuple[str, ...]]] = field(default_factory=list)
-    dropped: Dict[str, str] = field(default_factory=dict)
+    format: str  # key of `FORMATS`
+    wrappers: Tuple[str, ...] = ()  # keys that were opened to reach the weights, outermost first
+    prefix: str = ''  # what stood before every name
+    mapped: Pairs = field(default_factory=list)  # (timm names, source names) that hold the same numbers
+    dropped: Dict[str, str] = field(default_factory=dict)  # key or group ('decoder.*') left out: how many or why
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a state dict under timm's names says about its model.
-
-    Attributes:
-        depths: Blocks per stage.
-        embed_dims: Channels per stage.
-        sr_ratios: Spatial reduction per stage.
-        mlp_ratios: MLP hidden size over channels per stage.
-        patch_size: Patch size of the first stage.
-        in_chans: Input channels.
-        num_classes: Classes of the head, 0 without head.
-        class_token: The class token is there.
-        class_row: The last position embedding starts with a row for the class token.
-        norm: The final norm is there.
-        grid_size: Height and width of the first stage's position embedding.
-        dtype: Type of the patch embedding weight.
-    """
+    """What a state dict under timm's names says about its model."""
     depths: Tuple[int, ...]
     embed_dims: Tuple[int, ...]
-    sr_ratios: Tuple[int, ...]
+    sr_ratios: Tuple[int, ...]  # spatial reduction per stage
     mlp_ratios: Tuple[float, ...]
-    patch_size: int
+    patch_size: int  # of the first stage
     in_chans: int
-    num_classes: int
+    num_classes: int  # 0 without head
     class_token: bool
-    class_row: bool
-    norm: bool
-    grid_size: Tuple[int, int]
-    dtype: torch.dtype
+    class_row: bool  # the last position embedding starts with a row for the class token
+    norm: bool  # the final norm is there
+    grid_size: Tuple[int, int]  # height and width of the first stage's position embedding
+    dtype: torch.dtype  # of the first weight
 
     @property
     def img_size(self) -> Tuple[int, int]:
@@ -233,26 +161,13 @@ def stage_grids(grid_size: Tuple[int, int], num_stages: int = 4) -> List[Tuple[i
     return [(grid_size[0] // 2 ** i, grid_size[1] // 2 ** i) for i in range(num_stages)]
 
 
-def source_grid(
+def _source_grid(
         counts: Sequence[int],
-        hint: Optional[Tuple[int, int]] = None,
-        class_row: Optional[bool] = None,
+        hint: Optional[Tuple[int, int]],
+        class_rows: Sequence[int],
 ) -> Tuple[Tuple[int, int], int]:
-    """Tell the grid that stored position embeddings were made for from how many rows they have.
-
-    Args:
-        counts: Rows of the position embedding of each stage.
-        hint: Grid of the first stage to take if it fits.
-        class_row: Whether the last one has a row for the class token, None to find out.
-
-    Returns:
-        Grid (height, width) of the first stage and the number of class token rows (0 or 1). Where the rows fit both a
-        square and another grid, the square one.
-
-    Raises:
-        ValueError: No grid fits, or only non-square ones do and `hint` does not say which.
-    """
-    class_rows = (0, 1) if class_row is None else (int(class_row),)
+    """Tell the grid (height, width) of the first stage from the rows of all position embeddings, and how many of them
+    are the class token's. `hint` is taken if it fits, else a square one is."""
     fits = []
     for h in range(1, counts[0] + 1) if counts[0] <= 2 ** 22 else ():
         if counts[0] % h:
@@ -261,12 +176,9 @@ def source_grid(
         rows = counts[-1] - grids[-1]
         if 0 not in grids and grids[:-1] == list(counts[:-1]) and rows in class_rows:
             fits.append(((h, counts[0] // h), rows))
-    for grid, rows in fits:
-        if hint is not None and grid == tuple(hint):
-            return grid, rows
-    for grid, rows in fits:
-        if grid[0] == grid[1]:
-            return grid, rows
+    best = [x for x in fits if x[0] == hint] or [x for x in fits if x[0][0] == x[0][1]]
+    if best:
+        return best[0]
     if fits:
         raise ValueError(
             f'Expected to know the image size of position embeddings with {list(counts)} rows: the grids '
@@ -280,58 +192,61 @@ def _some(names: Iterable[str], limit: int = 6) -> str:
     return ', '.join(map(str, names[:limit])) + more
 
 
-def detect(keys: Iterable[str]) -> Tuple[str, str]:
-    """Tell the format of a state dict by keys that only this format has.
+def detect(keys: Iterable[Any], prefix: Optional[str] = None) -> Tuple[str, str]:
+    """Find a PVT by keys that only it has, whatever stands before them.
 
     Args:
         keys: Names in the state dict.
+        prefix: What stands before the names of the one to take, needed where there are several.
 
     Returns:
         Format (key of `FORMATS`) and the prefix before every name.
 
     Raises:
-        ValueError: No known format, or several models in one state dict.
+        ValueError: None found, not under that prefix, or several and no prefix given. What there is, is named.
     """
     keys = [k for k in keys if isinstance(k, str)]
+    found = _find(keys)
+    if not found:
+        other = next((name for pattern, name in _OTHER_FAMILIES if any(re.search(pattern, k) for k in keys)), None)
+        raise ValueError(
+            f'Expected a PVT v1 checkpoint (timm, original, transformers or mmdetection format), got '
+            f'{other or f"keys {_some(keys, 3) or None}"}.')
+    wanted = [x for x in found if prefix is None or x[1].rstrip('.') == prefix.rstrip('.')]
+    if len(wanted) != 1:
+        there = ', '.join(f'{before!r} ({fmt})' for fmt, before in found)
+        what = 'one PVT in the checkpoint, got several' if prefix is None else f'a PVT under prefix {prefix!r}, got'
+        raise ValueError(f'Expected {what}: {there}. Say with prefix which one to take.')
+    return wanted[0]
+
+
+def _find(keys: Iterable[Any]) -> List[Tuple[str, str]]:
+    """Formats and prefixes of all PVTs among the keys."""
     found = set()
     for key in keys:
-        for fmt, (_, anchor) in FORMATS.items():
-            if key.endswith(anchor):
-                prefix = key[:-len(anchor)]
-                if _PREFIX.fullmatch(prefix):
-                    found.add((fmt, prefix))
-        if key.endswith(_TRANSFORMERS_BASE):
-            prefix = key[:-len(_TRANSFORMERS_BASE)]
-            if _PREFIX.fullmatch(prefix):
-                found.add(('transformers', prefix))
-    if not found:
-        raise ValueError(
-            f'Expected a PVT v1 checkpoint (timm, original, transformers or mmdetection format), got keys '
-            f'{_some(keys, 3) or "(none)"}.')
-    if len(found) > 1:
-        raise ValueError(
-            'Expected one model in the checkpoint, got several: '
-            + ', '.join(f'{fmt} under {prefix!r}' for fmt, prefix in sorted(found)) + '.')
-    if any('dwconv' in k for k in keys):
-        raise ValueError("Expected a PVT v1 checkpoint, got PVT v2 ('dwconv' weights): use timm's pvt_v2 models.")
-    return found.pop()
+        anchors = [x for x in _ANCHORS if isinstance(key, str) and f'.{key}'.endswith(f'.{x}')]
+        if anchors:
+            anchor = max(anchors, key=len)  # one is the end of another
+            found.add((_ANCHORS[anchor], key[:-len(anchor)]))
+    return sorted(found)
 
 
 def unwrap(
         checkpoint: Mapping[str, Any],
-        use_ema: bool = False,
+        use_ema: bool = True,
 ) -> Tuple[Mapping[str, Any], Tuple[str, ...], Dict[str, str]]:
     """Open the wrappers of training checkpoints.
 
     Args:
         checkpoint: What a checkpoint file holds.
-        use_ema: Take the averaged weights ('model_ema', 'state_dict_ema') where both are there.
+        use_ema: As in timm, prefer averaged weights ('state_dict_ema', 'model_ema') where both are there.
 
     Returns:
-        The state dict, the keys opened, outermost first, and the keys left with the reason.
+        The state dict, the keys opened, outermost first, and the keys left with the reason. Where weights are in dicts
+        under other names, their keys come as '{name}.{key}'.
 
     Raises:
-        ValueError: Not a mapping, or `use_ema` without averaged weights.
+        ValueError: Not a mapping.
     """
     wrappers: List[str] = []
     left: Dict[str, str] = {}
@@ -339,88 +254,107 @@ def unwrap(
     while True:
         if not isinstance(checkpoint, Mapping):
             raise ValueError(f'Expected a state dict, got {type(checkpoint).__name__}.')
-        inner = next((k for k in order if isinstance(checkpoint.get(k), Mapping)), None)
+        inner = next((k for k in order if isinstance(checkpoint.get(k), Mapping) and checkpoint[k]), None)
         if inner is None or len(wrappers) == 4:
             break
         left.update({'.'.join((*wrappers, str(k))): f'beside {inner!r}' for k in checkpoint if k != inner})
         wrappers.append(inner)
         checkpoint = checkpoint[inner]
-    if use_ema and not any(w in _EMA_WRAPPERS for w in wrappers):
-        raise ValueError(f"Expected averaged weights ({' or '.join(_EMA_WRAPPERS)}), the checkpoint has none.")
+    if not _find(checkpoint):
+        flat: Dict[str, Any] = {}
+        for key, value in checkpoint.items():
+            flat.update({f'{key}.{k}': v for k, v in value.items()} if isinstance(value, Mapping) else {key: value})
+        checkpoint = flat if _find(flat) else checkpoint
     return checkpoint, tuple(wrappers), left
 
 
-def _conv1x1(x: torch.Tensor, names: Iterable[str]) -> torch.Tensor:
-    if x.ndim == 1:
-        return x  # bias
-    if x.ndim != 4 or tuple(x.shape[2:]) != (1, 1):
-        raise ValueError(f'Expected a 1x1 convolution weight for {_some(names)}, got shape {list(x.shape)}.')
-    return x[:, :, 0, 0]
+def _regex(template: str) -> 're.Pattern[str]':
+    text = re.escape(template.partition('*')[0])
+    return re.compile(re.sub(r'\\\{(\w)\\\}', lambda m: f'(?P<{m[1]}>{_PLACEHOLDERS[m[1]]})', text))
 
 
-def _restack(tensors: List[torch.Tensor], from_names: List[str], to: Tuple[_Template, ...]) -> List[torch.Tensor]:
-    """Join `tensors` along dim 0 and cut the result by the row shares of `to`."""
-    if len(tensors) > 1 and len({tuple(x.shape[1:]) for x in tensors} | {x.ndim for x in tensors}) != 2:
-        raise ValueError(f'Expected like shapes for {_some(from_names)}, got {[list(x.shape) for x in tensors]}.')
-    if len({x.dtype for x in tensors}) > 1:
-        raise ValueError(f'Expected one dtype for {_some(from_names)}, got {[x.dtype for x in tensors]}.')
-    x = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    if len(to) == 1:
-        return [x]
-    shares = [t.rows for t in to]
-    if x.ndim == 0 or x.shape[0] % sum(shares):
+def _fill(template: str, fields: Mapping[str, Any]) -> str:
+    return template.partition('*')[0].format(**fields, s=fields.get('i', 0) + 1, b=fields.get('j', 0) + 1)
+
+
+def _restack(
+        tensors: List[torch.Tensor],
+        names: Sequence[str],
+        have: Sequence[str],
+        want: Sequence[str],
+) -> List[torch.Tensor]:
+    """Join `tensors` along dim 0 and cut the result by the row shares of the templates."""
+    shares = [[int(t.partition('*')[2] or 1) for t in side] for side in (have, want)]
+    if len({(x.dtype, x.ndim, x.shape[1:], x.ndim and x.shape[0] / n) for x, n in zip(tensors, shares[0])}) > 1:
         raise ValueError(
-            f'Expected rows in multiples of {sum(shares)} in {_some(from_names)}, got shape {list(x.shape)}.')
-    unit = x.shape[0] // sum(shares)
-    return [y.clone() for y in x.split([unit * n for n in shares])]
+            f'Expected like types and shapes for {_some(names)}, got {[(x.dtype, list(x.shape)) for x in tensors]}.')
+    x = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if len(want) == 1:
+        return [x]
+    unit, rest = divmod(x.shape[0], sum(shares[1])) if x.ndim else (0, 1)
+    if rest:
+        raise ValueError(
+            f'Expected rows in multiples of {sum(shares[1])} in {_some(names)}, got shape {list(x.shape)}.')
+    return [y.clone() for y in x.split([unit * n for n in shares[1]])]
 
 
-def _remap(state_dict: Mapping[str, Any], fmt: str, to_timm: bool) -> Tuple[StateDict, List, List[str]]:
-    """Apply a table in one direction. Returns the tensors, pairs of (new names, old names) and keys without a row."""
-    by_groups: Dict[Any, Dict[int, str]] = {}
+def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> Tuple[StateDict, Pairs, List[str]]:
+    """Apply a table of names in one direction.
+
+    Args:
+        state_dict: Tensors.
+        table: Rows as above: (our names, their names[, 'conv1x1']).
+        to_timm: From their names to ours, else from ours to theirs.
+
+    Returns:
+        The tensors, pairs of (new names, old names), and the keys that no row has.
+
+    Raises:
+        ValueError: Half of a pair is missing, something is no tensor, or has a shape that its row cannot take.
+    """
+    rows = [[(side,) if isinstance(side, str) else side for side in row[:2]] for row in table]
+    regexes = [(n, part, _regex(t)) for n, row in enumerate(rows) for part, t in enumerate(row[to_timm])]
+    found: Dict[Any, Dict[int, str]] = {}
     unknown = []
     for key in state_dict:
-        for n, rule in enumerate(_rules(fmt)):
-            side = rule.source if to_timm else rule.timm
-            hit = next(((part, m) for part, t in enumerate(side) if (m := t.match(key)) is not None), None)
-            if hit:
-                by_groups.setdefault((n, hit[1]), {})[hit[0]] = key
+        for n, part, regex in regexes:
+            if m := regex.fullmatch(key):
+                fields = {
+                    {'s': 'i', 'b': 'j'}.get(k, k): v if k in 'pn' else int(v) - (k in 'sb')
+                    for k, v in m.groupdict().items()}
+                found.setdefault((n, *fields.items()), {})[part] = key
                 break
         else:
             unknown.append(key)
 
     out: StateDict = {}
     pairs = []
-    missing = []
-    for (n, fields), parts in by_groups.items():
-        rule = _rules(fmt)[n]
-        have, want = (rule.source, rule.timm) if to_timm else (rule.timm, rule.source)
-        if len(parts) != len(have):
-            missing += [t.format(dict(fields)) for part, t in enumerate(have) if part not in parts]
-            continue
+    for (n, *fields), parts in found.items():
+        have, want = rows[n][to_timm], rows[n][not to_timm]
+        missing = [_fill(t, dict(fields)) for part, t in enumerate(have) if part not in parts]
+        if missing:
+            raise ValueError(f'Missing in the checkpoint: {_some(missing)}.')
         old = [parts[part] for part in range(len(have))]
         tensors = [state_dict[k] for k in old]
-        bad = [k for k, x in zip(old, tensors) if not isinstance(x, torch.Tensor)]
-        if bad:
-            raise ValueError(f'Expected tensors, got {type(state_dict[bad[0]]).__name__} for {_some(bad)}.')
-        if len(have) > 1:  # their shares have to be kept, or the stack could not be cut again
-            units = {x.shape[0] / t.rows if x.ndim else None for x, t in zip(tensors, have)}
-            if len(units) > 1:
-                raise ValueError(f'Expected like row counts for {_some(old)}, got {[list(x.shape) for x in tensors]}.')
-        if rule.conv1x1 and to_timm:
-            tensors = [_conv1x1(x, old) for x in tensors]
-        new = [t.format(dict(fields)) for t in want]
-        tensors = _restack(tensors, old, want)
-        if rule.conv1x1 and not to_timm:
+        for k, x in zip(old, tensors):
+            if not isinstance(x, torch.Tensor):
+                cure = ' (make it one with torch.from_numpy)' if hasattr(x, '__array__') else ''
+                raise ValueError(f'Expected a tensor for {k}, got {type(x).__name__}{cure}.')
+        conv1x1 = 'conv1x1' in table[n][2:]
+        if conv1x1 and to_timm:
+            if any(x.ndim != 1 and (x.ndim != 4 or x.shape[2:] != (1, 1)) for x in tensors):
+                raise ValueError(f'Expected a 1x1 convolution for {old[0]}, got shape {list(tensors[0].shape)}.')
+            tensors = [x.flatten(1) if x.ndim == 4 else x for x in tensors]
+        tensors = _restack(tensors, old, have, want)
+        if conv1x1 and not to_timm:
             tensors = [x[:, :, None, None] if x.ndim == 2 else x for x in tensors]
+        new = [_fill(t, dict(fields)) for t in want]
         out.update(zip(new, tensors))
         pairs.append((tuple(new), tuple(old)))
-    if missing:
-        raise ValueError(f'Missing in the checkpoint: {_some(missing)}.')
     return out, pairs, unknown
 
 
-def to_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, List]:
+def to_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, Pairs]:
     """Map a state dict of format `fmt` (no wrapper, no prefix) to timm's names.
 
     Returns:
@@ -429,13 +363,15 @@ def to_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict
     Raises:
         ValueError: A key without a row in the table, half of a pair, or a shape that the row cannot take. All named.
     """
-    out, pairs, unknown = _remap(state_dict, fmt, to_timm=True)
+    out, pairs, unknown = remap(state_dict, FORMATS[fmt][0])
+    if any(re.search(_OTHER_FAMILIES[0][0], k) for k in unknown):
+        raise ValueError(f'Expected a PVT v1 checkpoint, got {_OTHER_FAMILIES[0][1]}.')
     if unknown:
         raise ValueError(f'Not part of a PVT v1 model in {fmt} format: {_some(unknown)}.')
     return out, pairs
 
 
-def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, List]:
+def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, Pairs]:
     """Map a state dict under timm's names to format `fmt`.
 
     Returns:
@@ -444,7 +380,7 @@ def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDi
     Raises:
         ValueError: The format has no place for a parameter, all named. `drop_parts` leaves out what it may.
     """
-    out, pairs, unknown = _remap(state_dict, fmt, to_timm=False)
+    out, pairs, unknown = remap(state_dict, FORMATS[fmt][0], to_timm=False)
     if unknown:
         raise ValueError(f'The {fmt} format has no place for {_some(unknown)}.')
     return out, pairs
@@ -452,33 +388,91 @@ def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDi
 
 def map_to_timm(
         checkpoint: Mapping[str, Any],
-        use_ema: bool = False,
+        use_ema: bool = True,
         prefix: Optional[str] = None,
 ) -> Converted:
-    """Map any PVT v1 checkpoint, wrapped or prefixed or neither, to timm's names.
+    """Map any PVT v1 checkpoint to timm's names: of any format, wrapped or not, inside of any model.
 
-    A key next to the backbone (neck, detection head, optimizer) is dropped and listed. A key inside of it that is no
-    PVT v1 parameter is an error.
+    What stands beside the PVT (neck, detection head, decoder, optimizer) is dropped and listed by group. A key inside
+    of it that is no PVT v1 parameter is an error.
 
     Args:
         checkpoint: What a checkpoint file holds.
-        use_ema: Take averaged weights where both are there.
+        use_ema: As in timm, prefer averaged weights where both are there.
+        prefix: What stands before the names, needed where there are several PVTs.
 
     Raises:
         ValueError: Not a PVT v1 checkpoint. The message names what is wrong.
     """
     state_dict, wrappers, dropped = unwrap(checkpoint, use_ema)
-    fmt, prefix = detect(state_dict)
-    inner: Dict[str, Any] = {}
-    for key, value in state_dict.items():
-        if isinstance(key, str) and key.startswith(prefix):
-            inner[key[len(prefix):]] = value
-        else:
-            dropped['.'.join((*wrappers, str(key)))] = f'not under {prefix!r}'
-    if fmt == 'transformers' and _TRANSFORMERS_BASE in inner:
-        inner = {k if k.startswith('classifier.') else f'pvt.{k}': v for k, v in inner.items()}
-    out, pairs = to_timm(inner, fmt)
+    asked = prefix is not None
+    fmt, prefix = detect(state_dict, prefix)
+    inner = {k[len(prefix):]: k for k in state_dict if isinstance(k, str) and k.startswith(prefix)}
+    parts = {name: key for name, key in inner.items() if re.match(FORMATS[fmt][2], name)}
+    groups = Counter(_group(str(k), prefix) for k in state_dict.keys() - set(parts.values()))
+    dropped.update({'.'.join((*wrappers, group)): f'{n} beside the PVT' for group, n in sorted(groups.items())})
+    usual = asked or not groups or _USUAL_PREFIX.fullmatch(prefix) and len(parts) == len(inner)
+    left = ', '.join(f'{group}: {n}' for group, n in sorted(groups.items())) or 'nothing'
+    _logger.log(
+        logging.INFO if usual else logging.WARNING,
+        f'Taken from the checkpoint: a PVT in {fmt} format under prefix {prefix!r}. Left out: {left}.')
+    tensors = {name: state_dict[key] for name, key in parts.items()}
+    if fmt == 'transformers' and _TRANSFORMERS_BASE in parts:
+        tensors = {f'pvt.{k}' if k.startswith('encoder.') else k: v for k, v in tensors.items()}
+    out, pairs = to_timm(tensors, fmt)
     return Converted(out, fmt, wrappers, prefix, pairs, dropped)
+
+
+def _group(key: str, prefix: str) -> str:
+    """The first part of a key that is not in the prefix, as 'net.decoder.*'."""
+    while not key.startswith(prefix):
+        prefix = prefix[:prefix.rstrip('.').rfind('.') + 1]
+    part, dot, _ = key[len(prefix):].partition('.')
+    return f'{prefix}{part}.*' if dot else key
+
+
+def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
+    """What a training script's checkpoint says about itself beside the weights.
+
+    Args:
+        checkpoint: What a file of timm's train.py ('arch', 'args'), of Lightning ('hyper_parameters') or of OpenMMLab
+            ('meta') holds.
+
+    Returns:
+        Those of these that it says: 'architecture' (str), 'img_size' ((height, width)), 'mean' and 'std' (a number per
+        channel), 'crop_pct' (float), 'interpolation' (str), 'num_classes' (int), 'label_names' (list of str).
+    """
+    said: Dict[Any, Any] = {}
+    todo = [checkpoint.get(k) for k in ('meta', 'hyper_parameters', 'args')]
+    for depth in range(2):  # settings may stand in groups
+        todo = [vars(x) if isinstance(x, argparse.Namespace) else x for x in todo]
+        groups = [x for x in todo if isinstance(x, Mapping)]
+        for x in groups:
+            said.update({k: v for k, v in x.items() if v is not None and not (depth and k in said)})
+        todo = [v for x in groups for v in x.values()]
+
+    def numbers(*names: str, low: float = 1e-9) -> Tuple[Any, ...]:
+        x = next((said[name] for name in names if name in said), ())
+        try:
+            values = tuple(float(v) for v in (x if hasattr(x, '__len__') else (x,)))
+            return values if len(values) <= 16 and all(low <= v < 2 ** 16 for v in values) else ()
+        except (TypeError, ValueError):
+            return ()
+
+    size, classes = (tuple(map(int, numbers(*names, low=1))) for names in (
+        ('input_size', 'img_size', 'image_size'), ('num_classes',)))
+    labels = next((said[k] for k in ('label_names', 'class_names', 'classes', 'CLASSES') if k in said), None)
+    found = {
+        'architecture': next((x for k in ('model', 'architecture', 'arch') if isinstance(x := said.get(k), str)), None),
+        'img_size': (size * 2)[-2:],
+        'mean': numbers('mean', low=0.),
+        'std': numbers('std'),
+        'crop_pct': next(iter(numbers('crop_pct')), None),
+        'interpolation': said['interpolation'] if isinstance(said.get('interpolation'), str) else None,
+        'num_classes': classes[0] if classes else None,
+        'label_names': [str(x) for x in labels] if isinstance(labels, (list, tuple)) else None,
+    }
+    return {k: v for k, v in found.items() if v}
 
 
 def _need(state_dict: Mapping[str, torch.Tensor], key: str, ndim: int) -> torch.Tensor:
@@ -501,28 +495,28 @@ def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Tuple[in
         ValueError: A parameter that this needs is missing or has the wrong number of dimensions, or the sizes of the
             position embeddings belong to no image size.
     """
-    depths = []
-    for i in range(4):
-        found = {int(m.group(1)) for m in (re.match(rf'stages\.{i}\.blocks\.(\d+)\.', k) for k in state_dict) if m}
-        depth = max(found, default=-1) + 1
-        if len(found) != depth or not depth:
-            gap = next(j for j in range(depth + 1) if j not in found)
+    found: Dict[int, set] = {}
+    for m in filter(None, (re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k) for k in state_dict)):
+        found.setdefault(int(m[1]), set()).add(int(m[2]))
+    stages = range(max(found, default=3) + 1)
+    for i in stages:
+        gap = next(j for j in range(len(found.get(i, ())) + 1) if j not in found.get(i, ()))
+        if not gap or gap < len(found[i]):
             raise ValueError(f'Missing in the checkpoint: stages.{i}.blocks.{gap}.')
-        depths.append(depth)
-    projs = [_need(state_dict, f'stages.{i}.patch_embed.proj.weight', 4) for i in range(4)]
+    projs = [_need(state_dict, f'stages.{i}.patch_embed.proj.weight', 4) for i in stages]
     dims = tuple(x.shape[0] for x in projs)
-    fc1s = [_need(state_dict, f'stages.{i}.blocks.0.mlp.fc1.weight', 2) for i in range(4)]
+    fc1s = [_need(state_dict, f'stages.{i}.blocks.0.mlp.fc1.weight', 2) for i in stages]
     sr_ratios = tuple(
         _need(state_dict, key, 4).shape[-1] if (key := f'stages.{i}.blocks.0.attn.sr.weight') in state_dict else 1
-        for i in range(4))
-    counts = [_need(state_dict, f'stages.{i}.pos_embed', 3).shape[1] for i in range(4)]
-    class_token = _CLS_TOKEN in state_dict
+        for i in stages)
+    counts = [_need(state_dict, f'stages.{i}.pos_embed', 3).shape[1] for i in stages]
+    class_token = f'stages.{stages[-1]}.cls_token' in state_dict
     patch_size = projs[0].shape[-1]
     hint = (img_size[0] // patch_size, img_size[1] // patch_size) if img_size else None
-    grid_size, prefix = source_grid(counts, hint, class_row=True if class_token else None)
+    grid_size, prefix = _source_grid(counts, hint, (1,) if class_token else (0, 1))
     head = state_dict.get('head.weight')
     return Description(
-        depths=tuple(depths),
+        depths=tuple(len(found[i]) for i in stages),
         embed_dims=dims,
         sr_ratios=sr_ratios,
         mlp_ratios=tuple(x.shape[0] / d for x, d in zip(fc1s, dims)),
@@ -548,9 +542,10 @@ def drop_parts(state_dict: Mapping[str, torch.Tensor], parts: Iterable[str], cla
     out = dict(state_dict)
     for part in parts:
         if part == 'class_token':
-            out.pop(_CLS_TOKEN, None)
+            out = {k: v for k, v in out.items() if not k.endswith('.cls_token')}
+            last = max((k for k in out if k.endswith('.pos_embed')), default='')
             if class_row:
-                out['stages.3.pos_embed'] = out['stages.3.pos_embed'][:, 1:]
+                out[last] = out[last][:, 1:]
         elif part in ('norm', 'head'):
             out = {k: v for k, v in out.items() if not k.startswith(f'{part}.')}
         else:
@@ -574,13 +569,12 @@ def fit_to_model(
         The state dict, its position embeddings on their own grid, and what it says about its model.
 
     Raises:
-        ValueError: Not a PVT v1 checkpoint, of another variant, or of a dense backbone where a classifier is wanted.
+        ValueError: Not a PVT v1 checkpoint, or of a dense backbone where a classifier is wanted.
     """
     converted = map_to_timm(checkpoint, prefix=prefix)
     state_dict = converted.state_dict
     img_size = getattr(model, 'pretrained_model_args', {}).get('img_size')
-    if img_size is not None:
-        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
     patch_size = model.stages[0].patch_embed.patch_size
     model_size = tuple(n * patch_size for n in model.stages[0].grid_size)
     if img_size is None and converted.format.startswith('timm'):
@@ -590,10 +584,6 @@ def fit_to_model(
         info = describe(state_dict, img_size)
     except ValueError:
         info = describe(state_dict, model_size)  # no square grid fits, the model's may
-    if (info.depths, info.embed_dims) != (tuple(model.depths), tuple(model.embed_dims)):
-        raise ValueError(
-            f'Expected a checkpoint with depths {tuple(model.depths)} and channels {tuple(model.embed_dims)}, got '
-            f'{info.depths} and {info.embed_dims}.')
     if model.class_token and not info.class_token:
         raise ValueError(
             'Expected a checkpoint with class token, got the one of a dense backbone (detector, segmenter): '
@@ -610,16 +600,10 @@ def check_keys(
         ignore: Iterable[str] = (),
         what: str = 'the checkpoint',
 ) -> None:
-    """Refuse a state dict that does not have the names and shapes of another one.
-
-    Args:
-        state_dict: The state dict.
-        reference: That of the model.
-        ignore: Names that may be missing, extra or of another shape.
-        what: What holds the state dict, for the message.
+    """Refuse a state dict that does not have the names and shapes of `reference`, but for the names in `ignore`.
 
     Raises:
-        ValueError: Names are missing or extra, or shapes differ. The first ones are named.
+        ValueError: Names are missing in `what` or extra, or shapes differ. The first ones are named.
     """
     missing = [k for k in reference if k not in state_dict and k not in ignore]
     if missing:

@@ -646,6 +646,11 @@ def checkpoint_filter_fn(
     leaves out another one, and adapts the first convolution from the channels that it has.
     """
     state_dict, info = fit_to_model(state_dict, model, prefix)
+    got, want = (info.depths, info.embed_dims), (tuple(model.depths), tuple(model.embed_dims))
+    if got != want:
+        raise ValueError(
+            f'Expected a checkpoint of {find_variant(*want) or "a model"} (depths and channels {want}), got one of '
+            f'{find_variant(*got) or "another"} {got}.')
     state_dict = resize_pos_embeds(state_dict, info.grid_size, model.stages[0].grid_size, model.class_token)
     cfg = getattr(model, 'pretrained_cfg', {})
     adapted = []
