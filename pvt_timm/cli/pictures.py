@@ -3,14 +3,17 @@ import math
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ..files import save_atomically
+from .errors import UserError
 
 __all__ = ['draw_pyramid', 'false_colour', 'pca']
 
-INK, SUBTLE = '#1a1a1a', '#6b6b6b'
+SUBTLE = '#6b6b6b'
 
 
 def pca(features: torch.Tensor, num_components: int = 3) -> torch.Tensor:
@@ -72,26 +75,29 @@ def _sample(x: torch.Tensor, limit: int = 1_000_000) -> torch.Tensor:
     return x[:, ::math.ceil(x.shape[1] / limit)]  # torch.quantile takes 16 million values at most
 
 
-def _layout(aspect: float) -> Tuple[str, int, int]:
-    """Arrangement of the image and four levels that comes closest to a slide, with its columns and rows."""
-    arrangements = {'row': (5, 1), 'left': (4, 2), 'top': (2, 4), 'column': (1, 5)}
-    best = min(arrangements, key=lambda k: abs(math.log(aspect * arrangements[k][0] / arrangements[k][1] / 1.6)))
-    return best, *arrangements[best]
+# Arrangements of the image (I) and four levels (0 to 3). For the shapes that are wide enough a slide, else a page.
+_MOSAICS = ('I0123', 'II01;II23', 'II;II;01;23', 'I;0;1;2;3')
+
+
+def _mosaic(aspect: float) -> List[str]:
+    """Rows of the arrangement that comes closest to a slide where every panel has the given width over height."""
+    mosaics = [mosaic.split(';') for mosaic in _MOSAICS]
+    return min(mosaics, key=lambda rows: abs(math.log(aspect * len(rows[0]) / len(rows) / 1.6)))
 
 
 def draw_pyramid(
-        image,
+        image: Image.Image,
         features: Sequence[torch.Tensor],
         output: Union[str, Path],
         title: Optional[str] = None,
         img_size: Optional[Tuple[int, int]] = None,
-        note: Optional[str] = None,
+        note: str = '',
         cells: Tuple[int, int] = (1, 1),
 ) -> None:
-    """Draw an image and its four feature levels, each labelled with stride, channels and size.
+    """Draw an image and its four feature levels, each labelled with stride, channels, height and width.
 
     Args:
-        image: PIL image, all of it as the model saw it, at any size.
+        image: All of it as the model saw it, at any size.
         features: Feature maps (C, H, W), the finest first.
         output: File to write, its extension says the format (png, pdf, svg, jpg...).
         title: Line above everything.
@@ -100,87 +106,47 @@ def draw_pyramid(
         cells: Rows and columns of an image that is a sheet of images, to draw lines between them.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
         ValueError: No such format.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise ImportError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
-    import numpy as np
-
-    output = Path(output)
-    suffix = output.suffix.lower().lstrip('.')
-    accepted = FigureCanvasAgg.get_supported_filetypes()
-    if suffix not in accepted:
-        raise ValueError(f"expected a file name that ends in .{', .'.join(sorted(accepted))}, got '{output.name}'")
+        raise UserError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
 
     image = image.convert('RGB')
     image.thumbnail((2000, 2000))
     rgb = np.array(image)
+    height, width = img_size or rgb.shape[:2]
+    panels = {'I': ('image', f'{height} × {width} pixels', rgb)}
     colours = false_colour(features, torch.from_numpy(rgb).permute(2, 0, 1))
-    if img_size is None:
-        img_size = rgb.shape[:2]
-    height, width = img_size
-    captions = [('image', f'{width} × {height} pixels')]
-    for level in features:
+    for i, (level, colour) in enumerate(zip(features, colours)):
         C, H, W = level.shape
-        captions.append((f'stride {round(height / H)}', f'{C} channels, {W} × {H}'))
+        panels[str(i)] = f'stride {round(height / H)}', f'{C} channels, {H} × {W}', colour.numpy()
 
-    # All in inches. Widths are chosen for a slide (or a page, if it is upright).
     aspect = min(max(width / height, 1 / 12), 12)
-    arrangement, columns, rows = _layout(aspect)
-    gap, margin, header, footer = .18, .25, .45 if title else 0., .45 if note else .28
-    wide = arrangement in ('row', 'left')
-    panel_w = ((12.8 if wide else 7.2) - 2 * margin - (columns - 1) * gap) / columns
-    panel_h = panel_w / aspect
-    if panel_h > 4:  # upright images
-        panel_h = min(max(4, 1.8 / aspect), 6)
-        panel_w = panel_h * aspect
-    slot_w = max(panel_w, 1.8)  # narrow panels leave room for their captions
-    two_lines = panel_w < 2.75
-    caption = .62 if two_lines else .48
-    step_x, step_y = slot_w + gap, panel_h + caption
-    if arrangement == 'row':
-        boxes = [(i * step_x, 0, panel_w, panel_h) for i in range(5)]
-    elif arrangement == 'column':
-        boxes = [(0, i * step_y, panel_w, panel_h) for i in range(5)]
-    elif arrangement == 'left':  # the image is as high as two levels and the caption between them
-        big_h = 2 * panel_h + caption
-        boxes = [(0, 0, big_h * aspect, big_h)]
-        boxes += [(big_h * aspect + gap + x * step_x, y * step_y, panel_w, panel_h) for y in (0, 1) for x in (0, 1)]
-    else:  # the image is as wide as two levels and the gap between them
-        big_w = 2 * panel_w + gap
-        boxes = [(0, 0, big_w, big_w / aspect)]
-        boxes += [(x * step_x, big_w / aspect + caption + y * step_y, panel_w, panel_h) for y in (0, 1) for x in (0, 1)]
-    total_w = max(x + max(w, slot_w) for x, _, w, _ in boxes) + 2 * margin
-    total_h = max(y + h for _, y, _, h in boxes) + caption + header + footer + margin
-
-    figure = Figure(figsize=(total_w, total_h), dpi=150, facecolor='white')
+    rows = _mosaic(aspect)
+    panel = max(2.4, (12.8 if aspect * len(rows[0]) > len(rows) else 7.2) / len(rows[0]))  # inches
+    panel = min(panel, 6 * aspect) if aspect < 1 else panel
+    size = max(panel, 1.9) * len(rows[0]), (panel / aspect + .45) * len(rows) + 1
+    figure = Figure(figsize=size, dpi=150, layout='constrained')
     FigureCanvasAgg(figure)
-    for (x, y, w, h), pixels, (name, size) in zip(boxes, [rgb, *[c.numpy() for c in colours]], captions):
-        top = margin + header + y
-        axes = figure.add_axes((
-            (margin + x) / total_w, 1 - (top + h) / total_h, w / total_w, h / total_h))
-        axes.imshow(pixels, interpolation='nearest', aspect='auto')
+    figure.get_layout_engine().set(w_pad=.08, h_pad=.06)
+    for key, axes in figure.subplot_mosaic('\n'.join(rows)).items():
+        name, caption, pixels = panels[key]
+        axes.imshow(pixels, interpolation='nearest', extent=(0, width, height, 0))
+        axes.set_axis_off()
         for i in range(1, cells[0]):
-            axes.axhline(pixels.shape[0] * i / cells[0] - .5, color='white', linewidth=1)
+            axes.axhline(height * i / cells[0], color='white', linewidth=1)
         for i in range(1, cells[1]):
-            axes.axvline(pixels.shape[1] * i / cells[1] - .5, color='white', linewidth=1)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        text_y = 1 - (top + h + .09) / total_h
-        figure.text((margin + x) / total_w, text_y, name, fontsize=12, weight='bold', color=INK, va='top')
-        if two_lines:
-            figure.text((margin + x) / total_w, text_y - .21 / total_h, size, fontsize=10.5, color=SUBTLE, va='top')
-        else:
-            figure.text((margin + x + w) / total_w, text_y, size, fontsize=10.5, color=SUBTLE, va='top', ha='right')
+            axes.axvline(width * i / cells[1], color='white', linewidth=1)
+        axes.set_title(name, loc='left', fontsize=12, weight='bold')
+        axes.set_title(f'{caption}', loc='right', fontsize=10, color=SUBTLE)
     if title:
-        figure.text(margin / total_w, 1 - margin / total_h, title, fontsize=15, weight='bold', color=INK, va='top')
-    notes = [note] if note else []
-    notes.append('Colours: the first three principal components of each level')
-    figure.text(margin / total_w, .14 / total_h, '\n'.join(notes), fontsize=9.5, color=SUBTLE, va='bottom')
-    save_atomically(output, lambda f: figure.savefig(f, format=suffix))
+        figure.suptitle(title, fontsize=15, weight='bold')
+    figure.supxlabel(
+        f'{note} Colours: first three principal components of each level. Sizes: height × width.'.strip(),
+        fontsize=9, color=SUBTLE)
+    # through memory, as matplotlib takes the format from a name that a temporary file does not have
+    save_atomically(output, lambda f: figure.savefig(f, format=Path(output).suffix.lstrip('.').lower() or 'png'))
