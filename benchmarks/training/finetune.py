@@ -19,7 +19,9 @@ import torch
 from training_runs import read_summary, run
 
 from pvt_timm.files import save_atomically
-from pvt_timm.recipes import FREEZE
+
+# only the head learns: timm leaves layers out whose share of the learning rate is under the limit
+FREEZE = ('--layer-decay', '0.01', '--layer-decay-no-opt-scale', '0.5', '--drop-path', '0')
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
 

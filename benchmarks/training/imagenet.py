@@ -1,6 +1,6 @@
 """ ImageNet-1K top-1 of the published weights against the published numbers.
 
-    python benchmarks/training/imagenet.py --data-dir IMAGENET [--split validation] [--device cuda] [--json results.json]
+    python benchmarks/training/imagenet.py --data-dir IMAGENET [--device cuda] [--json results.json]
 
 IMAGENET/validation (or val) holds one folder per class. Every image is decoded or the run stops: unlike timm's
 validate.py, which puts the next image in the place of one that it cannot read. Exit code 0 if all models are within the
@@ -20,10 +20,12 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 import pvt_timm  # noqa: F401
-from pvt_timm.cli.predict import UserError, load_model, open_image
-from pvt_timm.cli.train import _split_folder
+from pvt_timm.cli.errors import UserError, run_command
+from pvt_timm.cli.predict import load_model, open_image
+from pvt_timm.files import save_atomically
+from pvt_timm.pvt import TOP1
 
-PUBLISHED = {'pvt_tiny.in1k': 75.1, 'pvt_small.in1k': 79.8, 'pvt_medium.in1k': 81.2, 'pvt_large.in1k': 81.7}
+PUBLISHED = {name: top1 for name, top1 in TOP1.items() if name.endswith('.in1k')}
 
 # Half a unit of the published digit, and 0.1 for another version of the JPEG decoder and of the bicubic resize (75 of
 # the 50,000 images in all).
@@ -60,9 +62,10 @@ def find_samples(data_dir: os.PathLike, split: str, num_classes: int) -> List[Tu
     Raises:
         UserError: The folders are not as many as the model has classes.
     """
-    if not Path(data_dir).is_dir():
-        raise UserError(f'No such data folder: {data_dir}')
-    folder = _split_folder(Path(data_dir), split)
+    names = [split, 'val'] if split == 'validation' else [split]
+    folder = next((Path(data_dir, name) for name in names if Path(data_dir, name).is_dir()), None)
+    if folder is None:
+        raise UserError(f"Expected {data_dir} to hold a folder '{split}' with one folder of images per class")
     samples, classes = find_images_and_targets(str(folder))
     if len(classes) != num_classes or '' in classes:
         raise UserError(
@@ -135,39 +138,35 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--workers', type=int, default=4)
     parser.add_argument('--json', metavar='FILE', help='also write the results')
     args = parser.parse_args(argv)
-    results, failed = {}, []
-    try:
-        unknown = [m for m in args.models if m not in PUBLISHED]
-        if unknown:
-            raise UserError(f'No published top-1 for {", ".join(unknown)}, there is {", ".join(PUBLISHED)}')
-        checkpoints = args.checkpoints or [None] * len(args.models)
-        if len(checkpoints) != len(args.models):
-            raise UserError(f'Expected one checkpoint for each of {len(args.models)} models, got {len(checkpoints)}')
-        if args.json and not Path(args.json).absolute().parent.is_dir():
-            raise UserError(f'No such folder: {Path(args.json).parent}')
-        print(f'{"model":20s} {"top-1":>7s} {"published":>10s} {"difference":>11s} {"top-5":>7s}')
-        for name, checkpoint in zip(args.models, checkpoints):
-            r = evaluate(
-                name, args.data_dir, args.split, checkpoint, args.device, args.batch_size, args.workers)
-            r['published'] = PUBLISHED[name]
-            r['difference'] = round(r['top1'] - PUBLISHED[name], 4)
-            r['ok'] = abs(r['difference']) <= args.allowed
-            results[name] = r
-            if not r['ok']:
-                failed.append(name)
-            print(f'{name:20s} {r["top1"]:7.3f} {r["published"]:10.2f} {r["difference"]:+11.3f} {r["top5"]:7.3f}  '
-                  f'{"ok" if r["ok"] else "NOT within what is allowed"}', flush=True)
-    except UserError as e:
-        print(f'imagenet.py: error: {" ".join(str(e).split())}', file=sys.stderr)
-        return 2
-    finally:
-        if args.json and results:
-            temporary = Path(f'{args.json}.part')
-            temporary.write_text(json.dumps(dict(
+    return run_command('imagenet.py', lambda: compare(args))
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Evaluate the models and compare. Returns 1 if one is not within what is allowed."""
+    results: Dict[str, Any] = {}
+    unknown = [m for m in args.models if m not in PUBLISHED]
+    if unknown:
+        raise UserError(f'No published top-1 for {", ".join(unknown)}, there is {", ".join(PUBLISHED)}')
+    checkpoints = args.checkpoints or [None] * len(args.models)
+    if len(checkpoints) != len(args.models):
+        raise UserError(f'Expected one checkpoint for each of {len(args.models)} models, got {len(checkpoints)}')
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f'No such folder: {Path(args.json).parent}')
+    print(f'{"model":20s} {"top-1":>7s} {"published":>10s} {"difference":>11s} {"top-5":>7s}')
+    for name, checkpoint in zip(args.models, checkpoints):
+        r = evaluate(name, args.data_dir, args.split, checkpoint, args.device, args.batch_size, args.workers)
+        r['published'] = PUBLISHED[name]
+        r['difference'] = round(r['top1'] - PUBLISHED[name], 4)
+        r['ok'] = abs(r['difference']) <= args.allowed
+        results[name] = r
+        print(f'{name:20s} {r["top1"]:7.3f} {r["published"]:10.2f} {r["difference"]:+11.3f} {r["top5"]:7.3f}  '
+              f'{"ok" if r["ok"] else "NOT within what is allowed"}', flush=True)
+        if args.json:  # after every model, they take long
+            text = json.dumps(dict(
                 torch=torch.__version__, timm=timm.__version__, device=args.device, allowed=args.allowed,
-                models=results), indent=1) + '\n')
-            os.replace(temporary, args.json)
-    return 1 if failed else 0
+                models=results), indent=1) + '\n'
+            save_atomically(args.json, lambda f, text=text: f.write(text.encode()))
+    return 0 if all(r['ok'] for r in results.values()) else 1
 
 
 if __name__ == '__main__':

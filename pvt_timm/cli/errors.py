@@ -10,7 +10,7 @@ from typing import Callable, NoReturn, Optional
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-__all__ = ['Parser', 'UserError', 'one_line', 'run_command']
+__all__ = ['EXPECTED', 'Parser', 'UserError', 'one_line', 'run_command']
 
 
 class UserError(Exception):
@@ -19,7 +19,7 @@ class UserError(Exception):
 
 # What files, networks and arguments make the libraries raise. The hub's error derives from that of the HTTP client
 # in use, which changes with its version and is the base of the transport errors too.
-_EXPECTED = (
+EXPECTED = (
     UserError, ValueError, OSError, RuntimeError, AssertionError, MemoryError, ImportError,
     SafetensorError, http.client.HTTPException,
     *(kind for kind in HfHubHTTPError.__mro__ if kind not in (Exception, BaseException, object)),
@@ -68,6 +68,6 @@ def run_command(prog: str, command: Callable[[], Optional[int]]) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except _EXPECTED as e:
+    except EXPECTED as e:
         print(f'{prog}: error: {one_line(e)}', file=sys.stderr)
         return 2

@@ -67,6 +67,6 @@ def join_img_size(argv: Sequence[str]) -> List[str]:
 def run_script(argv: Sequence[str]) -> None:
     """Run a script as `__main__`, with `sys.argv` and `sys.path[0]` as Python would set them."""
     sys.argv[:] = argv
-    if not sys.flags.safe_path if hasattr(sys.flags, 'safe_path') else True:
+    if not getattr(sys.flags, 'safe_path', False):
         sys.path[0] = str(Path(argv[0]).resolve().parent)
-    runpy.run_path(argv[0], run_name='__main__')
+    runpy.run_path(str(Path(argv[0]).absolute()), run_name='__main__')

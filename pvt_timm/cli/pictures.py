@@ -127,9 +127,9 @@ def draw_pyramid(
 
     aspect = min(max(width / height, 1 / 12), 12)
     rows = _mosaic(aspect)
-    panel = max(2.4, (12.8 if aspect * len(rows[0]) > len(rows) else 7.2) / len(rows[0]))  # inches
-    panel = min(panel, 6 * aspect) if aspect < 1 else panel
-    size = max(panel, 1.9) * len(rows[0]), (panel / aspect + .45) * len(rows) + 1
+    panel = (12.8 if len(rows[0]) > 2 else 7.2) / len(rows[0])  # inches
+    panel = min(panel, 6 * aspect)
+    size = max(panel, 2.5) * len(rows[0]), (panel / aspect + .33) * len(rows) + .7
     figure = Figure(figsize=size, dpi=150, layout='constrained')
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=.08, h_pad=.06)
@@ -137,16 +137,20 @@ def draw_pyramid(
         name, caption, pixels = panels[key]
         axes.imshow(pixels, interpolation='nearest', extent=(0, width, height, 0))
         axes.set_axis_off()
+        axes.set_anchor('N')
         for i in range(1, cells[0]):
             axes.axhline(height * i / cells[0], color='white', linewidth=1)
         for i in range(1, cells[1]):
             axes.axvline(width * i / cells[1], color='white', linewidth=1)
-        axes.set_title(name, loc='left', fontsize=12, weight='bold')
-        axes.set_title(f'{caption}', loc='right', fontsize=10, color=SUBTLE)
+        if panel < 2.3:  # too narrow for both in a line
+            axes.set_title(f'{name}\n{caption}', loc='left', fontsize=10)
+        else:
+            axes.set_title(name, loc='left', fontsize=12, weight='bold')
+            axes.set_title(caption, loc='right', fontsize=10, color=SUBTLE)
     if title:
         figure.suptitle(title, fontsize=15, weight='bold')
     figure.supxlabel(
-        f'{note} Colours: first three principal components of each level. Sizes: height × width.'.strip(),
+        f'{note}\nColours: first three principal components of each level. Sizes: height × width.'.strip(),
         fontsize=9, color=SUBTLE)
-    # through memory, as matplotlib takes the format from a name that a temporary file does not have
+    # the format by itself, as matplotlib would take it from a name that the temporary file does not have
     save_atomically(output, lambda f: figure.savefig(f, format=Path(output).suffix.lstrip('.').lower() or 'png'))

@@ -1,4 +1,4 @@
-""" The commands `predict`, `features`, `demo` and `list`, and the models they use: with weights, labels, preprocessing. """
+""" The commands `predict`, `features`, `demo` and `list`, and their models: with weights, labels and preprocessing. """
 import argparse
 import json
 import math
@@ -22,7 +22,7 @@ from ..checkpoints import describe, map_to_timm, training_config
 from ..files import find_checkpoint, read_checkpoint, save_atomically
 from ..labels import labels_beside, labels_in, read_labels
 from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, checkpoint_filter_fn, find_variant
-from .errors import UserError, one_line
+from .errors import EXPECTED, UserError, one_line
 from .pictures import draw_pyramid
 
 __all__ = ['Classifier', 'add_demo', 'add_features', 'add_list', 'add_predict', 'extract', 'load_model', 'open_image',
@@ -77,7 +77,7 @@ def load_model(
         name, network, cfg, names = _load_checkpoint(Path(checkpoint), model, kwargs, img_size)
     else:
         name, network, cfg = _load_published(model or DEFAULT_MODEL, kwargs)
-        names = labels_in(cfg)
+        names = None
     if not dense and not network.num_classes:
         raise UserError(f'{name} {_NO_HEAD}')
     if not isinstance(network, PyramidVisionTransformer):
@@ -96,6 +96,8 @@ def load_model(
         names = read_labels(labels)
         if count and len(names) != count:
             raise UserError(f'Expected the names of {count} classes in {labels}, got {len(names)}')
+    if names is None or len(names) != count:
+        names = labels_in(network.pretrained_cfg)
     if count and (names is None or len(names) != count):
         names = ImageNetInfo().label_descriptions() if count == 1000 else [f'class {i}' for i in range(count)]
     return Classifier(network.eval(), name, data, names if count else None)
@@ -111,6 +113,8 @@ def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, torch.nn.Mo
         network = timm.create_model(name, pretrained=True, **kwargs)
     except KeyError as e:
         raise UserError(f'{name} is no repository of timm: its config.json has no {e}') from e
+    except EXPECTED as e:
+        raise UserError(f'Cannot load {name}: {one_line(e)} (--checkpoint FILE takes weights from elsewhere)') from e
     return name, network, network.pretrained_cfg
 
 
@@ -142,8 +146,9 @@ def _load_checkpoint(
         raise UserError(f"Expected a JSON object as 'pretrained_cfg' in {file.parent / 'config.json'}, got {inner}")
 
     # what is said of the weights: by their training, else by the config beside them
+    said = training_config(checkpoint)
     cfg = {**inner, **{ours: preprocessor[theirs] for ours, theirs in (('mean', 'image_mean'), ('std', 'image_std'))
-                       if theirs in preprocessor}, **training_config(checkpoint)}
+                       if theirs in preprocessor}, **said}
     size = cfg.pop('img_size', None)
     if size is None and 'input_size' in cfg:
         size = cfg['input_size'][1:]
@@ -154,15 +159,15 @@ def _load_checkpoint(
     wanted = split_model_name_tag(model)[0] if model else config.get('architecture', variant)
     if wanted != variant:
         raise UserError(f'Expected a checkpoint of {wanted}, but {file} holds {variant}')
+    pool = config.get('global_pool') or cfg.pop('global_pool', None) or ('token' if info.class_token else 'avg')
     model_args = dict(
         num_classes=info.num_classes, class_token=info.class_token, in_chans=info.in_chans, img_size=info.img_size,
-        global_pool=config.get('global_pool') or cfg.pop('global_pool', None) or ('token' if info.class_token else 'avg'))
+        global_pool=pool)
     network = timm.create_model(variant, **{**model_args, **kwargs})
     network.load_state_dict(checkpoint_filter_fn(checkpoint, network), strict=True)
 
-    cfg = {**network.pretrained_cfg, **cfg, 'num_classes': info.num_classes}
-    cfg['input_size'] = (info.in_chans, *to_2tuple(size or info.img_size))
-    names = labels_in(cfg.get('label_names')) or labels_beside(file) or labels_in(config)
+    names = labels_in(said.get('label_names')) or labels_beside(file) or labels_in(config)
+    cfg = {**network.pretrained_cfg, **cfg, 'input_size': (info.in_chans, *to_2tuple(size or info.img_size))}
     return f'{variant} from {path.name}', network, cfg, names
 
 
@@ -266,7 +271,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         '--checkpoint', metavar='FILE_OR_DIR', help='weights: a file of any known format, or a folder of timm or '
         'transformers (default the published ones)')
     parser.add_argument(
-        '--img-size', type=image_size, metavar='N | H W', help='size that the model sees (default that of its training)')
+        '--img-size', type=image_size, metavar='N | H W',
+        help='size that the model sees (default that of its training)')
 
 
 def _load(args: argparse.Namespace, dense: bool = False) -> Classifier:

@@ -77,8 +77,8 @@ def run_train(args: argparse.Namespace) -> List[str]:
         if epochs is not None and state['epoch'] + 1 >= epochs:
             _say(f'nothing left to do, {file} is that of the last of {epochs} epochs (--epochs N for more)')
             return []
-        _say(f'going on after epoch {state["epoch"]} from {file}, with its weights, optimizer, learning rate and weight '
-             f'decay{_without_effect(before, now)}')
+        _say(f'going on after epoch {state["epoch"]} from {file}, with its weights, optimizer, learning rate and '
+             f'weight decay{_without_effect(before, now)}')
         command += ['--resume', str(file)]
     if settings:
         folder.mkdir(parents=True, exist_ok=True)

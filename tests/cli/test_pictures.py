@@ -3,8 +3,9 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
-from pvt_timm.cli.pictures import _layout, draw_pyramid, false_colour, pca
+from pvt_timm.cli.pictures import _mosaic, draw_pyramid, false_colour, pca
 
 
 def test_pca_is_that_of_the_covariance():
@@ -52,8 +53,6 @@ def test_outlier_leaves_the_rest_its_colours():
 
 @pytest.mark.parametrize('size', [(32, 32), (64, 256), (320, 32), (32, 640)])
 def test_picture_fits_a_slide_or_page(tmp_path, size):
-    Image = pytest.importorskip('PIL.Image')
-    pytest.importorskip('matplotlib')
     torch.manual_seed(0)
     image = Image.new('RGB', size[::-1], 'red')
     levels = [torch.randn(8, math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in (4, 8, 16, 32)]
@@ -66,4 +65,13 @@ def test_picture_fits_a_slide_or_page(tmp_path, size):
 
 
 def test_layouts_follow_the_aspect():
-    assert [_layout(a)[0] for a in (.2, .75, 1, 1.5, 3, 12)] == ['row', 'left', 'left', 'left', 'top', 'column']
+    assert [len(_mosaic(a)) for a in (.2, .75, 1, 1.5, 3, 12)] == [1, 2, 2, 2, 4, 5]
+
+
+def test_sizes_are_height_by_width(tmp_path):
+    """As the command line takes them."""
+    levels = [torch.randn(8, 96 // s, 160 // s) for s in (4, 8, 16, 32)]
+    draw_pyramid(Image.new('RGB', (80, 48)), levels, tmp_path / 'a.svg', img_size=(96, 160))
+    text = (tmp_path / 'a.svg').read_text()
+    for caption in ('96 × 160 pixels', '8 channels, 24 × 40', 'height × width'):
+        assert f'<!-- {caption}' in text or caption in text, caption

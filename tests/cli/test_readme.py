@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pvt_timm.cli.main import _join_img_size, build_parser
-from pvt_timm.recipes import recipe_names
-from pvt_timm.cli.zoo import zoo
+from pvt_timm.cli.main import build_parser, join_img_size
+from pvt_timm.cli.predict import zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -38,9 +37,7 @@ COMMANDS = [
 def test_commands_exist(command):
     argv = shlex.split(command, comments=True)
     argv = argv[3 if argv[0] == 'python' else 1:]
-    args = build_parser().parse_args(_join_img_size(argv))
-    if args.command == 'recipe' and getattr(args, 'name', None):
-        assert args.name in recipe_names()
+    build_parser().parse_args(join_img_size(argv))
 
 
 def test_snippets_run():
