@@ -3,21 +3,16 @@
 Paper: `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions`
     - https://arxiv.org/abs/2102.12122
 
-Original code and weights at https://github.com/whai362/PVT (Apache-2.0). The numbers are those of the original
-`classification/pvt.py`, `detection/pvt.py` and `segmentation/pvt.py`, the code is written for timm.
+Original code and weights at https://github.com/whai362/PVT (Apache-2.0), whose numbers these are.
 
-Two modes:
-  * classification (the default): a class token joins the last stage, `forward_features` returns all of its tokens after
-    the final norm, `global_pool` picks 'token' (as published), 'avg' (mean of the patch tokens) or '' (all tokens).
-  * dense (`class_token=False`, the default under `features_only=True`): no class token, no final norm, every stage
-    returns its feature map, as in the original detection and segmentation backbones.
-
-Both take any height and width from 32 pixels up. Position embeddings are stored at the grid of `img_size` and resized
-stage by stage to the grid of the input.
+By default the last stage has a class token and `forward_features` returns its tokens after the final norm. As a dense
+backbone (`class_token=False`, the default under `features_only=True`) every stage returns its feature map, there is no
+class token and no final norm, as in the original detection and segmentation code. Both take any height and width from
+32 pixels up: position embeddings, stored at the grid of `img_size`, are resized stage by stage.
 """
 import logging
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -25,8 +20,8 @@ import torch.nn.functional as F
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath, LayerNorm, _assert, calculate_drop_path_rates, get_act_layer, get_norm_layer, to_2tuple, trunc_normal_,
-    use_fused_attn)
+    DropPath, LayerNorm, LayerType, _assert, calculate_drop_path_rates, get_act_layer, get_norm_layer, to_2tuple,
+    trunc_normal_, use_fused_attn)
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
@@ -48,32 +43,17 @@ _logger = logging.getLogger(__name__)
 @torch.fx.wrap
 @register_notrace_function
 def resample_pos_embed(
-        pos_embed: torch.Tensor,
-        size: List[int],
-        grid_size: List[int],
-        num_prefix_tokens: int = 0,
-) -> torch.Tensor:
-    """Resize a position embedding as the original does: bilinear, align_corners=False, no antialias.
+        pos_embed: torch.Tensor, size: List[int], grid_size: List[int], num_prefix_tokens: int = 0) -> torch.Tensor:
+    """Resize a position embedding (1, num_prefix_tokens + h * w, C) from `grid_size` (h, w) to `size`.
 
-    timm's `resample_abs_pos_embed` computes in float32 whatever the dtype.
-
-    Args:
-        pos_embed: Position embedding (1, num_prefix_tokens + h * w, C).
-        size: Grid to resize to, height and width in tokens.
-        grid_size: Grid (h, w) of `pos_embed`.
-        num_prefix_tokens: Leading rows (class token) that are kept as they are.
-
-    Returns:
-        Position embedding (1, num_prefix_tokens + size[0] * size[1], C).
+    As in the original: bilinear, align_corners=False, no antialias, the prefix (class token) stays as it is. timm's
+    `resample_abs_pos_embed` computes in float32 whatever the dtype.
     """
-    if torch.jit.is_scripting():
-        dynamic = False
-    else:
-        # A branch on the size would tie a traced or compiled graph to the example input. Resizing to the stored grid
-        # gives the stored values back exactly.
-        dynamic = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if not dynamic and size[0] == grid_size[0] and size[1] == grid_size[1]:
-        return pos_embed
+    # A branch on the size would tie a traced or compiled graph to the example input. Resizing to the stored grid gives
+    # the stored values back exactly.
+    if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        if size[0] == grid_size[0] and size[1] == grid_size[1]:
+            return pos_embed
 
     prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     grid = grid if grid.dtype == torch.float64 else grid.float()
@@ -88,16 +68,9 @@ class Attention(nn.Module):
     fused_attn: torch.jit.Final[bool]
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int = 8,
-            sr_ratio: int = 1,
-            qkv_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device: Any = None,
-            dtype: Optional[torch.dtype] = None,
-    ):
+            self, dim: int, num_heads: int = 8, sr_ratio: int = 1, qkv_bias: bool = True,
+            attn_drop: float = 0., proj_drop: float = 0.,
+            device: Any = None, dtype: Optional[torch.dtype] = None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         assert dim % num_heads == 0, 'dim should be divisible by num_heads'
@@ -114,12 +87,8 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
         self.sr_ratio = sr_ratio
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd)
-            self.norm = nn.LayerNorm(dim, **dd)  # eps 1e-5 here, unlike the block norms
-        else:
-            self.sr = None
-            self.norm = None
+        self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd) if sr_ratio > 1 else None
+        self.norm = nn.LayerNorm(dim, **dd) if sr_ratio > 1 else None  # eps 1e-5 here, unlike the block norms
 
     def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
         B, N, C = x.shape
@@ -136,59 +105,33 @@ class Attention(nn.Module):
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
-            q = q * self.scale
-            attn = q @ k.transpose(-2, -1)
+            attn = (q * self.scale) @ k.transpose(-2, -1)
             attn = attn.softmax(dim=-1)
             attn = self.attn_drop(attn)
             x = attn @ v
 
         x = x.transpose(1, 2).reshape(B, N, C)
-        x = self.proj(x)
-        x = self.proj_drop(x)
-        return x
+        return self.proj_drop(self.proj(x))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block on tokens (B, N, C)."""
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            sr_ratio: int = 1,
-            mlp_ratio: float = 4.,
-            qkv_bias: bool = True,
-            proj_drop: float = 0.,
-            attn_drop: float = 0.,
-            drop_path: float = 0.,
-            act_layer: Type[nn.Module] = nn.GELU,
+            self, dim: int, num_heads: int, sr_ratio: int = 1, mlp_ratio: float = 4., qkv_bias: bool = True,
+            proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0.,
+            act_layer: Callable[..., nn.Module] = nn.GELU,
             norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-6),
             mlp_layer: Callable[..., nn.Module] = SlicedMlp,
-            device: Any = None,
-            dtype: Optional[torch.dtype] = None,
-    ):
+            device: Any = None, dtype: Optional[torch.dtype] = None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(
-            dim,
-            num_heads=num_heads,
-            sr_ratio=sr_ratio,
-            qkv_bias=qkv_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            **dd,
-        )
+        self.attn = Attention(dim, num_heads, sr_ratio, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = mlp_layer(
-            in_features=dim,
-            hidden_features=int(dim * mlp_ratio),
-            act_layer=act_layer,
-            drop=proj_drop,
-            **dd,
-        )
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
@@ -201,13 +144,8 @@ class PatchEmbed(nn.Module):
     """Non-overlapping patches to tokens. A remainder that does not fill a patch is dropped, as in the original."""
 
     def __init__(
-            self,
-            patch_size: int = 4,
-            in_chans: int = 3,
-            embed_dim: int = 64,
-            device: Any = None,
-            dtype: Optional[torch.dtype] = None,
-    ):
+            self, patch_size: int, in_chans: int, embed_dim: int,
+            device: Any = None, dtype: Optional[torch.dtype] = None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.patch_size = patch_size
@@ -217,35 +155,20 @@ class PatchEmbed(nn.Module):
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, int]]:
         x = self.proj(x)
         size = (x.shape[2], x.shape[3])
-        x = self.norm(x.flatten(2).transpose(1, 2))
-        return x, size
+        return self.norm(x.flatten(2).transpose(1, 2)), size
 
 
 class PyramidVisionTransformerStage(nn.Module):
-    """Patch embedding, position embedding, (class token,) and blocks.
-
-    Takes (B, C_in, H, W). Returns the feature map (B, C, H', W') in channels_last memory format, or, for
-    `output_fmt='NLC'`, the tokens (B, num_prefix_tokens + H' * W', C).
-    """
+    """(B, C_in, H, W) to a feature map (B, C, H', W') in channels_last memory format, or, for `output_fmt='NLC'`, to
+    tokens (B, num_prefix_tokens + H' * W', C). Other arguments than these go to the blocks."""
     output_nchw: torch.jit.Final[bool]
 
     def __init__(
-            self,
-            in_chans: int,
-            dim: int,
-            depth: int,
-            grid_size: Tuple[int, int],
-            patch_size: int = 2,
-            min_input_size: int = 1,
-            class_token: bool = False,
-            output_fmt: str = 'NCHW',
-            pos_drop: float = 0.,
-            drop_path: Union[List[float], float] = 0.,
+            self, in_chans: int, dim: int, depth: int, grid_size: Tuple[int, int], patch_size: int = 2,
+            min_input_size: int = 1, class_token: bool = False, output_fmt: str = 'NCHW',
+            pos_drop: float = 0., drop_path: Union[List[float], float] = 0.,
             block_fn: Callable[..., nn.Module] = Block,
-            device: Any = None,
-            dtype: Optional[torch.dtype] = None,
-            **block_kwargs: Any,
-    ):
+            device: Any = None, dtype: Optional[torch.dtype] = None, **block_kwargs: Any):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.dim = dim
@@ -264,20 +187,11 @@ class PyramidVisionTransformerStage(nn.Module):
             dim, drop_path=drop_path[i] if isinstance(drop_path, list) else drop_path, **block_kwargs, **dd,
         ) for i in range(depth)])
 
-    def init_pos_embed(self) -> None:
-        """Initialise the parameters that no submodule owns."""
-        trunc_normal_(self.pos_embed, std=.02)
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=.02)
-
     def set_grid_size(self, grid_size: Tuple[int, int]) -> None:
-        """Resize the stored position embedding to another grid, in place of the parameter."""
-        if grid_size == self.grid_size:
-            return
-        with torch.no_grad():
-            pos_embed = resample_pos_embed(self.pos_embed, grid_size, self.grid_size, self.num_prefix_tokens)
-        self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
-        self.grid_size = grid_size
+        if grid_size != self.grid_size:  # otherwise it stays the same parameter
+            pos = resample_pos_embed(self.pos_embed.detach(), grid_size, self.grid_size, self.num_prefix_tokens)
+            self.pos_embed = nn.Parameter(pos, requires_grad=self.pos_embed.requires_grad)
+            self.grid_size = grid_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _assert(x.shape[2] >= self.min_input_size, f'Input height should be at least {self.min_input_size}.')
@@ -324,8 +238,8 @@ class PyramidVisionTransformer(nn.Module):
             proj_drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            act_layer: Optional[Union[str, Type[nn.Module]]] = None,
-            norm_layer: Optional[Union[str, Callable[..., nn.Module]]] = None,
+            act_layer: Optional[LayerType] = None,
+            norm_layer: Optional[LayerType] = None,
             block_fn: Callable[..., nn.Module] = Block,
             mlp_layer: Callable[..., nn.Module] = SlicedMlp,
             weight_init: str = '',
@@ -336,30 +250,14 @@ class PyramidVisionTransformer(nn.Module):
         Args:
             img_size: Image size of the stored position embeddings, other sizes work too.
             patch_size: Patch size of the first stage, that of the others is 2.
-            in_chans: Number of input channels.
-            num_classes: Number of classes for the classification head, 0 for none.
-            global_pool: 'token', 'avg' (mean of patch tokens) or '' (none). Default 'token' where class token and
-                tokens are there, otherwise 'avg'.
-            class_token: Use the class token in the last stage.
-            output_fmt: Output of `forward_features`. 'NLC': all tokens of the last stage after the final norm, the
-                default with the class token. 'NCHW': feature map of the last stage without a final norm, the default
-                without it.
-            embed_dims: Channels per stage.
-            depths: Blocks per stage.
-            num_heads: Attention heads per stage.
+            global_pool: 'token' (default with class token), 'avg' (mean of patch tokens, default without) or ''.
+            output_fmt: Output of `forward_features`. 'NLC' (default with class token): tokens after the final norm.
+                'NCHW' (default without): feature map without a final norm.
             sr_ratios: Spatial reduction of keys and values per stage.
-            mlp_ratios: Ratio of MLP hidden size to channels per stage.
-            qkv_bias: Bias in the query, key and value projections.
-            drop_rate: Dropout rate before the head.
             pos_drop_rate: Dropout rate after the position embeddings (the original's `drop_rate`).
             proj_drop_rate: Dropout rate after the attention projection and in the MLP (the original's `drop_rate`).
-            attn_drop_rate: Dropout rate of attention weights.
-            drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
-            act_layer: Activation of the MLPs (default GELU).
-            norm_layer: Norm of the blocks and final norm (default LayerNorm with eps 1e-6). The norms of patch
-                embeddings and spatial reductions are always LayerNorm with eps 1e-5.
+            norm_layer: Norm of the blocks and final norm (default LayerNorm with eps 1e-6).
             block_fn: Transformer block, called with tokens (B, N, C) and the size (H, W) of their grid.
-            mlp_layer: MLP of the blocks.
             weight_init: '' for the original's initialisation, 'skip' for none.
         """
         super().__init__()
@@ -367,9 +265,8 @@ class PyramidVisionTransformer(nn.Module):
         num_stages = len(depths)
         assert len(embed_dims) == len(num_heads) == len(sr_ratios) == len(mlp_ratios) == num_stages
         assert not class_token or sr_ratios[-1] == 1, 'the class token has no place in a reduced grid'
-        assert weight_init in ('', 'skip')
         output_fmt = output_fmt or ('NLC' if class_token else 'NCHW')
-        assert output_fmt in ('NLC', 'NCHW')
+        assert output_fmt in ('NLC', 'NCHW') and weight_init in ('', 'skip')
         norm_layer = get_norm_layer(norm_layer) or partial(LayerNorm, eps=1e-6)
         act_layer = get_act_layer(act_layer) or nn.GELU
 
@@ -379,44 +276,33 @@ class PyramidVisionTransformer(nn.Module):
         self.output_fmt = output_fmt
         self.output_nchw = output_fmt == 'NCHW'
         self.num_prefix_tokens = 1 if class_token and not self.output_nchw else 0
-        if global_pool is None:
-            global_pool = 'token' if self.num_prefix_tokens else 'avg'
-        self._check_global_pool(global_pool)
-        self.global_pool = global_pool
+        self._set_global_pool(('token' if self.num_prefix_tokens else 'avg') if global_pool is None else global_pool)
         self.depths = tuple(depths)
         self.embed_dims = tuple(embed_dims)
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.reductions = tuple(patch_size * 2 ** i for i in range(num_stages))
         self.min_input_size = max(r * sr for r, sr in zip(self.reductions, sr_ratios))
 
-        grid_sizes = self._grid_sizes(to_2tuple(img_size))
+        grid_sizes = self._grid_sizes(img_size)
         dpr = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stage_kwargs = dict(
+            pos_drop=pos_drop_rate, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, qkv_bias=qkv_bias,
+            act_layer=act_layer, norm_layer=norm_layer, block_fn=block_fn, mlp_layer=mlp_layer, **dd)
         stages = []
         self.feature_info = []
         for i in range(num_stages):
             last = i == num_stages - 1
             stages.append(PyramidVisionTransformerStage(
-                in_chans=embed_dims[i - 1] if i else in_chans,
-                dim=embed_dims[i],
-                depth=depths[i],
-                grid_size=grid_sizes[i],
+                embed_dims[i - 1] if i else in_chans, embed_dims[i], depths[i], grid_sizes[i],
                 patch_size=2 if i else patch_size,
                 min_input_size=self.min_input_size // self.reductions[i - 1] if i else self.min_input_size,
                 class_token=class_token and last,
                 output_fmt=output_fmt if last else 'NCHW',
-                pos_drop=pos_drop_rate,
                 drop_path=dpr[i],
-                block_fn=block_fn,
                 num_heads=num_heads[i],
                 sr_ratio=sr_ratios[i],
                 mlp_ratio=mlp_ratios[i],
-                qkv_bias=qkv_bias,
-                proj_drop=proj_drop_rate,
-                attn_drop=attn_drop_rate,
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-                mlp_layer=mlp_layer,
-                **dd,
+                **stage_kwargs,
             ))
             self.feature_info += [dict(num_chs=embed_dims[i], reduction=self.reductions[i], module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
@@ -428,26 +314,24 @@ class PyramidVisionTransformer(nn.Module):
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
 
-    def _check_global_pool(self, global_pool: str) -> None:
+    def _set_global_pool(self, global_pool: str) -> None:
         accepted = ('token', 'avg', '') if self.num_prefix_tokens else ('avg', '')
         assert global_pool in accepted, f'global_pool should be one of {accepted}, got {global_pool!r}'
+        self.global_pool = global_pool
 
-    def _grid_sizes(self, img_size: Tuple[int, int]) -> List[Tuple[int, int]]:
-        assert min(img_size) >= self.min_input_size, f'img_size should be at least {self.min_input_size}'
-        patch_size = self.reductions[0]
-        return stage_grids((img_size[0] // patch_size, img_size[1] // patch_size), len(self.reductions))
+    def _grid_sizes(self, img_size: Union[int, Tuple[int, int]]) -> List[Tuple[int, int]]:
+        h, w = to_2tuple(img_size)
+        assert min(h, w) >= self.min_input_size, f'img_size should be at least {self.min_input_size}'
+        return [(h // r, w // r) for r in self.reductions]
 
     @torch.jit.ignore
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
-        """Initialise all weights as the original does.
-
-        Args:
-            mode: '', there is no other one.
-            needs_reset: Reset the layers too that their constructors initialise, as after `to_empty()`.
-        """
+        """Initialise as the original does, with `needs_reset` also what constructors do already (after `to_empty`)."""
         assert mode == ''
         for stage in self.stages:
-            stage.init_pos_embed()
+            trunc_normal_(stage.pos_embed, std=.02)
+            if stage.cls_token is not None:
+                trunc_normal_(stage.cls_token, std=.02)
         self.apply(partial(self._init_weights, needs_reset=needs_reset))
 
     def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
@@ -466,12 +350,11 @@ class PyramidVisionTransformer(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         return dict(
             stem=r'^stages\.0\.(?:patch_embed|pos_embed)',
-            blocks=[(r'^stages\.(\d+)', None), (r'^norm', (99999,))] if coarse else [
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+            blocks=[
+                (r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.blocks\.(\d+)', None),
                 (r'^stages\.(\d+)\.(?:patch_embed|pos_embed|cls_token)', (0,)),
                 (r'^norm', (99999,)),
-            ],
-        )
+            ])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -483,10 +366,8 @@ class PyramidVisionTransformer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the head. `num_classes=0` for none, `global_pool=None` keeps the pooling."""
         if global_pool is not None:
-            self._check_global_pool(global_pool)
-            self.global_pool = global_pool
+            self._set_global_pool(global_pool)
         like = next(self.parameters())
         self.num_classes = num_classes
         self.head = nn.Identity() if num_classes <= 0 else nn.Linear(
@@ -494,19 +375,14 @@ class PyramidVisionTransformer(nn.Module):
         self.head.train(self.training)
 
     def set_input_size(
-            self,
-            img_size: Optional[Union[int, Tuple[int, int]]] = None,
-            patch_size: Optional[int] = None,
-    ) -> None:
+            self, img_size: Optional[Union[int, Tuple[int, int]]] = None, patch_size: Optional[int] = None) -> None:
         """Resize the stored position embeddings, as creating the model with that `img_size` and loading would."""
         assert patch_size is None or to_2tuple(patch_size) == to_2tuple(self.reductions[0]), 'not resized'
-        if img_size is None:
-            return
-        img_size = to_2tuple(img_size)
-        for stage, grid_size in zip(self.stages, self._grid_sizes(img_size)):
-            stage.set_grid_size(grid_size)
-        if update_model_input_size is not None:
-            update_model_input_size(self, img_size)
+        if img_size is not None:
+            for stage, grid_size in zip(self.stages, self._grid_sizes(img_size)):
+                stage.set_grid_size(grid_size)
+            if update_model_input_size is not None:
+                update_model_input_size(self, to_2tuple(img_size))
 
     def forward_intermediates(
             self,
@@ -520,16 +396,11 @@ class PyramidVisionTransformer(nn.Module):
         """ Forward features that returns intermediates.
 
         Args:
-            x: Input image tensor (B, in_chans, H, W).
             indices: Take last n stages if int, all if None, select matching indices if sequence.
             norm: Apply the final norm to the output of the last stage (the others have no norm of their own).
             stop_early: Stop iterating over stages when last desired intermediate hit.
             output_fmt: Shape of intermediate feature outputs, only 'NCHW'. The class token is left out.
-            intermediates_only: Only return intermediate features.
-
-        Returns:
-            Feature maps (B, C, H / reduction, W / reduction), after the output of `forward_features` unless
-            `intermediates_only`.
+            intermediates_only: Only return intermediate features (B, C, H / reduction, W / reduction).
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         intermediates = []
@@ -555,26 +426,17 @@ class PyramidVisionTransformer(nn.Module):
 
         if intermediates_only:
             return intermediates
-
         return x, intermediates
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        """ Prune layers not required for specified intermediates.
-        """
+            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
+        """ Prune layers not required for specified intermediates. """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
-        if prune_end:
-            # what is left ends in a feature map without class token
-            self.class_token = False
-            self.num_prefix_tokens = 0
-            self.output_fmt = 'NCHW'
-            self.output_nchw = True
+        if prune_end:  # what is left ends in a feature map without class token
+            self.class_token, self.num_prefix_tokens = False, 0
+            self.output_fmt, self.output_nchw = 'NCHW', True
             self.depths = self.depths[:max_index + 1]
             self.embed_dims = self.embed_dims[:max_index + 1]
             self.reductions = self.reductions[:max_index + 1]
@@ -586,14 +448,9 @@ class PyramidVisionTransformer(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to normed tokens (B, 1 + H/32 * W/32, C) of the last stage, the class token first,
-        or to its feature map (B, C, H/32, W/32) with `output_fmt='NCHW'`."""
-        x = self.stages(x)
-        x = self.norm(x)
-        return x
+        return self.norm(self.stages(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool, drop out and classify what `forward_features` returns."""
         if self.output_nchw:
             x = x.flatten(2).transpose(1, 2) if self.global_pool == 'avg' else x.permute(0, 2, 3, 1)
         if self.global_pool == 'token':
@@ -607,28 +464,14 @@ class PyramidVisionTransformer(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
+        return self.forward_head(self.forward_features(x))
 
 
 def resize_pos_embeds(
-        state_dict: Mapping[str, torch.Tensor],
-        old: Tuple[int, int],
-        new: Tuple[int, int],
-        class_row: bool,
+        state_dict: Mapping[str, torch.Tensor], old: Tuple[int, int], new: Tuple[int, int], class_row: bool,
 ) -> Dict[str, torch.Tensor]:
-    """Resize the position embeddings of all stages, as `PyramidVisionTransformer` does for another input size.
-
-    Args:
-        state_dict: Tensors under timm's names.
-        old: Grid (height, width) of the first stage now.
-        new: Grid of the first stage to resize to.
-        class_row: Whether the last position embedding has a row for the class token.
-    """
+    """Resize all position embeddings, the last one with a `class_row`, from grid `old` (h, w) of stage 1 to `new`."""
     out = dict(state_dict)
-    if tuple(old) == tuple(new):
-        return out
     for i, (old_i, new_i) in enumerate(zip(stage_grids(old), stage_grids(new))):
         key = f'stages.{i}.pos_embed'
         out[key] = resample_pos_embed(out[key], new_i, old_i, num_prefix_tokens=int(class_row and i == 3))
@@ -636,14 +479,11 @@ def resize_pos_embeds(
 
 
 def checkpoint_filter_fn(
-        state_dict: Mapping[str, Any],
-        model: nn.Module,
-        prefix: Optional[str] = None,
-) -> Dict[str, torch.Tensor]:
-    """ Map a PVT v1 checkpoint of any known format (see `checkpoints.py`) to `model`.
+        state_dict: Mapping[str, Any], model: nn.Module, prefix: Optional[str] = None) -> Dict[str, torch.Tensor]:
+    """ Map a PVT v1 checkpoint of any known format to `model`.
 
-    What timm compares with the model is what the checkpoint holds, whatever its tag says: timm keeps a head that fits,
-    leaves out another one, and adapts the first convolution from the channels that it has.
+    Its classes and channels, not those of the tag, go into the `pretrained_cfg` that timm compares with the model, so
+    that timm keeps a head that fits, leaves out another one, and adapts the first convolution from what is there.
     """
     state_dict, info = fit_to_model(state_dict, model, prefix)
     got, want = (info.depths, info.embed_dims), (tuple(model.depths), tuple(model.embed_dims))
@@ -686,80 +526,55 @@ def find_variant(depths: Tuple[int, ...], embed_dims: Tuple[int, ...]) -> Option
 
 
 def _create_pvt(variant: str, pretrained: bool = False, prefix: Optional[str] = None, **kwargs: Any) -> Any:
-    """Create a model.
-
-    Args:
-        variant: Key of `VARIANTS`.
-        pretrained: Load weights.
-        prefix: What stands before the names of the backbone in a checkpoint that holds several.
-        kwargs: Arguments of the model and of `build_model_with_cfg`.
-
-    Returns:
-        `PyramidVisionTransformer`, with `features_only=True` one of timm's feature extractors around it.
-    """
+    """ Create a model. `prefix` stands before the names of the backbone in a checkpoint that holds several. """
     if kwargs.pop('output_stride', 32) != 32:
         raise ValueError(
-            'PVT has output_stride 32 only (feature strides are 4, 8, 16, 32): use a decoder that takes a feature '
-            'pyramid, such as FPN, UPerNet or Unet.')
-    kwargs = dict(VARIANTS[variant], **kwargs)
+            'PVT has output_stride 32 only: use a decoder for feature strides 4, 8, 16, 32, such as FPN or UPerNet.')
+    kwargs = {**VARIANTS[variant], **kwargs}
     if kwargs.get('features_only', False):
-        kwargs = dict(dict(class_token=False, output_fmt='NCHW'), **dict(kwargs, num_classes=0))
+        kwargs = {'class_token': False, 'output_fmt': 'NCHW', **kwargs, 'num_classes': 0}
     elif kwargs.get('pretrained_cfg') == 'retinanet_coco':  # dense backbones
         kwargs.setdefault('class_token', False)
-    feature_cfg = dict(out_indices=tuple(range(len(kwargs['depths']))))
-    feature_cfg.update(kwargs.pop('feature_cfg', None) or {}, flatten_sequential=True)
+    feature_cfg = {'out_indices': tuple(range(len(kwargs['depths']))), **(kwargs.pop('feature_cfg', None) or {})}
     return build_model_with_cfg(
-        PyramidVisionTransformer,
-        variant,
-        pretrained,
+        PyramidVisionTransformer, variant, pretrained,
         pretrained_filter_fn=partial(checkpoint_filter_fn, prefix=prefix),
-        feature_cfg=feature_cfg,
+        feature_cfg=dict(feature_cfg, flatten_sequential=True),
         **kwargs,
     )
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
     return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': False, 'min_input_size': (3, 32, 32),
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stages.0.patch_embed.proj', 'classifier': 'head',
-        'license': 'apache-2.0', 'origin_url': 'https://github.com/whai362/PVT',
-        'paper_ids': 'arXiv:2102.12122',
+        'license': 'apache-2.0', 'origin_url': 'https://github.com/whai362/PVT', 'paper_ids': 'arXiv:2102.12122',
         'paper_name': 'Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions',
         **kwargs,
     }
 
 
-def _in1k_cfg(variant: str, revision: str = '') -> Dict[str, Any]:
-    # the original release, and its weights in transformers' format on the hub
+def _in1k_cfg(name: str, revision: str = '') -> Dict[str, Any]:
     return _cfg(
-        url=f'https://github.com/whai362/PVT/releases/download/v2/pvt_{variant}.pth',
-        hf_hub_id=f'Zetatech/pvt-{variant}-224{revision}',
-        hf_hub_filename='model.safetensors',
-    )
+        url=f'https://github.com/whai362/PVT/releases/download/v2/pvt_{name}.pth',
+        hf_hub_id=f'Zetatech/pvt-{name}-224{revision}', hf_hub_filename='model.safetensors')  # transformers' format
 
 
-def _coco_cfg(name: str) -> Dict[str, Any]:
-    # the backbone of OpenMMLab's COCO detectors, without class token, norm and head
+def _retinanet_cfg(name: str, run: str) -> Dict[str, Any]:
     return _cfg(
-        url=f'https://download.openmmlab.com/mmdetection/v2.0/pvt/{name}.pth',
-        num_classes=0,
-        origin_url='https://github.com/open-mmlab/mmdetection/tree/main/configs/pvt',
-    )
+        url=f'https://download.openmmlab.com/mmdetection/v2.0/pvt/{name}/{name}_{run}.pth',
+        origin_url='https://github.com/open-mmlab/mmdetection/tree/main/configs/pvt', num_classes=0)
 
 
 default_cfgs = generate_default_cfgs({
     'pvt_tiny.in1k': _in1k_cfg('tiny', '@6a44ba96dda6a6f3e2b6913682acfa0071482e83'),
-    'pvt_tiny.retinanet_coco': _coco_cfg(
-        'retinanet_pvt-t_fpn_1x_coco/retinanet_pvt-t_fpn_1x_coco_20210831_103110-17b566bd'),
+    'pvt_tiny.retinanet_coco': _retinanet_cfg('retinanet_pvt-t_fpn_1x_coco', '20210831_103110-17b566bd'),
     'pvt_small.in1k': _in1k_cfg('small'),
-    'pvt_small.retinanet_coco': _coco_cfg(
-        'retinanet_pvt-s_fpn_1x_coco/retinanet_pvt-s_fpn_1x_coco_20210906_142921-b6c94a5b'),
+    'pvt_small.retinanet_coco': _retinanet_cfg('retinanet_pvt-s_fpn_1x_coco', '20210906_142921-b6c94a5b'),
     'pvt_medium.in1k': _in1k_cfg('medium', '@84cba75de906ada79a85f558d3d742c5771064a5'),
-    'pvt_medium.retinanet_coco': _coco_cfg(
-        'retinanet_pvt-m_fpn_1x_coco/retinanet_pvt-m_fpn_1x_coco_20210831_103243-55effa1b'),
+    'pvt_medium.retinanet_coco': _retinanet_cfg('retinanet_pvt-m_fpn_1x_coco', '20210831_103243-55effa1b'),
     'pvt_large.in1k': _in1k_cfg('large'),
     'pvt_huge_v2.untrained': _cfg(),
 })

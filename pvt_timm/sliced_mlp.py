@@ -12,23 +12,24 @@ SLICE_TOKENS = 1568
 
 
 class SlicedMlp(Mlp):
-    """timm's `Mlp`, which takes the tokens slice by slice in evaluation mode on the CPU without gradients.
+    """timm's `Mlp`, which takes tokens (B, N, C) slice by slice on the CPU where no gradient is recorded.
 
-    The results are the same bit for bit. Takes tokens (B, N, C).
+    Every token is on its own in an MLP, so slices only change the rounding of the matrix products. Nothing is sliced in
+    training mode, not even where only dropout is (its masks would be drawn in another order than in a recomputation),
+    nor where hooks or other layers than timm's see all tokens.
     """
 
     def _takes_slices(self, x: torch.Tensor) -> bool:
-        """Whether nobody watches the modules inside and none of them was replaced by one that may mix tokens."""
         return (
             not self.training
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
             and not torch.is_grad_enabled()
             and type(x) is torch.Tensor
             and x.device.type == 'cpu'
             and x.shape[0] * x.shape[1] > SLICE_TOKENS
             and type(self.fc1) is type(self.fc2) is nn.Linear
             and not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.children())
+            and not torch.jit.is_tracing()
+            and not torch.compiler.is_compiling()
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
