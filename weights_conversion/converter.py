@@ -2,6 +2,7 @@
 import contextlib
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -11,36 +12,39 @@ import torch
 from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg
 
-import pvt_timm  # registers the models
+import pvt_timm  # noqa: F401  registers the models
 from pvt_timm.checkpoints import (
     Converted,
     Description,
+    check_keys,
     describe,
     drop_parts,
     from_timm,
     map_to_timm,
+    training_config,
 )
-from pvt_timm.pvt import VARIANTS, find_variant, resize_pos_embeds
 from pvt_timm.files import MAX_BYTES, read_checkpoint
+from pvt_timm.labels import labels_in, read_labels
+from pvt_timm.pvt import VARIANTS, find_variant, resize_pos_embeds
 
-from . import targets
 from .output import check_output, new_folder
 from .report import Report, clean, trace
-from .sources import CLASS_ROW_FILE, Progress, Source, check_sha256, hash_in_name, known_file, open_source, sha256_of
+from .sources import Source, check_sha256, hash_in_name, known_file, open_source, sha256_of
+from .targets import CLASS_ROW, WRITERS, Contents, variant_of, write_card
 
-__all__ = ['DTYPES', 'PARTS', 'TARGETS', 'VerificationError', 'convert', 'inspect']
+__all__ = ['DTYPES', 'PARTS', 'Loaded', 'VerificationError', 'convert', 'inspect']
 
 StateDict = Dict[str, torch.Tensor]
+PathLike = Union[str, 'os.PathLike[str]']
+Size = Union[int, Sequence[int], None]
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
-TARGETS = ('timm', 'original', 'transformers', 'mmdet')
 PARTS = ('class_token', 'norm', 'head')
 MIN_SIZE, MAX_SIZE = 32, 2048
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _POS_EMBED = 'stages.3.pos_embed'
 _CLS_TOKEN = 'stages.3.cls_token'
-_ROW = targets.CLASS_ROW
 
 
 class VerificationError(ValueError):
@@ -74,38 +78,44 @@ class Loaded:
 
 
 def inspect(
-        source: Union[str, 'os.PathLike[str]'],
+        source: PathLike,
         *,
         model: Optional[str] = None,
-        use_ema: bool = False,
-        source_size: Union[int, Tuple[int, int], None] = None,
+        use_ema: bool = True,
+        prefix: Optional[str] = None,
+        source_size: Size = None,
+        labels: Optional[PathLike] = None,
         sha256: Optional[str] = None,
         max_bytes: int = MAX_BYTES,
-        progress: Optional[Progress] = None,
+        progress: bool = False,
 ) -> Report:
     """Say what a checkpoint is and how it would be mapped. Nothing is written. Arguments as in `convert`."""
-    with _load(source, model, use_ema, source_size, sha256, max_bytes, progress) as loaded:
+    with _load(source, model, use_ema, prefix, source_size, labels, sha256, max_bytes, progress) as loaded:
         loaded.report.mapped = trace(loaded.converted.mapped)
         return loaded.report
 
 
 def convert(
-        source: Union[str, 'os.PathLike[str]'],
-        output: Union[str, 'os.PathLike[str]'],
+        source: PathLike,
+        output: PathLike,
         *,
         to: str = 'timm',
         model: Optional[str] = None,
-        use_ema: bool = False,
+        use_ema: bool = True,
+        prefix: Optional[str] = None,
         drop: Sequence[str] = (),
         num_classes: Optional[int] = None,
-        img_size: Union[int, Tuple[int, int], None] = None,
-        source_size: Union[int, Tuple[int, int], None] = None,
+        img_size: Size = None,
+        source_size: Size = None,
+        labels: Optional[PathLike] = None,
         dtype: Optional[str] = None,
         sha256: Optional[str] = None,
         verify: bool = False,
         force: bool = False,
+        keep_source: bool = False,
+        about: Optional[str] = None,
         max_bytes: int = MAX_BYTES,
-        progress: Optional[Progress] = None,
+        progress: bool = False,
 ) -> Report:
     """Convert a PVT v1 checkpoint.
 
@@ -114,37 +124,42 @@ def convert(
         output: Folder to write. It appears once it is complete.
         to: 'timm', 'original' (whai362/PVT), 'transformers' or 'mmdet'.
         model: Name of the timm model that the checkpoint has to be of, None to find out.
-        use_ema: Take averaged weights where the file holds both.
+        use_ema: As timm does, prefer averaged weights where the file holds both.
+        prefix: What stands before the names of the weights, needed where the file holds several PVTs.
         drop: Parts to leave out: 'class_token', 'norm', 'head'.
         num_classes: Only 0 (leave out the head) or the number that the head has.
         img_size: Image size to resize the position embeddings to.
         source_size: Image size of the position embeddings, needed where only non-square ones fit.
+        labels: File with the names of the classes, instead of those that come with the checkpoint.
         dtype: 'float32', 'float16' or 'bfloat16', None to keep the types.
         sha256: Hash (or its first 8 or more digits) that the file must have.
         verify: Compare outputs with the source's own implementation, and the written file with what was meant.
         force: Replace an earlier output.
-        max_bytes: Refuse a source that is larger or claims more.
-        progress: Shows how far downloads and hashes are.
+        keep_source: Also copy the source file into the output.
+        about: Text of the model card before the table of provenance, None for an example of use.
+        max_bytes: Refuse a file that is larger or claims more.
+        progress: Show the progress of a download from a url.
 
     Returns:
         What was done.
 
     Raises:
         ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for.
-        OSError: Something cannot be read, downloaded or written.
+        OSError: Something cannot be read or written.
+        Exception: What the clients raise where something cannot be downloaded.
     """
-    if to not in TARGETS:
-        raise ValueError(f'Expected a target in {TARGETS}, got {to!r}.')
+    if to not in WRITERS:
+        raise ValueError(f'Expected a target in {tuple(WRITERS)}, got {to!r}.')
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f'Expected a dtype in {tuple(DTYPES)}, got {dtype!r}.')
     unknown = [part for part in drop if part not in PARTS]
     if unknown:
         raise ValueError(f'Expected parts to drop in {PARTS}, got {unknown[0]!r}.')
     new_size = _check_size(img_size)
-    output = check_output(output, force)
+    path = check_output(output, force)
 
-    with _load(source, model, use_ema, source_size, sha256, max_bytes, progress) as loaded:
-        report = loaded.report
+    with _load(source, model, use_ema, prefix, source_size, labels, sha256, max_bytes, progress) as loaded:
+        report, info, cfg = loaded.report, loaded.info, dict(loaded.cfg)
         drop = list(dict.fromkeys(drop))
         if num_classes == 0 and report.head and 'head' not in drop:
             drop.append('head')
@@ -152,47 +167,53 @@ def convert(
             raise ValueError(
                 f'Expected num_classes 0 or {report.num_classes}, which the head has, got {num_classes}. '
                 f'A new head is made by timm.create_model(..., num_classes={num_classes}).')
+        if new_size:
+            cfg['input_size'] = (info.in_chans, *new_size)
+        elif to == 'transformers' and _grid(cfg['input_size'][1:]) != info.grid_size:
+            new_size = cfg['input_size'][1:]
+            report.warnings.append(
+                'position embeddings resized to {}x{} images, for which the model was trained: transformers takes '
+                'images of their own size only'.format(*new_size))
         state_dict, class_row = _select(loaded, to, drop)
-        size = _grid(new_size) if new_size else None
-        if size:
-            state_dict = resize_pos_embeds(state_dict, loaded.info.grid_size, size, _has_row(loaded.info, state_dict))
+        grid = _grid(new_size) if new_size else info.grid_size
+        if new_size:
+            state_dict = resize_pos_embeds(state_dict, info.grid_size, grid, _has_row(info, state_dict))
         if dtype:
             state_dict = {k: _cast(k, v, DTYPES[dtype]) for k, v in state_dict.items()}
-            class_row = None if class_row is None else _cast(_ROW, class_row, DTYPES[dtype])
+            class_row = None if class_row is None else _cast(CLASS_ROW, class_row, DTYPES[dtype])
 
-        left = describe(state_dict, tuple(4 * n for n in size or loaded.info.grid_size))
-        plan = targets.Plan(
-            state_dict=state_dict,
-            class_row=class_row,
-            info=left,
-            model_args=_model_args(left, loaded.model_args),
-            cfg=loaded.cfg if left.num_classes else {k: v for k, v in loaded.cfg.items() if k != 'label_names'},
-            report=report,
-        )
+        left = describe(state_dict, (4 * grid[0], 4 * grid[1]))
+        if not left.num_classes:
+            cfg.pop('label_names', None)
+        contents = Contents(state_dict, class_row, left, _model_args(left, loaded.model_args), cfg, report, about)
         written = None
         if to != 'timm':
-            plan.state_dict, written = from_timm(state_dict, to)
+            contents.state_dict, written = from_timm(state_dict, to)
         report.mapped = trace(loaded.converted.mapped, written)
-        gone = [k for k in loaded.state_dict if k not in state_dict]
         sources = {t: s for ts, ss in loaded.converted.mapped for t in ts for s in ss}
-        report.dropped.update({sources.get(k, k): 'asked for with --drop' for k in gone})
+        report.dropped.update({
+            clean(sources.get(k, k)): 'asked for with --drop' for k in loaded.state_dict if k not in state_dict})
         report.to = to
         report.dtype = _dtype_name(state_dict)
-        if plan.cfg.get('label_names') and to in ('original', 'mmdet'):
+        report.preprocessing['input_size'] = cfg['input_size']
+        if cfg.get('label_names') and to in ('original', 'mmdet'):
             report.warnings.append(f'the {to} format has no place for the label names')
 
-        with new_folder(output, force) as folder:
+        with new_folder(path, force) as folder:
             try:
-                targets.WRITERS[to](folder, plan)
+                use = WRITERS[to](folder, contents)
             except (RuntimeError, SafetensorError) as e:  # how torch and safetensors report a full disk
-                raise OSError(f'Cannot write to {output.parent}: {clean(e, 200)}') from e
+                raise OSError(f'Cannot write to {path.parent}: {clean(e, 200)}') from e
+            if keep_source:
+                shutil.copyfile(loaded.source.file, folder / loaded.source.file.name)
             if verify:
                 from . import verification
-                report.verification = verification.verify(loaded, plan, folder, to)
+                report.verification = verification.verify(loaded, contents, folder, to)
                 if not report.verification['passed']:
                     raise VerificationError('Verification failed, nothing was written.', report)
+            write_card(folder, contents, use)
             report.files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-        report.output = str(output)
+        report.output = str(path)
         return report
 
 
@@ -200,19 +221,21 @@ def convert(
 
 @contextlib.contextmanager
 def _load(
-        spec: Union[str, 'os.PathLike[str]'],
+        spec: PathLike,
         model: Optional[str],
         use_ema: bool,
-        source_size: Union[int, Tuple[int, int], None],
+        prefix: Optional[str],
+        source_size: Size,
+        labels: Optional[PathLike],
         sha256: Optional[str],
         max_bytes: int,
-        progress: Optional[Progress],
+        progress: bool,
 ) -> Iterator[Loaded]:
-    source_size = _check_size(source_size, 'source_size')
+    size = _check_size(source_size, 'source_size')
     if model is not None and model not in VARIANTS:
         raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
-    with open_source(spec, max_bytes, progress) as source:
-        found = sha256_of(source.file, progress)
+    with open_source(spec, progress) as source:
+        found = sha256_of(source.file)
         if sha256 is not None:
             check_sha256(found, sha256)
         report = Report(
@@ -227,11 +250,12 @@ def _load(
                 f'the name of the file ends in {hash_in_name(source.file)}, its sha256 starts with {found[:8]}: it was '
                 f'changed, renamed or damaged')
         checkpoint = read_checkpoint(source.file, max_bytes)
-        converted = map_to_timm(checkpoint, use_ema)
-        loaded = _describe(source, converted, report, source_size)
+        trained = training_config(checkpoint)
+        loaded = _describe(source, map_to_timm(checkpoint, use_ema, prefix), report, size, trained)
         del checkpoint
         if model is not None and report.variant != model:
             raise ValueError(f'Expected a checkpoint of {model}, this is one of {report.variant}.')
+        _add_labels(loaded, trained, labels)
         yield loaded
 
 
@@ -240,13 +264,13 @@ def _describe(
         converted: Converted,
         report: Report,
         source_size: Optional[Tuple[int, int]],
+        trained: Dict[str, Any],
 ) -> Loaded:
     state_dict = converted.state_dict
     bad = [k for k, v in state_dict.items() if v.dtype not in _FLOATS or v.layout != torch.strided]
     if bad:
         raise ValueError(f'Expected floating point weights, {bad[0]} has type {state_dict[bad[0]].dtype}.')
-    hint = source_size or _configured_size(source.config)
-    info = describe(state_dict, hint)
+    info = describe(state_dict, source_size or _configured_size(source.config) or trained.get('img_size'))
     if source_size and info.grid_size != _grid(source_size):
         raise ValueError(
             f'Expected position embeddings of {source_size[0]}x{source_size[1]} images, they have a grid of '
@@ -263,7 +287,7 @@ def _describe(
 
     loaded = Loaded(state_dict, info, source, converted, report)
     loaded.model_args = _configured_args(source.config, variant, report)
-    loaded.cfg = _configured_cfg(source, info, report)
+    loaded.cfg = _configured_cfg(source, info, report, trained)
     _check_against_model(state_dict, info, _model_args(info, loaded.model_args))
 
     report.format = converted.format
@@ -284,7 +308,7 @@ def _describe(
     report.norm = info.norm
     report.head = 'head.weight' in state_dict
     report.dtype = report.source_dtype = _dtype_name(state_dict)
-    report.labels = len(loaded.cfg.get('label_names', ()))
+    report.preprocessing = {k: loaded.cfg[k] for k in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')}
     report.parameters = sum(v.numel() for v in state_dict.values())
     broken = [k for k, v in state_dict.items() if v.numel() and not _finite(v)]
     if broken:
@@ -299,26 +323,26 @@ def _finite(x: torch.Tensor) -> bool:
 
 
 def _read_class_row(file: Path, state_dict: StateDict) -> torch.Tensor:
-    row = read_checkpoint(file, 2 ** 20).get(_ROW)
+    row = read_checkpoint(file, 2 ** 20).get(CLASS_ROW)
     like = state_dict[_POS_EMBED]
     if not isinstance(row, torch.Tensor) or row.shape != (1, 1, like.shape[2]) or row.dtype != like.dtype:
-        raise ValueError(f'Expected {_ROW} of type {like.dtype} and width {like.shape[2]} in {file.name}: remove or '
-                         f'replace that file.')
+        raise ValueError(f'Expected {CLASS_ROW} of type {like.dtype} and width {like.shape[2]} in {file.name}: remove '
+                         f'or replace that file.')
     return row
 
 
-def _check_size(size: Union[int, Sequence[int], None], name: str = 'img_size') -> Optional[Tuple[int, int]]:
+def _check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
     if size is None:
         return None
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or not all(isinstance(n, int) and MIN_SIZE <= n <= MAX_SIZE for n in size):
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(n, int) and MIN_SIZE <= n <= MAX_SIZE for n in pair):
         raise ValueError(
             f'Expected {name} to be one or two numbers from {MIN_SIZE} to {MAX_SIZE}, got '
-            f'{" ".join(map(str, size))}.')
-    return size
+            f'{" ".join(map(str, pair))}.')
+    return pair
 
 
-def _grid(size: Tuple[int, int]) -> Tuple[int, int]:
+def _grid(size: Sequence[int]) -> Tuple[int, int]:
     return size[0] // 4, size[1] // 4
 
 
@@ -327,7 +351,7 @@ def _dtype_name(state_dict: StateDict) -> str:
     return ', '.join(names)
 
 
-# ---- what the files next to a checkpoint say ------------------------------------------------------------------------
+# ---- what is said about the weights: by their training, and by the files next to them --------------------------------
 
 def _configured_size(config: Dict[str, Any]) -> Optional[Tuple[int, int]]:
     """Image size in the configuration of timm or transformers."""
@@ -344,9 +368,9 @@ def _configured_args(config: Dict[str, Any], variant: str, report: Report) -> Di
     out: Dict[str, Any] = {}
     args = config.get('model_args')
     heads = args.get('num_heads') if isinstance(args, dict) else config.get('num_attention_heads')
-    if isinstance(heads, list) and tuple(heads) != targets.num_heads(variant):
+    if isinstance(heads, list) and tuple(heads) != VARIANTS[variant]['num_heads']:
         raise ValueError(
-            f'Expected {list(targets.num_heads(variant))} attention heads, as {variant} has, config.json says '
+            f'Expected {list(VARIANTS[variant]["num_heads"])} attention heads, as {variant} has, config.json says '
             f'{clean(heads, 60)}.')
     if isinstance(args, dict) and args.get('global_pool') in ('token', 'avg', ''):
         out['global_pool'] = args['global_pool']
@@ -362,22 +386,28 @@ def _configured_args(config: Dict[str, Any], variant: str, report: Report) -> Di
     return out
 
 
-def _configured_cfg(source: Source, info: Description, report: Report) -> Dict[str, Any]:
-    """Preprocessing and labels, from what lies next to the checkpoint, else from the model's default."""
-    config, cfg = source.config, {}
-    default = get_pretrained_cfg(find_variant(info.depths, info.embed_dims)).to_dict()
-    for key in ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'license', 'origin_url'):
-        if default.get(key) is not None:
-            cfg[key] = default[key]
-    given = config.get('pretrained_cfg') if isinstance(config.get('pretrained_cfg'), dict) else {}
-    given = {**given, **{k: v for k, v in config.items() if k in ('label_names', 'label_descriptions')}}
-    pre = source.preprocessor
-    if isinstance(pre.get('image_mean'), list) and isinstance(pre.get('image_std'), list):
-        given = {**given, 'mean': pre['image_mean'], 'std': pre['image_std']}
+def _configured_cfg(source: Source, info: Description, report: Report, trained: Dict[str, Any]) -> Dict[str, Any]:
+    """Preprocessing: what training says, else what lies next to the checkpoint, else the model's default."""
+    default = get_pretrained_cfg(variant_of(info)).to_dict()
+    cfg = {key: default[key] for key in ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
+           if default.get(key) is not None}
+    if report.known:  # else not ours to say
+        cfg.update({key: default[key] for key in ('license', 'origin_url') if default.get(key)})
+    given = source.config.get('pretrained_cfg')
+    given = dict(given) if isinstance(given, dict) else {}
+    given.update({ours: source.preprocessor[theirs] for ours, theirs in (('mean', 'image_mean'), ('std', 'image_std'))
+                  if theirs in source.preprocessor})
+    given.update(trained)
 
+    size = given.get('input_size')
+    size = given.get('img_size') or (size[1:] if isinstance(size, (list, tuple)) else None)
+    try:
+        cfg['input_size'] = (info.in_chans, *(_check_size(size) or info.img_size))
+    except ValueError:
+        cfg['input_size'] = (info.in_chans, *info.img_size)
     for key in ('mean', 'std'):
         values = given.get(key)
-        if isinstance(values, list) and len(values) in (1, info.in_chans) and all(map(_is_number, values)):
+        if isinstance(values, (list, tuple)) and len(values) in (1, info.in_chans) and all(map(_is_number, values)):
             cfg[key] = tuple(map(float, values))
     if len(cfg['mean']) not in (1, info.in_chans) or len(cfg['std']) not in (1, info.in_chans):
         cfg.update({k: (round(sum(cfg[k]) / len(cfg[k]), 6),) * info.in_chans for k in ('mean', 'std')})
@@ -385,26 +415,13 @@ def _configured_cfg(source: Source, info: Description, report: Report) -> Dict[s
             f'mean and std of {info.in_chans} channels are not known: wrote the average of the usual ones')
     if _is_number(given.get('crop_pct')) and 0 < given['crop_pct'] <= 1:
         cfg['crop_pct'] = given['crop_pct']
-    if given.get('interpolation') in ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random'):
-        cfg['interpolation'] = given['interpolation']
-    if given.get('crop_mode') in ('center', 'squash', 'border'):
-        cfg['crop_mode'] = given['crop_mode']
-    if not report.known:  # not ours to say
-        cfg.pop('license', None)
-        cfg.pop('origin_url', None)
+    for key, known in (('interpolation', ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random')),
+                       ('crop_mode', ('center', 'squash', 'border'))):
+        if given.get(key) in known:
+            cfg[key] = given[key]
     for key in ('license', 'origin_url'):
         if isinstance(given.get(key), str):
             cfg[key] = clean(given[key], 200)
-
-    labels = given.get('label_names')
-    if not isinstance(labels, list):
-        labels = _id2label(config.get('id2label'), info.num_classes)
-    if labels and info.num_classes:
-        if len(labels) == info.num_classes and all(isinstance(x, str) for x in labels):
-            cfg['label_names'] = labels
-        else:
-            report.warnings.append(
-                f'left out {len(labels)} label names in config.json, the head has {info.num_classes} classes')
     return cfg
 
 
@@ -412,24 +429,30 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _id2label(id2label: Any, num_classes: int) -> Optional[List[str]]:
-    """Names in the order of transformers' id2label, None without names of their own."""
-    if not isinstance(id2label, dict) or not id2label:
-        return None
-    try:
-        names = {int(k): v for k, v in id2label.items()}
-    except ValueError:
-        return [''] * (num_classes + 1)  # counts as labels that do not fit
-    if sorted(names) != list(range(len(names))):
-        return [''] * (num_classes + 1)
-    labels = [names[i] for i in range(len(names))]
-    return None if all(x == f'LABEL_{i}' for i, x in enumerate(labels)) else labels
+def _add_labels(loaded: Loaded, trained: Dict[str, Any], file: Optional[PathLike]) -> None:
+    """Names of the classes: from `file`, else what training keeps, else what config.json says."""
+    count, report = loaded.info.num_classes, loaded.report
+    names = None
+    if file is not None:
+        names = read_labels(file)
+        if len(names) != count:
+            raise ValueError(f'Expected the names of {count} classes in {file}, got {len(names)}.')
+    elif count:
+        try:
+            names = trained.get('label_names') or loaded.source.labels or labels_in(loaded.source.config)
+        except ValueError as e:
+            report.warnings.append(f'left out the label names in config.json: {clean(e)}')
+    if names and len(names) != count:
+        report.warnings.append(f'left out {len(names)} label names, the head has {count} classes')
+    elif names:
+        loaded.cfg['label_names'] = names
+        report.labels = len(names)
 
 
 # ---- choose ---------------------------------------------------------------------------------------------------------
 
 def _has_row(info: Description, state_dict: StateDict) -> bool:
-    """Whether the last position embedding, resized or not, still has its row for the class token."""
+    """Whether the last position embedding still has its row for the class token."""
     grid = (info.grid_size[0] // 8) * (info.grid_size[1] // 8)
     return state_dict[_POS_EMBED].shape[1] == grid + 1
 
@@ -452,28 +475,29 @@ def _select(loaded: Loaded, to: str, drop: List[str]) -> Tuple[StateDict, Option
                 'do not drop them.' if info.class_token and info.norm else 'this one lacks them, nothing is made up.'))
     if to == 'transformers' and info.grid_size[0] != info.grid_size[1]:
         raise ValueError(f'The transformers format holds square images only, got {info.img_size}.')
-    if to == 'original':
-        if not info.class_row:
-            raise ValueError(
-                'The original format has a class token row in pos_embed4 also where it has no class token. This '
-                f'checkpoint lacks it (a folder converted from the original has it in {CLASS_ROW_FILE}), and nothing '
-                'is made up.')
-        if ('class_token' in left) != ('norm' in left) or 'head' in left and 'class_token' not in left:
-            raise ValueError(
-                f'The original format holds class token and norm together or neither, and a head only with them, this '
-                f'would be {", ".join(left)}: leave them out with --drop {" ".join(have)}.')
+    if to == 'original' and (
+            ('class_token' in left) != ('norm' in left) or 'head' in left and 'class_token' not in left):
+        raise ValueError(
+            f'The original format holds class token and norm together or neither, and a head only with them, this '
+            f'would be {", ".join(left)}: leave them out with --drop {" ".join(have)}.')
+    if 'norm' in drop and 'head' in left:
+        raise ValueError('The head takes what the norm gives: leave out both with --drop norm head.')
 
     state_dict = drop_parts(loaded.state_dict, [p for p in drop if p != 'class_token'])
     class_row = None
-    if 'class_token' in drop and to == 'original':
+    if to == 'original' and not info.class_row:
+        pos_embed = state_dict[_POS_EMBED]
+        state_dict[_POS_EMBED] = torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], 1)
+        report.warnings.append(
+            'pos_embed4 has a row of zeros at the place of the class token: the original format wants the row, this '
+            'checkpoint has none, and the dense models of the original cut it away unread')
+    elif to == 'original' and 'class_token' in drop:
         state_dict.pop(_CLS_TOKEN, None)  # its position row stays, as in the original's dense checkpoints
     elif 'class_token' in drop:
         state_dict = drop_parts(state_dict, ['class_token'], info.class_row)
     elif to == 'timm' and info.class_row and not info.class_token:
         class_row = state_dict[_POS_EMBED][:, :1]
         state_dict = drop_parts(state_dict, ['class_token'])
-    if 'norm' in drop and 'head' in left:
-        raise ValueError('The head takes what the norm gives: leave out both with --drop norm head.')
     return state_dict, class_row
 
 
@@ -486,7 +510,7 @@ def _cast(key: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _model_args(info: Description, given: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments for `timm.create_model` that differ from the defaults of the variant."""
-    default = 32 if find_variant(info.depths, info.embed_dims) == 'test_pvt' else 224
+    default = 32 if variant_of(info) == 'test_pvt' else 224
     args: Dict[str, Any] = {}
     if info.grid_size != (default // 4, default // 4):
         args['img_size'] = info.img_size[0] if info.img_size[0] == info.img_size[1] else list(info.img_size)
@@ -510,17 +534,7 @@ def _check_against_model(state_dict: StateDict, info: Description, model_args: D
     if info.patch_size != 4:
         raise ValueError(f'Expected patches of 4x4 pixels, got {info.patch_size}x{info.patch_size}.')
     args = dict(model_args, img_size=info.img_size, num_classes=info.num_classes, weight_init='skip', device='meta')
-    reference = timm.create_model(find_variant(info.depths, info.embed_dims), pretrained=False, **args).state_dict()
+    reference = timm.create_model(variant_of(info), pretrained=False, **args).state_dict()
     if info.class_row and not info.class_token:
         state_dict = drop_parts(state_dict, ['class_token'])
-    some = pvt_timm.checkpoints._some
-    missing = [k for k in reference if k not in state_dict]
-    if missing:
-        raise ValueError(f'Missing in the checkpoint: {some(missing)}.')
-    extra = [k for k in state_dict if k not in reference]
-    if extra:
-        raise ValueError(f'Not part of {find_variant(info.depths, info.embed_dims)}: {some(extra)}.')
-    wrong = [f'{k} {list(state_dict[k].shape)} instead of {list(v.shape)}'
-             for k, v in reference.items() if state_dict[k].shape != v.shape]
-    if wrong:
-        raise ValueError(f'Wrong shape in the checkpoint: {some(wrong)}.')
+    check_keys(state_dict, reference)

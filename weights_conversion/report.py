@@ -1,7 +1,6 @@
 """ What a conversion did, for people and for machines. """
 import json
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -27,7 +26,7 @@ class Report:
         file: Name of the file.
         bytes: Its size.
         sha256: Its hash.
-        known: What public file it is, None if unknown.
+        known: Pretrained tag whose public file it is, None if unknown.
         format: 'timm', 'timm_features', 'original', 'transformers' or 'mmdet'.
         wrappers: Keys that were opened to reach the weights.
         prefix: What stood before every name.
@@ -43,10 +42,11 @@ class Report:
         head: Head is there.
         dtype: Type of the weights, as written.
         source_dtype: Type of the weights, as read.
+        preprocessing: 'input_size', 'mean', 'std', 'crop_pct' and 'interpolation' that go with the weights.
         labels: Number of label names that came with it.
         parameters: Values in all tensors of the model.
         mapped: One row per kind of parameter: 'from', 'to', 'kind' (kept, renamed, merged, split) and 'count'.
-        dropped: Source key to the reason why it is not in the output.
+        dropped: Source key, or 'group.*' of keys, to the reason why it is not in the output.
         warnings: What a user should know.
         to: Target format, None if nothing was converted.
         output: Folder that was written.
@@ -73,6 +73,7 @@ class Report:
     head: bool = True
     dtype: str = ''
     source_dtype: str = ''
+    preprocessing: Dict[str, Any] = field(default_factory=dict)
     labels: int = 0
     parameters: int = 0
     mapped: List[Dict[str, Any]] = field(default_factory=list)
@@ -89,6 +90,7 @@ class Report:
     def to_text(self) -> str:
         """A summary and a table of what became of the keys."""
         parts = [name for name in ('class token', 'norm', 'head') if getattr(self, name.replace(' ', '_'))]
+        pre = self.preprocessing
         rows = [
             ('source', self.source),
             ('file', f'{self.file}, {self.bytes:,} bytes'),
@@ -97,7 +99,9 @@ class Report:
              + (f', names start with {self.prefix!r}' if self.prefix else '')),
             ('weights', self.weights + (f' (others are in {self.other_weights})' if self.other_weights else '')),
             ('model', f'{self.variant}, {self.parameters:,} values, {self.dtype}'),
-            ('input', f'{self.in_chans} channels, {self.img_size[0]}x{self.img_size[1]}'),
+            ('input', f'{self.in_chans} channels, position embeddings for {self.img_size[0]}x{self.img_size[1]}'),
+            ('images', f'{"x".join(map(str, pre["input_size"][1:]))}, crop_pct {pre["crop_pct"]:g}, '
+                       f'{pre["interpolation"]}, mean {list(pre["mean"])}, std {list(pre["std"])}'),
             ('parts', f'{", ".join(parts) or "backbone only"}; {self.num_classes} classes'
              + (f', {self.labels} label names' if self.labels else '')),
         ]
@@ -112,9 +116,7 @@ class Report:
             lines += [f'{clean(row["from"], 90):<{wide}}  {row["count"]:>5}  {row["kind"]:<7}  {clean(row["to"], 160)}'
                       for row in self.mapped]
         if self.dropped:
-            lines += ['', 'dropped']
-            groups = Counter((_group(k, self.wrappers), why) for k, why in self.dropped.items())
-            lines += [f'{clean(k, 60):<40} {n:>5}  {clean(why, 100)}' for (k, why), n in groups.items()][:40]
+            lines += ['', 'dropped', *(f'{clean(k, 90):<45} {clean(why, 100)}' for k, why in self.dropped.items())]
         if self.verification:
             lines += ['', *_verification_lines(self.verification)]
         return '\n'.join(lines)
@@ -129,15 +131,6 @@ def _verification_lines(result: Dict[str, Any]) -> List[str]:
         lines.append(f'    {"":<8} {"max absolute":>14} {"max relative":>14}')
         lines += [f'    {r["name"]:<8} {r["absolute"]:>14.3e} {r["relative"]:>14.3e}' for r in run['differences']]
     return lines
-
-
-def _group(key: str, wrappers: Sequence[str]) -> str:
-    """A short stand-in for all keys that belong together: 'state_dict.bbox_head.*', 'optimizer'."""
-    inside = '.'.join((*wrappers, ''))
-    if not wrappers or not key.startswith(inside):
-        inside = ''
-    head, dot, _ = key[len(inside):].partition('.')
-    return inside + head + ('.*' if dot else '')
 
 
 _NUMBERS = re.compile(
@@ -173,7 +166,8 @@ def trace(read: Pairs, written: Optional[Pairs] = None) -> List[Dict[str, Any]]:
         for first in writes:
             if first in seen:
                 continue
-            timm, todo = {}, [first]  # all timm names that hang together, in order
+            timm: Dict[str, None] = {}  # all timm names that hang together, in order
+            todo = [first]
             while todo:
                 name = todo.pop(0)
                 if name not in timm:

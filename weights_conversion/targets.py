@@ -1,29 +1,30 @@
-""" What a conversion writes into its folder, one function per target format. """
+""" What a conversion writes into its folder, one function per target format, which returns an example of use. """
 import json
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 import timm
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 
-from pvt_timm import __version__
 from pvt_timm.checkpoints import Description
 from pvt_timm.pvt import VARIANTS, find_variant
+from pvt_timm.version import __version__
 
 from .report import Report, clean
 from .sources import CLASS_ROW_FILE
 
-__all__ = ['Plan', 'WRITERS', 'num_heads', 'transformers_config']
+__all__ = ['CLASS_ROW', 'Contents', 'WRITERS', 'transformers_config', 'variant_of', 'write_card']
 
 CLASS_ROW = 'pos_embed4.class_row'
 
 
 @dataclass
-class Plan:
+class Contents:
     """What to write.
 
     Attributes:
@@ -33,6 +34,7 @@ class Plan:
         model_args: Arguments for `timm.create_model` besides the name.
         cfg: Preprocessing and labels.
         report: What is known about the source.
+        about: Text of the model card before the table, None for an example of use.
     """
     state_dict: Dict[str, torch.Tensor]
     class_row: Optional[torch.Tensor]
@@ -40,54 +42,57 @@ class Plan:
     model_args: Dict[str, Any]
     cfg: Dict[str, Any]
     report: Report
+    about: Optional[str] = None
 
 
-def num_heads(variant: str) -> Tuple[int, ...]:
-    """Attention heads per stage, which no state dict tells."""
-    return VARIANTS[variant]['num_heads']
+def variant_of(info: Description) -> str:
+    """Name of the timm model. The caller knows that it is one."""
+    name = find_variant(info.depths, info.embed_dims)
+    assert name is not None
+    return name
 
 
-def write_timm(folder: Path, plan: Plan) -> None:
+def write_timm(folder: Path, contents: Contents) -> str:
     """model.safetensors and config.json in the layout of timm's hub repositories."""
-    _save_safetensors(plan.state_dict, folder / 'model.safetensors')
-    if plan.class_row is not None:
-        _save_safetensors({CLASS_ROW: plan.class_row}, folder / CLASS_ROW_FILE)
-    _write_json(timm_config(plan), folder / 'config.json')
-    _write_card(folder, plan, _USE_TIMM if plan.info.num_classes else _USE_TIMM_FEATURES)
+    _save_safetensors(contents.state_dict, folder / 'model.safetensors')
+    if contents.class_row is not None:
+        _save_safetensors({CLASS_ROW: contents.class_row}, folder / CLASS_ROW_FILE)
+    _write_json(timm_config(contents), folder / 'config.json')
+    return _USE_TIMM if contents.info.num_classes else _USE_TIMM_FEATURES
 
 
-def write_original(folder: Path, plan: Plan) -> None:
+def write_original(folder: Path, contents: Contents) -> str:
     """A bare state dict, as whai362/PVT publishes."""
-    _save_torch(plan.state_dict, folder / f'{find_variant(plan.info.depths, plan.info.embed_dims)}.pth')
-    _write_card(folder, plan, _USE_ORIGINAL if plan.info.class_token else _USE_ORIGINAL_DENSE)
+    _save_torch(contents.state_dict, folder / f'{variant_of(contents.info)}.pth')
+    return _USE_ORIGINAL if contents.info.class_token else _USE_ORIGINAL_DENSE
 
 
-def write_mmdet(folder: Path, plan: Plan) -> None:
+def write_mmdet(folder: Path, contents: Contents) -> str:
     """A bare state dict for mmdetection's backbone."""
-    _save_torch(plan.state_dict, folder / f'{find_variant(plan.info.depths, plan.info.embed_dims)}.pth')
-    _write_card(folder, plan, _USE_MMDET)
+    _save_torch(contents.state_dict, folder / f'{variant_of(contents.info)}.pth')
+    return _USE_MMDET
 
 
-def write_transformers(folder: Path, plan: Plan) -> None:
+def write_transformers(folder: Path, contents: Contents) -> str:
     """What `PvtForImageClassification.from_pretrained` and `AutoImageProcessor.from_pretrained` read."""
-    _save_safetensors(plan.state_dict, folder / 'model.safetensors')
-    _write_json(transformers_config(plan), folder / 'config.json')
-    resample = {'nearest': 0, 'lanczos': 1, 'bilinear': 2, 'bicubic': 3}.get(plan.cfg.get('interpolation'), 3)
+    cfg = contents.cfg
+    _save_safetensors(contents.state_dict, folder / 'model.safetensors')
+    _write_json(transformers_config(contents.info, cfg.get('label_names')), folder / 'config.json')
     _write_json({
         'image_processor_type': 'PvtImageProcessor',
         'do_resize': True,
-        'size': dict(zip(('height', 'width'), plan.info.img_size)),
-        'resample': resample,
+        'size': dict(zip(('height', 'width'), cfg['input_size'][1:])),
+        'resample': {'nearest': 0, 'lanczos': 1, 'bilinear': 2}.get(cfg['interpolation'], 3),
         'do_rescale': True,
         'rescale_factor': 1 / 255,
         'do_normalize': True,
-        'image_mean': list(plan.cfg['mean']),
-        'image_std': list(plan.cfg['std']),
+        'image_mean': list(cfg['mean']),
+        'image_std': list(cfg['std']),
     }, folder / 'preprocessor_config.json')
-    _write_card(folder, plan, _USE_TRANSFORMERS)
+    return _USE_TRANSFORMERS
 
 
-WRITERS: Dict[str, Callable[[Path, Plan], None]] = {
+WRITERS: Dict[str, Callable[[Path, Contents], str]] = {
     'timm': write_timm,
     'original': write_original,
     'transformers': write_transformers,
@@ -95,41 +100,37 @@ WRITERS: Dict[str, Callable[[Path, Plan], None]] = {
 }
 
 
-def timm_config(plan: Plan) -> Dict[str, Any]:
+def timm_config(contents: Contents) -> Dict[str, Any]:
     """config.json of a timm repository."""
-    info, size = plan.info, list(plan.info.img_size)
-    default = timm.models.get_pretrained_cfg(find_variant(info.depths, info.embed_dims))
-    cfg = {k: v for k, v in plan.cfg.items() if k != 'label_names'}
-    pretrained_cfg = {
-        'custom_load': False,
-        'input_size': [info.in_chans, *size],
-        'fixed_input_size': False,
-        'min_input_size': [info.in_chans, 32, 32],
-        'pool_size': [n // 32 for n in size],
-        **cfg,
-        'num_classes': info.num_classes,
-        'first_conv': default.first_conv,
-        'classifier': default.classifier,
-        'paper_ids': 'arXiv:2102.12122',
-        'paper_name': 'Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions',
-    }
+    info = contents.info
+    default = timm.models.get_pretrained_cfg(variant_of(info))
     config = {
-        'architecture': find_variant(info.depths, info.embed_dims),
+        'architecture': variant_of(info),
         'num_classes': info.num_classes,
         'num_features': info.embed_dims[-1],
-        'global_pool': plan.model_args.get('global_pool', 'token' if info.class_token and info.norm else 'avg'),
-        'model_args': plan.model_args,
-        'pretrained_cfg': pretrained_cfg,
+        'global_pool': contents.model_args.get('global_pool', 'token' if info.class_token and info.norm else 'avg'),
+        'model_args': contents.model_args,
+        'pretrained_cfg': {
+            'custom_load': False,
+            'fixed_input_size': False,
+            'min_input_size': [info.in_chans, 32, 32],
+            'pool_size': [n // 32 for n in contents.cfg['input_size'][1:]],
+            **{k: v for k, v in contents.cfg.items() if k != 'label_names'},
+            'num_classes': info.num_classes,
+            'first_conv': default.first_conv,
+            'classifier': default.classifier,
+            'paper_ids': 'arXiv:2102.12122',
+            'paper_name': 'Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions',
+        },
     }
-    if plan.cfg.get('label_names'):
-        config['label_names'] = list(plan.cfg['label_names'])
+    if contents.cfg.get('label_names'):
+        config['label_names'] = list(contents.cfg['label_names'])
     return config
 
 
-def transformers_config(plan: Plan) -> Dict[str, Any]:
+def transformers_config(info: Description, labels: Optional[List[str]] = None) -> Dict[str, Any]:
     """config.json for transformers' PvtForImageClassification."""
-    info = plan.info
-    labels = plan.cfg.get('label_names') or [f'LABEL_{i}' for i in range(info.num_classes)]
+    labels = labels or [f'LABEL_{i}' for i in range(info.num_classes)]
     dtype = str(info.dtype).removeprefix('torch.')
     return {
         'architectures': ['PvtForImageClassification'],
@@ -139,7 +140,7 @@ def transformers_config(plan: Plan) -> Dict[str, Any]:
         'num_encoder_blocks': 4,
         'depths': list(info.depths),
         'hidden_sizes': list(info.embed_dims),
-        'num_attention_heads': list(num_heads(find_variant(info.depths, info.embed_dims))),
+        'num_attention_heads': list(VARIANTS[variant_of(info)]['num_heads']),
         'sequence_reduction_ratios': list(info.sr_ratios),
         'mlp_ratios': [int(r) if r == int(r) else r for r in info.mlp_ratios],
         'patch_sizes': [info.patch_size, 2, 2, 2],
@@ -165,9 +166,8 @@ def _save_safetensors(tensors: Dict[str, torch.Tensor], file: Path) -> None:
 
 def _save_torch(tensors: Dict[str, torch.Tensor], file: Path) -> None:
     # torch.save writes whole storages, also where a tensor is a small part of one
-    tensors = OrderedDict(
-        (k, v if v.untyped_storage().nbytes() == v.nbytes else v.clone()) for k, v in _own_memory(tensors).items())
-    torch.save(tensors, file)
+    torch.save(OrderedDict((k, v if v.untyped_storage().nbytes() == v.nbytes else v.clone())
+                           for k, v in _own_memory(tensors).items()), file)
 
 
 def _own_memory(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -220,6 +220,8 @@ from transformers import AutoImageProcessor, PvtForImageClassification
 processor = AutoImageProcessor.from_pretrained('FOLDER')
 model = PvtForImageClassification.from_pretrained('FOLDER')
 '''
+# what loads each format; the original's code is no library
+_LIBRARIES = {'timm': 'timm', 'transformers': 'transformers', 'mmdet': 'mmdetection', 'original': None}
 
 
 def _code(text: Any) -> str:
@@ -227,59 +229,68 @@ def _code(text: Any) -> str:
     return '`' + re.sub(r'[`|<>]', '?', clean(text, 200)) + '`'
 
 
-def _write_card(folder: Path, plan: Plan, use: str) -> None:
-    info, report = plan.info, plan.report
-    args = [f'num_classes={info.num_classes}'] if info.num_classes != 1000 else []
-    if info.in_chans != 3:
-        args.append(f'in_chans={info.in_chans}')
-    if info.img_size != (224, 224):
-        args.append(f'img_size={info.img_size[0]}')
-    for name, value in dict(VARIANT=find_variant(info.depths, info.embed_dims), ARGS=', '.join(args), DEPTHS=list(info.depths)).items():
-        use = use.replace(name, str(value))
-    library = 'transformers' if report.to == 'transformers' else 'timm'
-    task = 'image-classification' if info.num_classes else 'image-feature-extraction'
-    head = ['---', f'library_name: {library}', f'pipeline_tag: {task}', 'tags:', f'- {task}', f'- {library}', '- pvt']
-    licence = plan.cfg.get('license')
-    if licence and re.fullmatch(r'[a-z0-9.-]+', licence):
-        head.append(f'license: {licence}')
+def _provenance(contents: Contents) -> str:
+    """Table of where the weights come from and what became of them."""
+    info, report = contents.info, contents.report
     parts = [name for name, there in (
         ('class token', info.class_token), ('final norm', info.norm), ('head', info.num_classes)) if there]
-    dropped: Dict[str, List[str]] = {}
-    for key, why in report.dropped.items():
-        dropped.setdefault(why, []).append(key)
     rows = [
         ('Source', _code(report.source)),
         ('File', f'{_code(report.file)}, {report.bytes:,} bytes'),
-        ('sha256', _code(report.sha256) + (f', {report.known}' if report.known else '')),
+        ('sha256', _code(report.sha256) + (f', the public file of {report.known}' if report.known else '')),
         ('Source format', report.format + (f' in {_code(" > ".join(report.wrappers))}' if report.wrappers else '')
          + (f', names start with {_code(report.prefix)}' if report.prefix else '')),
         ('Weights', report.weights),
         ('Converter', f'pvt-timm {__version__}'),
         ('Target format', str(report.to)),
         ('Type', report.dtype),
-        ('Input', f'{info.in_chans} x {info.img_size[0]} x {info.img_size[1]}'),
+        ('Input', 'x'.join(map(str, contents.cfg['input_size']))),
         ('Parts', ', '.join(parts) or 'backbone'),
         ('Classes', str(info.num_classes)),
     ]
+    check = report.verification
+    if check:
+        rows.append(('Verified', f'outputs equal those of {check["reference"]} in float64 (tolerance '
+                                 f'{check["tolerance"]:g} {check["measure"]})'))
     if report.dtype != report.source_dtype:
         rows.append(('Changed', f'cast from {report.source_dtype} to {report.dtype}'))
     if info.img_size != report.img_size:
         rows.append(('Changed', 'position embeddings resized (bilinear) from the grid of {}x{} to that of {}x{} images'
                      .format(*report.img_size, *info.img_size)))
+    dropped: Dict[str, List[str]] = {}
+    for key, why in report.dropped.items():
+        dropped.setdefault(why, []).append(key)
     for why, keys in dropped.items():
         shown = ', '.join(map(_code, keys[:8])) + (f' and {len(keys) - 8} more' if len(keys) > 8 else '')
         rows.append(('Left out', f'{shown} ({_code(why)})'))
     rows += [('Note', _code(w)) for w in report.warnings]
-    changed = any(name == 'Changed' for name, _ in rows)
-    lines = [
-        *head, '---', '', f'# {find_variant(info.depths, info.embed_dims)}', '',
-        'Weights of a [Pyramid Vision Transformer](https://arxiv.org/abs/2102.12122) (v1), converted without a change '
-        'to their values' + (' but those under "Changed".' if changed else '.'), '',
-        '```python', use.rstrip(), '```', '',
-        '| Provenance | |', '|---|---|', *(f'| {k} | {v} |' for k, v in rows), '',
-    ]
-    if plan.class_row is not None:
-        lines += [
-            f'`{CLASS_ROW_FILE}` holds the one row of the source\'s `pos_embed4` that belongs to the class token. No '
-            'dense model uses it. It is kept so that the source can be restored.', '']
-    (folder / 'README.md').write_text('\n'.join(lines), encoding='utf-8')
+    return '\n'.join(['| Provenance | |', '|---|---|', *(f'| {k} | {v} |' for k, v in rows)])
+
+
+def write_card(folder: Path, contents: Contents, use: str) -> None:
+    """README.md with an example of use and the provenance of the weights."""
+    info, report = contents.info, contents.report
+    args = [f'num_classes={info.num_classes}'] if info.num_classes != 1000 else []
+    if info.in_chans != 3:
+        args.append(f'in_chans={info.in_chans}')
+    if info.img_size != (224, 224):
+        args.append(f'img_size={info.img_size[0]}')
+    for name, value in dict(VARIANT=variant_of(info), ARGS=', '.join(args), DEPTHS=list(info.depths)).items():
+        use = use.replace(name, str(value))
+    library = _LIBRARIES[str(report.to)]
+    task = 'image-classification' if info.num_classes else 'image-feature-extraction'
+    licence = contents.cfg.get('license', '')
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag=task,
+        tags=[task, *([library] if library else []), 'pvt'],
+        license=licence if re.fullmatch(r'[a-z0-9.-]+', licence) else None,
+    )
+    about = contents.about or '\n'.join([
+        f'# {variant_of(info)}', '',
+        'Weights of a [Pyramid Vision Transformer](https://arxiv.org/abs/2102.12122) (v1), converted by pvt-timm. What '
+        'was changed, if anything, is said below.', '', '```python', use.rstrip(), '```'])
+    notes = '' if contents.class_row is None else (
+        f'\n\n`{CLASS_ROW_FILE}` holds the one row of the source\'s `pos_embed4` that belongs to the class token. No '
+        'dense model uses it. It is kept so that the source can be restored.')
+    ModelCard(f'---\n{data.to_yaml()}\n---\n\n{about}\n\n{_provenance(contents)}{notes}\n').save(folder / 'README.md')

@@ -1,36 +1,38 @@
 """ Compare a conversion with the code that the weights came from: same weights, same images, float64. """
-import contextlib
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import math
 import os
-import sys
 import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Tuple
+from unittest import mock
 
 import timm
 import torch
 from torch import nn
 
 from pvt_timm.checkpoints import Description, describe, drop_parts, from_timm, map_to_timm
-from pvt_timm.pvt import find_variant
 from pvt_timm.files import read_checkpoint
+from pvt_timm.pvt import VARIANTS
 
-from . import targets
+from .targets import Contents, transformers_config, variant_of
 
 if TYPE_CHECKING:
     from .converter import Loaded
 
-__all__ = ['CHECKOUT', 'TOLERANCE', 'reference_for', 'verify']
+__all__ = ['CHECKOUT', 'NoReferenceError', 'TOLERANCE', 'import_original', 'reference_for', 'verify']
 
 TOLERANCE = 1e-10  # float64
 CHECKOUT = 'PVT_CHECKOUT'  # environment variable with the path of a checkout of whai362/PVT
 ORIGINAL_EPS = 1e-5  # of the norms in patch embeddings and spatial reductions
 
 StateDict = Mapping[str, torch.Tensor]
+
+
+class NoReferenceError(ValueError):
+    """No implementation to compare with is installed."""
 
 
 @dataclass
@@ -51,33 +53,36 @@ class Reference:
     eps_differs: bool
 
 
-def reference_for(fmt: str, info: Description, head: bool) -> Reference:
+def reference_for(fmt: str, complete: bool) -> Reference:
     """The implementation to compare with: the format's own where it is installed, else another one that fits.
 
     Args:
         fmt: Format of the checkpoint.
-        info: Its architecture.
-        head: It has a head.
+        complete: It has a class token and a norm, else neither and no head.
 
     Raises:
-        ValueError: None is installed. The message says which to install.
+        NoReferenceError: None is installed. The message says which to install.
     """
-    complete = info.class_token and info.norm
-    if fmt == 'original' and complete and os.environ.get(CHECKOUT):
-        return _original(Path(os.environ[CHECKOUT]))
-    if fmt == 'mmdet' or not info.class_token and not info.norm and not head:
+    if not complete:
         return _mmdet()
-    if complete:
-        return _transformers()
-    raise ValueError('--verify compares checkpoints with class token and norm, or with neither (and without head).')
+    if fmt == 'original' and os.environ.get(CHECKOUT):
+        return _original(Path(os.environ[CHECKOUT]))
+    return _transformers()
 
 
-def verify(loaded: 'Loaded', plan: targets.Plan, folder: Path, to: str) -> Dict[str, Any]:
+def _reference(fmt: str, info: Description, head: bool) -> Reference:
+    if info.class_token != info.norm or head and not info.norm:
+        raise NoReferenceError(
+            '--verify compares checkpoints with class token and norm, or with neither (and without head).')
+    return reference_for(fmt, info.norm)
+
+
+def verify(loaded: 'Loaded', contents: Contents, folder: Path, to: str) -> Dict[str, Any]:
     """Compare the source with the timm model, and the written file with what was meant.
 
     Args:
         loaded: The source.
-        plan: What was to be written.
+        contents: What was to be written.
         folder: Where it was written.
         to: Format of what was written.
 
@@ -85,11 +90,11 @@ def verify(loaded: 'Loaded', plan: targets.Plan, folder: Path, to: str) -> Dict[
         For `Report.verification`.
 
     Raises:
-        ValueError: No implementation to compare with is installed, or the written file is not what was meant.
+        ValueError: The written file is not what was meant, or no implementation to compare with is installed.
     """
     info = loaded.info
-    reference = reference_for(loaded.converted.format, info, loaded.report.head)
-    _check_written(plan, folder, to)
+    reference = _reference(loaded.converted.format, info, loaded.report.head)
+    _check_written(contents, folder, to)
 
     ours = _timm_model(loaded.state_dict, info)
     raw = _raw_source(loaded)
@@ -102,7 +107,7 @@ def verify(loaded: 'Loaded', plan: targets.Plan, folder: Path, to: str) -> Dict[
     images = _images(info.in_chans, size)
     runs = _compare(ours, theirs, reference, images, 'source and timm')
     if to in ('transformers', 'original', 'mmdet') and to != loaded.converted.format:
-        runs += _compare_target(plan, folder, to)
+        runs += _compare_target(contents, folder, to)
     decisive = [run for run in runs if run['decisive']]
     passed = bool(decisive) and all(
         d['absolute'] <= TOLERANCE * max(1., d['largest']) for run in decisive for d in run['differences'])
@@ -118,14 +123,14 @@ def verify(loaded: 'Loaded', plan: targets.Plan, folder: Path, to: str) -> Dict[
     }
 
 
-def _compare_target(plan: targets.Plan, folder: Path, to: str) -> List[Dict[str, Any]]:
+def _compare_target(contents: Contents, folder: Path, to: str) -> List[Dict[str, Any]]:
     """Run the target's own code on the written file, where it is installed."""
     written = map_to_timm(read_checkpoint(folder)).state_dict
     written = {k: v.double() for k, v in written.items()}
-    info = describe(written, plan.info.img_size)
+    info = describe(written, contents.info.img_size)
     try:
-        reference = reference_for(to, info, 'head.weight' in written)
-    except ValueError:
+        reference = _reference(to, info, 'head.weight' in written)
+    except NoReferenceError:
         return []
     if reference.format != to:
         return []
@@ -205,8 +210,8 @@ def _timm_model(state_dict: StateDict, info: Description) -> nn.Module:
     if not info.class_token:
         kwargs.update(class_token=False, output_fmt='NLC' if info.norm else 'NCHW')
     model = timm.create_model(
-        find_variant(info.depths, info.embed_dims), num_classes=info.num_classes, in_chans=info.in_chans, img_size=info.img_size, weight_init='skip',
-        dtype=torch.float64, **kwargs)
+        variant_of(info), num_classes=info.num_classes, in_chans=info.in_chans, img_size=info.img_size,
+        weight_init='skip', dtype=torch.float64, **kwargs)
     model.load_state_dict({k: v.double() for k, v in state_dict.items()})
     return model
 
@@ -237,18 +242,22 @@ def _load_strict(model: nn.Module, state_dict: StateDict, name: str) -> None:
         raise ValueError(f'{name} does not load the weights: {" ".join(str(e).split())[:300]}') from e
 
 
-def _check_written(plan: targets.Plan, folder: Path, to: str) -> None:
-    """Read the written file back. For timm, the way that users do."""
+def _check_written(contents: Contents, folder: Path, to: str) -> None:
+    """Read the written file back, for timm also in the way that users do."""
+    _check_equal(read_checkpoint(folder), contents.state_dict)
     if to == 'timm':
         try:
-            found = timm.create_model(f'local-dir:{folder}', pretrained=True, dtype=plan.info.dtype).state_dict()
+            loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
         except (RuntimeError, ValueError) as e:
             raise ValueError(f'The written folder does not load in timm: {" ".join(str(e).split())[:300]}') from e
-    else:
-        found = read_checkpoint(folder)
-    if found.keys() != plan.state_dict.keys():
+        # the model has one type, the file may have several
+        _check_equal(loaded, {k: v.to(loaded[k].dtype) if k in loaded else v for k, v in contents.state_dict.items()})
+
+
+def _check_equal(found: StateDict, meant: StateDict) -> None:
+    if found.keys() != meant.keys():
         raise ValueError('The written file has other keys than were meant.')
-    for k, v in plan.state_dict.items():
+    for k, v in meant.items():
         if found[k].dtype != v.dtype or not torch.equal(_bits(found[k]), _bits(v)):
             raise ValueError(f'The written file differs from what was meant in {k}.')
 
@@ -273,11 +282,10 @@ def _transformers() -> Reference:
     try:
         from transformers import PvtConfig, PvtForImageClassification, __version__
     except ImportError as e:
-        raise ValueError('--verify needs transformers here: pip install transformers.') from e
+        raise NoReferenceError('--verify needs transformers here: pip install transformers.') from e
 
     def build(info: Description) -> nn.Module:
-        plan = targets.Plan({}, None, info, {}, {}, None)
-        config = {k: v for k, v in targets.transformers_config(plan).items() if 'dtype' not in k}
+        config = {k: v for k, v in transformers_config(info).items() if 'dtype' not in k}
         return PvtForImageClassification(PvtConfig(**config)).double()
 
     return Reference(
@@ -287,19 +295,18 @@ def _transformers() -> Reference:
 
 def _mmdet() -> Reference:
     try:
-        with _stand_ins():
-            import mmdet
-            from mmdet.models.backbones.pvt import PyramidVisionTransformer
+        import mmdet
+        from mmdet.models.backbones.pvt import PyramidVisionTransformer
     except Exception as e:  # whatever an unfitting set of packages raises
-        raise ValueError(
-            '--verify of a dense backbone needs mmdetection (mmdet, mmengine, and mmcv or mmcv-lite), its import '
-            f'failed: {" ".join(str(e).split())[:200]}') from e
+        raise NoReferenceError(
+            '--verify of a dense backbone needs mmdetection (mmdet, mmengine, mmcv), its import failed: '
+            f'{" ".join(str(e).split())[:200]}') from e
 
     def build(info: Description) -> nn.Module:
         return PyramidVisionTransformer(
             pretrain_img_size=info.img_size,
             in_channels=info.in_chans,
-            embed_dims=info.embed_dims[0] // targets.num_heads(find_variant(info.depths, info.embed_dims))[0],
+            embed_dims=info.embed_dims[0] // VARIANTS[variant_of(info)]['num_heads'][0],
             num_layers=list(info.depths),
             num_heads=[d // info.embed_dims[0] for d in info.embed_dims],
             mlp_ratios=[int(r) for r in info.mlp_ratios],
@@ -311,53 +318,14 @@ def _mmdet() -> Reference:
         lambda model: [layer[1][-1] for layer in model.layers], eps_differs=True)
 
 
-@contextlib.contextmanager
-def _stand_ins():
-    """Let mmdetection import without the compiled operators of mmcv (mmcv-lite), of which PVT needs none."""
-    if importlib.util.find_spec('mmcv') is None or importlib.util.find_spec('mmcv._ext') is not None:
-        yield
-        return
-
-    class Anything(types.ModuleType):
-        def __getattr__(self, name):
-            if name.startswith('__'):
-                raise AttributeError(name)
-            return type(name, (nn.Module,), {})
-
-    class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-        def find_spec(self, name, path=None, target=None):
-            if name == 'mmcv.ops' or name.startswith('mmcv.ops.'):
-                return importlib.machinery.ModuleSpec(name, self, is_package=True)
-            return None
-
-        def create_module(self, spec):
-            return Anything(spec.name)
-
-        def exec_module(self, module):
-            pass
-
-    finder = Finder()
-    if not any(name.startswith('mmcv.ops') for name in sys.modules):
-        sys.meta_path.insert(0, finder)
-    transformer = importlib.import_module('mmcv.cnn.bricks.transformer')
-    if not hasattr(transformer, 'MultiScaleDeformableAttention'):
-        transformer.MultiScaleDeformableAttention = type('MultiScaleDeformableAttention', (nn.Module,), {})
-    try:
-        yield
-    finally:
-        if finder in sys.meta_path:
-            sys.meta_path.remove(finder)
-
-
 def _original(checkout: Path) -> Reference:
     module = import_original(checkout)
 
     def build(info: Description) -> nn.Module:
-        if info.img_size[0] != info.img_size[1]:
-            raise ValueError('--verify with the original code takes square images only.')
-        build_variant = getattr(module, find_variant(info.depths, info.embed_dims), None)
-        if build_variant is None:
-            raise ValueError(f'--verify: the original code has no {find_variant(info.depths, info.embed_dims)}.')
+        build_variant = getattr(module, variant_of(info), None)
+        if build_variant is None or info.img_size[0] != info.img_size[1]:
+            raise NoReferenceError(
+                f'--verify: the original code has no {variant_of(info)} for {info.img_size[0]}x{info.img_size[1]}.')
         return build_variant(
             img_size=info.img_size[0], in_chans=info.in_chans, num_classes=info.num_classes).double()
 
@@ -367,25 +335,15 @@ def _original(checkout: Path) -> Reference:
 
 
 def import_original(checkout: Path) -> types.ModuleType:
-    """Import classification/pvt.py, which was written for timm 0.3, without touching the registry of models."""
+    """Import classification/pvt.py of a checkout, whose models stay out of timm's registry."""
     file = checkout / 'classification' / 'pvt.py'
     if not file.is_file():
         raise ValueError(f'Expected a checkout of whai362/PVT in {CHECKOUT}, {file} is not there.')
-    layers, registry = types.ModuleType('timm.models.layers'), types.ModuleType('timm.models.registry')
-    for name in ('DropPath', 'to_2tuple', 'trunc_normal_'):
-        setattr(layers, name, getattr(timm.layers, name))
-    registry.register_model = lambda fn: fn
-    shims = {'timm.models.layers': layers, 'timm.models.registry': registry}
-    before: Dict[str, Optional[types.ModuleType]] = {name: sys.modules.get(name) for name in shims}
-    sys.modules.update(shims)
-    try:
-        spec = importlib.util.spec_from_file_location('_pvt_original', file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        for name, old in before.items():
-            if old is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = old
+    spec = importlib.util.spec_from_file_location('_pvt_original', file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # it imports from timm's old places
+        with mock.patch('timm.models.registry.register_model', lambda fn: fn):
+            spec.loader.exec_module(module)
     return module
