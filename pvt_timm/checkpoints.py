@@ -200,10 +200,7 @@ def detect(keys: Iterable[Any], prefix: Optional[str] = None) -> Tuple[str, str]
         prefix: What stands before the names of the one to take, needed where there are several.
 
     Returns:
-        Format (key of `FORMATS`) and the prefix before every name.
-
-    Raises:
-        ValueError: None found, not under that prefix, or several and no prefix given. What there is, is named.
+        Format (key of `FORMATS`) and the prefix before every name. What there is, is named if it is not one PVT.
     """
     keys = [k for k in keys if isinstance(k, str)]
     found = _find(keys)
@@ -244,9 +241,6 @@ def unwrap(
     Returns:
         The state dict, the keys opened, outermost first, and the keys left with the reason. Where weights are in dicts
         under other names, their keys come as '{name}.{key}'.
-
-    Raises:
-        ValueError: Not a mapping.
     """
     wrappers: List[str] = []
     left: Dict[str, str] = {}
@@ -355,13 +349,10 @@ def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> 
 
 
 def to_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, Pairs]:
-    """Map a state dict of format `fmt` (no wrapper, no prefix) to timm's names.
-
-    Returns:
-        The state dict, and pairs of (timm names, source names).
+    """Map a state dict of format `fmt` (no wrapper, no prefix) to timm's names, with pairs of (timm names, source names).
 
     Raises:
-        ValueError: A key without a row in the table, half of a pair, or a shape that the row cannot take. All named.
+        ValueError: A key without a row in the table, and what `remap` raises.
     """
     out, pairs, unknown = remap(state_dict, FORMATS[fmt][0])
     if any(re.search(_OTHER_FAMILIES[0][0], k) for k in unknown):
@@ -372,10 +363,7 @@ def to_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict
 
 
 def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, Pairs]:
-    """Map a state dict under timm's names to format `fmt`.
-
-    Returns:
-        The state dict, and pairs of (source names, timm names).
+    """Map a state dict under timm's names to format `fmt`, with pairs of (source names, timm names).
 
     Raises:
         ValueError: The format has no place for a parameter, all named. `drop_parts` leaves out what it may.
@@ -386,11 +374,7 @@ def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDi
     return out, pairs
 
 
-def map_to_timm(
-        checkpoint: Mapping[str, Any],
-        use_ema: bool = True,
-        prefix: Optional[str] = None,
-) -> Converted:
+def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Optional[str] = None) -> Converted:
     """Map any PVT v1 checkpoint to timm's names: of any format, wrapped or not, inside of any model.
 
     What stands beside the PVT (neck, detection head, decoder, optimizer) is dropped and listed by group. A key inside
@@ -442,7 +426,7 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         Those of these that it says: 'architecture' (str), 'img_size' ((height, width)), 'mean' and 'std' (a number per
         channel), 'crop_pct' (float), 'interpolation' (str), 'num_classes' (int), 'label_names' (list of str).
     """
-    said: Dict[Any, Any] = {}
+    said: Dict[Any, Any] = {'arch': checkpoint.get('arch')}
     todo = [checkpoint.get(k) for k in ('meta', 'hyper_parameters', 'args')]
     for depth in range(2):  # settings may stand in groups
         todo = [vars(x) if isinstance(x, argparse.Namespace) else x for x in todo]
@@ -456,7 +440,7 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         try:
             values = tuple(float(v) for v in (x if hasattr(x, '__len__') else (x,)))
             return values if len(values) <= 16 and all(low <= v < 2 ** 16 for v in values) else ()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return ()
 
     size, classes = (tuple(map(int, numbers(*names, low=1))) for names in (
@@ -514,7 +498,7 @@ def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Tuple[in
     patch_size = projs[0].shape[-1]
     hint = (img_size[0] // patch_size, img_size[1] // patch_size) if img_size else None
     grid_size, prefix = _source_grid(counts, hint, (1,) if class_token else (0, 1))
-    head = state_dict.get('head.weight')
+    head = any(k.startswith('head.') for k in state_dict)
     return Description(
         depths=tuple(len(found[i]) for i in stages),
         embed_dims=dims,
@@ -522,7 +506,7 @@ def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Tuple[in
         mlp_ratios=tuple(x.shape[0] / d for x, d in zip(fc1s, dims)),
         patch_size=patch_size,
         in_chans=projs[0].shape[1],
-        num_classes=head.shape[0] if head is not None and head.ndim else 0,
+        num_classes=_need(state_dict, 'head.weight', 2).shape[0] if head else 0,
         class_token=class_token,
         class_row=bool(prefix),
         norm='norm.weight' in state_dict,
