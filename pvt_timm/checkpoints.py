@@ -242,8 +242,7 @@ def unwrap(
         The state dict, the keys opened, outermost first, and the keys left with the reason. Where weights are in dicts
         under other names, their keys come as '{name}.{key}'.
     """
-    wrappers: List[str] = []
-    left: Dict[str, str] = {}
+    wrappers, left = [], {}
     order = _EMA_WRAPPERS + _WRAPPERS if use_ema else _WRAPPERS + _EMA_WRAPPERS
     while True:
         if not isinstance(checkpoint, Mapping):
@@ -349,7 +348,7 @@ def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> 
 
 
 def to_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, Pairs]:
-    """Map a state dict of format `fmt` (no wrapper, no prefix) to timm's names, with pairs of (timm names, source names).
+    """Map a bare state dict of format `fmt` to timm's names, with pairs of (timm names, source names).
 
     Raises:
         ValueError: A key without a row in the table, and what `remap` raises.

@@ -472,9 +472,9 @@ def resize_pos_embeds(
 ) -> Dict[str, torch.Tensor]:
     """Resize all position embeddings, the last one with a `class_row`, from grid `old` (h, w) of stage 1 to `new`."""
     out = dict(state_dict)
-    for i, (old_i, new_i) in enumerate(zip(stage_grids(old), stage_grids(new))):
-        key = f'stages.{i}.pos_embed'
-        out[key] = resample_pos_embed(out[key], new_i, old_i, num_prefix_tokens=int(class_row and i == 3))
+    keys = sorted(k for k in out if k.endswith('.pos_embed'))
+    for key, old_i, new_i in zip(keys, stage_grids(old, len(keys)), stage_grids(new, len(keys))):
+        out[key] = resample_pos_embed(out[key], new_i, old_i, num_prefix_tokens=int(class_row and key == keys[-1]))
     return out
 
 
