@@ -133,7 +133,7 @@ def main() -> None:
                 t['boxes'] = torch.stack([x.shape[2] - x2, y1, x.shape[2] - x1, y2], dim=1)
                 if masks:
                     t['masks'] = t['masks'].flip(2)
-        check_detection_inputs(images, targets, len(CLASSES) + first_label, first_label)
+        check_detection_inputs(images, targets, len(CLASSES), first_label)
         return sum(model(images, targets).values())
 
     run = train(model, args, (112, 144), loss_of, lambda samples: scores_of(model, samples, first_label, kinds))

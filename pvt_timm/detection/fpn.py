@@ -1,0 +1,99 @@
+""" A feature pyramid on PVT for torchvision's detectors, and for Semantic FPN. """
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+
+from timm.models import create_model
+
+_EXTRA_LEVELS = ('pool', 'p6p7', 'p6p7_on_input', None)
+
+
+class LastLevelsOnInput(LastLevelP6P7):
+    """P6 and P7 from the last backbone feature, without an activation between them."""
+
+    def forward(
+            self,
+            p: List[torch.Tensor],
+            c: List[torch.Tensor],
+            names: List[str],
+    ) -> Tuple[List[torch.Tensor], List[str]]:
+        p6 = self.p6(c[-1])
+        p7 = self.p7(p6)
+        p.extend([p6, p7])
+        names.extend(['p6', 'p7'])
+        return p, names
+
+
+class PvtFpnBackbone(nn.Module):
+    """Backbone of a torchvision detector: images (B, C, H, W) to a dict of maps with `out_channels` channels each.
+
+    Attributes:
+        body: The `features_only` model.
+        fpn: torchvision's `FeaturePyramidNetwork` on it.
+        out_channels: Channels of every map.
+        names: Keys of the maps, finest first.
+    """
+
+    def __init__(self, body: nn.Module, fpn: FeaturePyramidNetwork, out_channels: int, names: Sequence[str]):
+        super().__init__()
+        self.body = body
+        self.fpn = fpn
+        self.out_channels = out_channels
+        self.names = list(names)
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        features = self.body(x)
+        named: Dict[str, torch.Tensor] = {}
+        for i, feature in enumerate(features):
+            named[str(i)] = feature
+        return self.fpn(named)
+
+
+def pvt_fpn_backbone(
+        model_name: str = 'pvt_small',
+        pretrained: bool = False,
+        out_channels: int = 256,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        extra_levels: Optional[str] = 'pool',
+        **model_args: Any,
+) -> PvtFpnBackbone:
+    """A PVT feature pyramid for torchvision's detectors.
+
+    Args:
+        model_name: Name of a timm model, with or without a tag.
+        pretrained: Load its weights.
+        out_channels: Channels of the pyramid.
+        out_indices: Stages to take, 0 to 3 have strides 4 to 32.
+        extra_levels: Coarser levels. 'pool': one, subsampled (Faster and Mask R-CNN). 'p6p7': two convolutions on the
+            last level of the pyramid (torchvision's RetinaNet and FCOS). 'p6p7_on_input': two on the last stage
+            (the published PVT RetinaNet). None: none.
+        model_args: More arguments for `timm.create_model`, such as `drop_path_rate`.
+
+    Returns:
+        A module with `out_channels`. Its maps are named '0', '1', ... and 'pool' or 'p6' and 'p7'.
+
+    Raises:
+        ValueError: An argument is outside of what it accepts.
+    """
+    if extra_levels not in _EXTRA_LEVELS:
+        raise ValueError(f'Expected extra_levels in {_EXTRA_LEVELS}, got {extra_levels!r}.')
+    if list(out_indices) != sorted({i for i in out_indices if i >= 0}) or not out_indices:
+        # torchvision's pyramid goes from fine to coarse
+        raise ValueError(f'Expected out_indices to be rising stage indices such as (0, 1, 2, 3), got {out_indices}.')
+    body = create_model(
+        model_name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **model_args)
+    channels = body.feature_info.channels()
+    extra: Optional[ExtraFPNBlock] = None
+    names = [str(i) for i in range(len(channels))]
+    if extra_levels == 'pool':
+        extra = LastLevelMaxPool()
+        names += ['pool']
+    elif extra_levels is not None:
+        on_input = extra_levels == 'p6p7_on_input'
+        extra = LastLevelsOnInput(channels[-1], out_channels) if on_input else LastLevelP6P7(out_channels, out_channels)
+        names += ['p6', 'p7']
+    fpn = FeaturePyramidNetwork(channels, out_channels, extra_blocks=extra)
+    return PvtFpnBackbone(body, fpn, out_channels, names)

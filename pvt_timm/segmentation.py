@@ -1,0 +1,198 @@
+""" Semantic FPN on PVT as published, and checkpoints of mmsegmentation and of the original code for it.
+
+The paper trains it for 40,000 steps of ADE20K with 32 crops of 512x512 pixels, and so would
+
+    model = semantic_fpn('pvt_small', pretrained_backbone=True, model_args=dict(drop_path_rate=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=40_000, power=0.9)
+    loss = torch.nn.functional.cross_entropy(model(images), labels, ignore_index=255)
+"""
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .checkpoints import remap
+from .detection.fpn import PvtFpnBackbone, pvt_fpn_backbone
+from .detection.openmmlab import FPN, Checkpoint, OpenMMLabCheckpoint, backbone_to_mmdet
+
+__all__ = ['SemanticFpn', 'ade20k_classes', 'semantic_fpn', 'semantic_fpn_from_mmseg', 'segmenter_to_mmseg']
+
+Color = Tuple[int, int, int]
+
+_TABLE = (
+    # ours                                             mmsegmentation and the original code
+    *FPN,
+    ('head.branches.{i}.{j}.0.weight',                 'decode_head.scale_heads.{i}.{j}.conv.weight'),
+    ('head.branches.{i}.{j}.1.{n}',                    'decode_head.scale_heads.{i}.{j}.bn.{n}'),
+    ('head.classifier.{p}',                            'decode_head.conv_seg.{p}'),
+)
+
+
+def ade20k_classes() -> Tuple[List[str], List[Color]]:
+    """Names and colours (red, green, blue) of ADE20K's 150 classes, in the order of class indices."""
+    lines = (Path(__file__).parent / 'data' / 'ade20k.txt').read_text(encoding='utf-8').splitlines()
+    colors, names = zip(*(line.split(' ', 1) for line in lines))
+    return list(names), [tuple(bytes.fromhex(color[1:])) for color in colors]
+
+
+class SemanticFpnHead(nn.Module):
+    """Brings all levels of a pyramid to the size of the finest one, adds them up and classifies every position."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, drop_rate: float = 0.1, num_levels: int = 4):
+        super().__init__()
+        self.branches = nn.ModuleList()
+        for i in range(num_levels):
+            layers: List[nn.Module] = []
+            for j in range(max(i, 1)):
+                layers.append(nn.Sequential(
+                    nn.Conv2d(channels if j else in_channels, channels, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(channels),
+                    nn.ReLU(inplace=True),
+                ))
+                if i:
+                    layers.append(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=False))
+            self.branches.append(nn.Sequential(*layers))
+        self.dropout = nn.Dropout2d(drop_rate)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
+        x = self.branches[0](maps[0])
+        for branch, feature in zip(self.branches[1:], maps[1:]):
+            # where a side is odd, twice the coarser map is smaller by one
+            x = x + F.interpolate(branch(feature), size=x.shape[2:], mode='bilinear', align_corners=False)
+        return self.classifier(self.dropout(x))
+
+
+class SemanticFpn(nn.Module):
+    """Semantic FPN (https://arxiv.org/abs/1901.02446) as the PVT paper uses it.
+
+    Takes images (B, 3, H, W) of one size, from 32x32 up, normalised as timm does, and returns logits (B, num_classes,
+    H, W). `segment` takes one image of any size from 0 to 1.
+
+    Attributes:
+        num_classes: Number of classes.
+        categories: Names of the classes, empty if not known.
+        palette: Their colours (red, green, blue), empty if not known.
+        min_size: Shorter side that `segment` resizes to.
+        max_size: Longest side after that.
+        mean: Of the images that it is trained on, from 0 to 1.
+        std: Their standard deviation.
+    """
+
+    def __init__(
+            self,
+            backbone: PvtFpnBackbone,
+            num_classes: int = 150,
+            channels: int = 128,
+            drop_rate: float = 0.1,
+            min_size: int = 512,
+            max_size: int = 2048,
+            mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+            std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ):
+        """
+        Args:
+            backbone: Levels with strides 4 to 32.
+            num_classes: Number of classes.
+            channels: Channels of the head.
+            drop_rate: Dropout of channels before the classifier.
+            min_size: See the attributes.
+            max_size: See the attributes.
+            mean: See the attributes.
+            std: See the attributes.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.head = SemanticFpnHead(backbone.out_channels, channels, num_classes, drop_rate, len(backbone.names))
+        self.num_classes = num_classes
+        self.categories: List[str] = []
+        self.palette: List[Color] = []
+        self.min_size, self.max_size = min_size, max_size
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.head(list(self.backbone(x).values()))
+        return F.interpolate(logits, size=x.shape[2:], mode='bilinear', align_corners=False)
+
+    @torch.no_grad()
+    def segment(self, image: torch.Tensor) -> torch.Tensor:
+        """Classes (H, W) of an image (3, H, W) from 0 to 1, resized as published: the shorter side to `min_size`, at
+        most `max_size`, up to the next multiple of 32."""
+        if image.ndim != 3 or image.shape[0] != len(self.mean) or 0 in image.shape:
+            raise ValueError(f'Expected an image ({len(self.mean)}, height, width), got {list(image.shape)}.')
+        h, w = image.shape[1:]
+        scale = min(self.min_size / min(h, w), self.max_size / max(h, w))
+        size = [max(math.ceil(int(n * scale + 0.5) / 32), 1) * 32 for n in (h, w)]
+        x = (image - image.new_tensor(self.mean)[:, None, None]) / image.new_tensor(self.std)[:, None, None]
+        x = F.interpolate(x[None], size=size, mode='bilinear', align_corners=False)
+        return F.interpolate(self(x), size=(h, w), mode='bilinear', align_corners=False)[0].argmax(dim=0)
+
+
+def semantic_fpn(
+        model_name: str = 'pvt_small',
+        num_classes: int = 150,
+        pretrained_backbone: bool = False,
+        out_channels: int = 256,
+        model_args: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+) -> SemanticFpn:
+    """Semantic FPN on PVT as published, with new neck and head.
+
+    Args:
+        model_name: Name of a timm model, with or without a tag.
+        pretrained_backbone: Load its weights.
+        num_classes: Number of classes.
+        out_channels: Channels of the pyramid.
+        model_args: Arguments for `timm.create_model`, such as `drop_path_rate`.
+        kwargs: Arguments for `SemanticFpn`.
+    """
+    backbone = pvt_fpn_backbone(
+        model_name, pretrained_backbone, out_channels, extra_levels=None, **(model_args or {}))
+    return SemanticFpn(backbone, num_classes, **kwargs)
+
+
+def segmenter_to_mmseg(model: SemanticFpn, fmt: str = 'mmdet') -> Dict[str, torch.Tensor]:
+    """Weights of a segmenter as mmsegmentation names them, with a backbone in format 'mmdet' or 'original'."""
+    state_dict = model.state_dict()
+    return {**backbone_to_mmdet(state_dict, fmt), **_heads_to_mmseg(state_dict)}
+
+
+def _heads_to_mmseg(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    heads = {k: v for k, v in state_dict.items() if not k.startswith('backbone.body.')}
+    return remap(heads, _TABLE, to_timm=False)[0]
+
+
+def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> SemanticFpn:
+    """Whole Semantic FPN checkpoint of mmsegmentation, or of the original PVT code.
+
+    Args:
+        checkpoint: File, of which nothing is executed, or what it holds: `backbone.*`, `neck.*` and `decode_head.*`,
+            bare or under 'state_dict'.
+        prefix: What stands before the names of the backbone, needed where there are several.
+        kwargs: Arguments for `SemanticFpn`, such as `min_size` (by default that of the config in the file, or 512).
+
+    Returns:
+        The model in evaluation mode. Variant, number of classes and widths are read off the weights. Names and colours
+        of classes are those in the file, or ADE20K's where there are 150 classes.
+
+    Raises:
+        ValueError: Not such a checkpoint. The message names what is wrong.
+    """
+    source = OpenMMLabCheckpoint(checkpoint, 'Semantic FPN', prefix)
+    model = semantic_fpn(
+        source.variant, source.num_classes, out_channels=source.width('neck.lateral_convs.0.conv.weight'),
+        channels=source.width('decode_head.conv_seg.weight', 1), model_args=source.model_args,
+        **{**source.image_size, **kwargs})
+    source.load(model, _heads_to_mmseg(model.state_dict()), remap(source.heads, _TABLE)[0])
+    names, palette = ade20k_classes() if source.num_classes == 150 else ([], [])
+    model.categories = [str(name) for name in source.dataset('classes') or names]
+    model.palette = [tuple(color) for color in source.dataset('palette') or palette]
+    return model.eval()
