@@ -1,11 +1,11 @@
-""" Prints the section of CHANGELOG.md for a tag such as v0.1.0, which has to be the package's version and to be dated. """
+""" Prints the section of CHANGELOG.md for a tag such as v0.1.0. The tag is the version, the section has a date. """
 import re
 import sys
 from pathlib import Path
 
 tag = sys.argv[1]
 root = Path(__file__).resolve().parents[1]
-version = re.search(r"^__version__ = '(.+)'$", (root / 'pvt_timm' / 'version.py').read_text(encoding='utf-8'), re.MULTILINE)[1]
+version = re.search(r"__version__ = '(.+)'", (root / 'pvt_timm' / 'version.py').read_text(encoding='utf-8'))[1]
 if tag != f'v{version}':
     sys.exit(f'Expected the tag v{version}, the version in pvt_timm/version.py, got {tag}.')
 section = re.search(

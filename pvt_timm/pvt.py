@@ -559,7 +559,7 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
 def _in1k_cfg(name: str, revision: str = '') -> Dict[str, Any]:
     return _cfg(
         url=f'https://github.com/whai362/PVT/releases/download/v2/pvt_{name}.pth',
-        hf_hub_id=f'Zetatech/pvt-{name}-224{revision}', hf_hub_filename='model.safetensors')  # transformers' format
+        hf_hub_id=f'Zetatech/pvt-{name}-224{revision}')  # its model.safetensors, in transformers' format
 
 
 def _retinanet_cfg(name: str, run: str) -> Dict[str, Any]:

@@ -31,8 +31,9 @@ def pytest_unconfigure(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption('--allowed-skips', metavar='FILE', help='Fail if a test is skipped for a reason that matches no line of '
-                     'FILE, which holds regular expressions. Lines that start with # are comments.')
+    parser.addoption(
+        '--allowed-skips', metavar='FILE',
+        help='Fail if a test is skipped for a reason that matches no line (regular expression) of FILE.')
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -130,7 +130,7 @@ def _make(tag: str, repo: str, folder: Path, progress: bool) -> None:
     """Fetch, check, convert and verify one checkpoint."""
     cfg = timm.models.get_pretrained_cfg(tag)
     detector = tag in BOX_AP
-    source = f'hf-hub:{cfg.hf_hub_id}:{cfg.hf_hub_filename}' if cfg.hf_hub_id else cfg.url
+    source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else cfg.url
     try:
         reference_for('mmdet' if detector else 'transformers', not detector)
         verify = True

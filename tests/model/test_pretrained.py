@@ -83,7 +83,7 @@ def serve_hub(hub, name, data):
 def from_url(name, url, **kwargs):
     """Create a model with the original release's url redirected to the loopback server."""
     return timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=None, hf_hub_filename=None, url=url), **kwargs)
+        name, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=None, url=url), **kwargs)
 
 
 def same(a, b) -> bool:
