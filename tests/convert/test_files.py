@@ -1,0 +1,417 @@
+""" Files of unknown origin: nothing is executed, no claim is believed, and a write is complete or not there. """
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import pickle
+import resource
+import struct
+import subprocess
+import threading
+import time
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+import convert_files as files
+import pvt_timm  # noqa: F401  registers the models
+from pvt_timm import files as reader
+from pvt_timm.cli.main import main as pvt_timm_main
+from pvt_timm.cli.train import latest_checkpoint
+from pvt_timm.files import CheckpointError, find_checkpoint, read_checkpoint, read_metadata, save_atomically
+from weights_conversion import convert, inspect
+from weights_conversion.cli import main as pvt_convert_main
+
+
+def refusal(path, *matches, max_bytes=reader.MAX_BYTES):
+    """The refusal has to come without memory being spent, in one line that names the file."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.monotonic()
+    with pytest.raises(CheckpointError) as e:
+        read_checkpoint(path, max_bytes)
+    text = str(e.value)
+    assert '\n' not in text and len(text) < 400 and os.path.basename(path) in text
+    assert all(match in text for match in matches), text
+    assert time.monotonic() - start < 20
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 150e6
+
+
+class Call:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def write(content, path, how):
+    if how == 'plain pickle':
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == 'zip')
+
+
+# ---- nothing is executed --------------------------------------------------------------------------------------------
+
+CALLS = [
+    (os.system, ('touch executed',)), (eval, ('open("executed", "w")',)), (exec, ('open("executed", "w")',)),
+    (open, ('executed', 'w')), (subprocess.Popen, (['touch', 'executed'],)), (getattr, ('x', 'upper')),
+    (torch.load, ('executed',)), (torch.nn.Linear, (10 ** 5, 10 ** 6)),
+    (np.fromfile, ('executed',)), (datetime.date, (2020, 1, 1)), (pathlib.Path, ('/',)),
+]
+
+
+@pytest.mark.parametrize('call', CALLS, ids=lambda c: c[0].__name__)
+@pytest.mark.parametrize('how', ['zip', 'legacy', 'plain pickle'])
+def test_foreign_objects_are_refused_by_name(call, how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write({'model': {'x': torch.ones(1)} if how != 'plain pickle' else {}, 'x': Call(*call)}, tmp_path / 'x.pth', how)
+    refusal('x.pth', 'nothing in it was executed', call[0].__name__)
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.fixture
+def evil(tmp_path, hub):
+    """A checkpoint that runs something (or a clean one), in all places from which one is read."""
+    good = timm.create_model('test_pvt').state_dict()
+
+    class Evil:
+        def __init__(self, how):
+            self.file, self.folder, self.run = tmp_path / 'last.pth.tar', tmp_path / 'folder', tmp_path / 'run'
+            content = dict(state_dict=good, epoch=1, optimizer={})
+            if how != 'clean':
+                content['x'] = Call(os.mkdir, (str(tmp_path / 'executed'),))
+            write(content, self.file, 'zip' if how == 'clean' else how)
+            data = self.file.read_bytes()
+            config = json.dumps(dict(architecture='test_pvt', num_classes=10, pretrained_cfg={}))
+            self.folder.mkdir()
+            (self.folder / 'config.json').write_text(config)
+            (self.folder / 'pytorch_model.bin').write_bytes(data)
+            hub.add_repo('some/pvt', {'pytorch_model.bin': data, 'config.json': config})
+            self.url = hub.add_file('x.pth', data)
+            self.image, self.out = tmp_path / 'x.png', tmp_path / 'out'
+
+    return Evil
+
+
+def cli(main, *argv):
+    if main([str(x) for x in argv]):
+        raise ValueError('exit code 2')
+
+
+def detector(file):
+    from pvt_timm.detection import retinanet_from_mmdet
+    return retinanet_from_mmdet(file)
+
+
+WAYS_IN = {
+    'reader': lambda e: read_checkpoint(e.file),
+    'file': lambda e: timm.create_model('test_pvt', True, pretrained_cfg_overlay=dict(file=str(e.file))),
+    'checkpoint_path': lambda e: timm.create_model('test_pvt', checkpoint_path=str(e.file)),
+    'folder': lambda e: timm.create_model(f'local-dir:{e.folder}', pretrained=True),
+    'url': lambda e: timm.create_model(
+        'test_pvt', True, pretrained_cfg_overlay=dict(file=None, hf_hub_id=None, url=e.url)),
+    'hub': lambda e: timm.create_model('hf-hub:some/pvt', pretrained=True),
+    'convert': lambda e: convert(e.file, e.out),
+    'convert a folder': lambda e: convert(e.folder, e.out),
+    'inspect a url': lambda e: inspect(e.url),
+    'pvt-convert of the hub': lambda e: cli(pvt_convert_main, 'hf-hub:some/pvt', '--output', e.out),
+    'predict': lambda e: cli(pvt_timm_main, 'predict', e.image, '--checkpoint', e.file),
+    'predict with a folder': lambda e: cli(pvt_timm_main, 'predict', e.image, '--checkpoint', e.folder),
+    'predict of the hub': lambda e: cli(pvt_timm_main, 'predict', e.image, '--model', 'hf-hub:some/pvt'),
+    'features': lambda e: cli(
+        pvt_timm_main, 'features', e.image, '--checkpoint', e.file, '--output', e.out.with_suffix('.png')),
+    'detector': lambda e: detector(e.file),
+    'going on with training': lambda e: latest_checkpoint(e.file.parent),
+    'resume': lambda e: timm.models.resume_checkpoint(timm.create_model('test_pvt'), str(e.file)),
+}
+
+
+@pytest.mark.parametrize('how', ['zip', 'legacy', 'clean'])
+@pytest.mark.parametrize('way', WAYS_IN)
+def test_no_way_in_executes_anything(way, how, evil, tmp_path):
+    if way == 'features':
+        pytest.importorskip('matplotlib')
+    Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
+    e = evil(how)
+    if how == 'clean' and way != 'detector':
+        WAYS_IN[way](e)
+        return
+    with pytest.raises(Exception) as error:
+        WAYS_IN[way](e)
+    assert not isinstance(error.value, (TypeError, AttributeError, KeyError, FileNotFoundError)), error.value
+    assert not (tmp_path / 'executed').exists() and not e.out.exists()
+    pickle.loads(pickle.dumps(Call(os.mkdir, (str(tmp_path / 'executed'),))))  # it would have been seen
+    assert (tmp_path / 'executed').exists()
+
+
+# ---- what trainers save is read -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('how', ['zip', 'legacy'])
+def test_what_training_snapshots_hold_is_read(how, tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    content = {
+        'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+        'lr_scheduler': torch.optim.lr_scheduler.MultiStepLR(optimizer, [8, 11]).state_dict(),
+        'args': argparse.Namespace(lr=1e-3, device=torch.device('cpu'), dtype=torch.float16, best=np.float32(.5)),
+        'meta': OrderedDict(env_info='sys.platform: linux\n', CLASSES=('a', 'b'), PALETTE=[(1, 2, 3)], seed=None),
+        'rng': torch.get_rng_state(), 'parameter': model.weight, 'bytes': b'\x00\xff', 'big': -2 ** 70,
+        'half': torch.ones(2, dtype=torch.bfloat16), 'size': torch.Size([1, 2]), 'true': True,
+        'top1': np.float64(75.1), 'count': np.int64(-3), 'flag': np.bool_(True), 'names': np.array(['a', 'bc']),
+        'mean': np.arange(6, dtype=np.float32).reshape(2, 3), 'big endian': np.arange(3, dtype='>i4'),
+        'columns': np.asfortranarray(np.arange(6.).reshape(2, 3)),
+    }
+    write(content, tmp_path / 'x.pth', how)
+    found = read_checkpoint(tmp_path / 'x.pth')
+    assert list(found) == list(content)
+    for key, value in content.items():
+        if isinstance(value, (np.ndarray, np.generic)):
+            assert found[key].dtype.name == value.dtype.name and np.array_equal(found[key], value), key
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(found[key], value)
+        elif key not in ('model', 'optimizer'):
+            assert found[key] == value
+    assert torch.equal(found['model']['weight'], model.weight)
+    assert json.dumps(found['optimizer']['param_groups']) == json.dumps(content['optimizer']['param_groups'])
+
+
+@pytest.mark.parametrize('value, name', [
+    (datetime.datetime(2020, 1, 1), 'datetime.datetime'), (pathlib.Path('x'), 'pathlib'),
+    (np.array([None, 1]), "'O8'"), (np.datetime64('2020-01-01'), "'M8'"), (np.float32, 'numpy.float32'),
+    (np.zeros(2, dtype='f4,i4'), "'V8'"), (torch.nn.Linear(1, 1), 'Linear')])
+def test_other_metadata_is_refused_by_name(value, name, tmp_path):
+    torch.save({'model': {}, 'x': value}, tmp_path / 'x.pth')
+    refusal(tmp_path / 'x.pth', name)
+
+
+def test_flags_of_numpy_types_are_not_believed(tmp_path):
+    """numpy takes them from a pickle: values that claim to be pointers to objects."""
+    class Dtype(Call):
+        def __reduce__(self):
+            return np.dtype, ('f8', False, True), (3, '<', None, None, None, -1, -1, 63)
+
+    array = Call(*np.zeros(2).__reduce__()[:2], (1, (2,), Dtype(), False, struct.pack('<2d', 1, 2)))
+    torch.save({'x': array}, tmp_path / 'x.pth')
+    x = read_checkpoint(tmp_path / 'x.pth')['x']
+    assert x.tolist() == [1, 2] and x.dtype.flags == 0 and not x.dtype.hasobject
+
+
+# ---- claims are not believed ----------------------------------------------------------------------------------------
+
+def rezip(source, target, compression=zipfile.ZIP_STORED, more=()):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, 'w', compression) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+        for name, data in more:
+            new.writestr(name, data)
+    return target
+
+
+def test_zips(tmp_path):
+    source = files.save(files.make('original'), tmp_path / 'x.pth')
+    # what some browsers and tools make of it
+    assert files.same(read_checkpoint(rezip(source, tmp_path / 'archive.zip')), files.make('original'))
+    bomb = rezip(source, tmp_path / 'bomb.pth', zipfile.ZIP_DEFLATED, [('x/data/999', bytes(300_000_000))])
+    assert bomb.stat().st_size < 2e6
+    refusal(bomb, 'claim more than the file holds')
+    before = sorted(tmp_path.rglob('*'))
+    for name in ('../evil', '/etc/evil', 'y/evil'):
+        refusal(rezip(source, tmp_path / 'archive.zip', more=[(name, b'evil')]), 'damaged')
+    assert sorted(tmp_path.rglob('*')) == before
+    with zipfile.ZipFile(tmp_path / 'other.zip', 'w') as z:
+        z.writestr('x.txt', 'no checkpoint')
+    refusal(tmp_path / 'other.zip', 'damaged')
+
+
+def claim(numel, shape=None, stride=None, legacy=False):
+    """A checkpoint of one tensor, with claims of our own."""
+    storage = struct.pack('<i', numel) if numel < 2 ** 31 else None
+    number = b'J' + storage if storage else b'\x8a\x08' + struct.pack('<q', numel)
+
+    def tuple_of(ns):
+        return b'(' + b''.join(b'\x8a\x08' + struct.pack('<q', n) for n in ns) + b't'
+
+    view = b'N' if legacy else b''
+    return (b'\x80\x02}X\x16\x00\x00\x00patch_embed1.proj.biasctorch._utils\n_rebuild_tensor_v2\n('
+            b'(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu' + number + view
+            + b'tQK\x00' + tuple_of(shape or [numel]) + tuple_of(stride or [1])
+            + b'\x89ccollections\nOrderedDict\n)RtRs.')
+
+
+@pytest.mark.parametrize('claims', [
+    (10 ** 12,), (16, [10 ** 12], [0]), (16, [17]), (16, [2 ** 32, 2 ** 32], [0, 0]), (16, [-1]),
+    (16, [10 ** 5], [0])])
+def test_claims_of_a_zip(claims, tmp_path):
+    def written(*claims):
+        with zipfile.ZipFile(tmp_path / 'x.pth', 'w') as z:
+            z.writestr('x/data.pkl', claim(*claims))
+            z.writestr('x/version', '3\n')
+            z.writestr('x/byteorder', 'little')
+            z.writestr('x/data/0', b'\0' * 64)
+        return tmp_path / 'x.pth'
+
+    assert read_checkpoint(written(16))['patch_embed1.proj.bias'].shape == (16,)
+    refusal(written(*claims), 'damaged')
+
+
+@pytest.mark.parametrize('numel, written, size', [
+    (2 * 10 ** 9, 2 * 10 ** 9, 64), (10 ** 15, 10 ** 15, 64), (16, 10 ** 15, 64), (16, 16, 60)])
+def test_claims_of_a_legacy_pickle(numel, written, size, tmp_path):
+    def legacy(numel, written, size):
+        torch.save({}, path := tmp_path / 'x.pth', _use_new_zipfile_serialization=False)
+        raw = path.read_bytes()
+        head = raw[:raw.index(b'\x80\x02}q\x00.', 30)]  # magic number, protocol, system
+        keys = b'\x80\x02]X\x01\x00\x00\x000a.'
+        path.write_bytes(head + claim(numel, legacy=True) + keys + struct.pack('<q', written) + bytes(size))
+        return path
+
+    assert read_checkpoint(legacy(16, 16, 64))['patch_embed1.proj.bias'].shape == (16,)
+    refusal(legacy(numel, written, size), 'damaged')
+
+
+def test_many_views_of_one_storage(tmp_path):
+    big = torch.zeros(2 ** 18)
+    torch.save({'model': {f'x{i}': big[:] for i in range(200)}}, tmp_path / 'x.pth')
+    refusal(tmp_path / 'x.pth', 'repeat')
+    torch.save({'model': {'a': big}, 'model_ema': {'a': big}}, tmp_path / 'x.pth')
+    assert torch.equal(read_checkpoint(tmp_path / 'x.pth')['model_ema']['a'], big)
+
+
+def test_size_limit(tmp_path):
+    with open(tmp_path / 'x.pth', 'wb') as f:
+        f.write(b'PK\x03\x04')
+        f.truncate(reader.MAX_BYTES + 1)  # takes no room on disk
+    refusal(tmp_path / 'x.pth', 'Expected at most 7858.4 MB')
+    small = files.save(files.make('original'), tmp_path / 'y.pth')
+    assert read_checkpoint(small, small.stat().st_size)
+    refusal(small, 'max_bytes', max_bytes=small.stat().st_size - 1)
+
+
+@pytest.mark.parametrize('length, offsets, shape', [
+    *[(length, [0, 16], [4]) for length in (2 ** 24 + 1, 2 ** 40, 2 ** 63, 2 ** 64 - 1)],
+    *[(None, offsets, shape) for offsets, shape in (
+        ([0, 2 ** 40], [2 ** 38]), ([0, 16], [2 ** 62, 4]), ([8, 24], [4]), ([-4, 12], [4]), ([0, 12], [4]))]])
+def test_safetensors_that_lie(length, offsets, shape, tmp_path):
+    header = json.dumps({'a': {'dtype': 'F32', 'shape': shape, 'data_offsets': offsets}}).encode()
+    (tmp_path / 'x').write_bytes(struct.pack('<Q', length or len(header)) + header + bytes(16))
+    refusal(tmp_path / 'x', 'damaged')
+    with pytest.raises(CheckpointError, match='x is damaged'):
+        read_metadata(tmp_path / 'x')
+
+
+def test_header_length_that_looks_like_a_pickle(tmp_path):
+    data = save({'a': torch.ones(1)}, metadata={'made': 'by hand'})
+    size, = struct.unpack('<Q', data[:8])
+    header = data[8:8 + size].strip()
+    header += b' ' * (-len(header) % 256 + 0x80)
+    (tmp_path / 'x').write_bytes(struct.pack('<Q', len(header)) + header + data[8 + size:])
+    assert (tmp_path / 'x').read_bytes()[:1] == b'\x80'
+    assert torch.equal(read_checkpoint(tmp_path / 'x')['a'], torch.ones(1))
+    assert read_metadata(tmp_path / 'x') == {'made': 'by hand'}
+
+
+# ---- what is no checkpoint, and where one is ------------------------------------------------------------------------
+
+@pytest.mark.parametrize('content, match', [
+    (b'', 'empty'), (b'<!DOCTYPE html><html>', 'web page'), (b'version https://git-lfs.github.com/spec/v1\n', 'LFS'),
+    (b'\x1f\x8b\x08\x00' + bytes(20), 'gzip'), (b'hello world, no weights', 'starts with'),
+    (b'\x89HDF\r\n\x1a\n', 'HDF5'), (pickle.dumps([1], 2), 'damaged'), (b'PK\x03\x04' + bytes(99), 'damaged')])
+def test_files_that_are_no_checkpoint(content, match, tmp_path):
+    (tmp_path / 'x.pth').write_bytes(content)
+    refusal(tmp_path / 'x.pth', match)
+
+
+@pytest.mark.parametrize('how', ['zip', 'legacy', 'safetensors'])
+def test_damage_is_noticed(how, tmp_path):
+    path = tmp_path / ('x.safetensors' if how == 'safetensors' else 'x.pth')
+    data = files.save(files.make('original'), path, legacy=how == 'legacy').read_bytes()
+    for end in (len(data) // 2, len(data) - 1, 100):
+        path.write_bytes(data[:end])
+        refusal(path, 'damaged')
+    if how == 'zip':  # the only one with checksums
+        path.write_bytes(data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:])
+        refusal(path, 'checksum')
+
+
+def test_other_things_that_torch_writes(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / 'x.pt'))
+    refusal(tmp_path / 'x.pt', 'TorchScript')
+    torch.save([torch.ones(1)], tmp_path / 'x.pt')
+    refusal(tmp_path / 'x.pt', 'got list')
+
+
+def test_where_a_checkpoint_is(tmp_path):
+    with pytest.raises(CheckpointError, match='device'):
+        read_checkpoint('/dev/null')
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        read_checkpoint(tmp_path / 'nowhere')
+    with pytest.raises(CheckpointError, match='found none'):
+        find_checkpoint(tmp_path)
+    (tmp_path / 'a.pth').touch(), (tmp_path / 'notes.txt').touch()
+    assert find_checkpoint(tmp_path) == tmp_path / 'a.pth'
+    (tmp_path / 'b.pth').touch()
+    with pytest.raises(CheckpointError, match='a.pth, b.pth'):
+        find_checkpoint(tmp_path)
+    (tmp_path / 'pytorch_model.bin').touch()
+    assert find_checkpoint(tmp_path) == tmp_path / 'pytorch_model.bin'
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+def test_files_are_replaced_whole(tmp_path):
+    file, link = tmp_path / 'x', tmp_path / 'link'
+    link.symlink_to(file)
+    save_atomically(file, lambda f: f.write(b'old'))
+    assert file.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+    def fails(f):
+        f.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(OSError, match='No space'):
+        save_atomically(file, fails)
+    assert file.read_bytes() == b'old' and sorted(tmp_path.iterdir()) == [link, file]
+    save_atomically(link, lambda f: f.write(b'new'))
+    assert link.is_symlink() and file.read_bytes() == b'new'
+    with pytest.raises(FileNotFoundError, match='No such folder'):
+        save_atomically(tmp_path / 'nowhere' / 'x', fails)
+    with pytest.raises(OSError):
+        save_atomically(tmp_path, fails)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_devices_and_pipes_are_written_to(tmp_path, capsys):
+    os.mkfifo(tmp_path / 'pipe')
+    got = []
+    thread = threading.Thread(target=lambda: got.append((tmp_path / 'pipe').read_bytes()))
+    thread.start()
+    save_atomically(tmp_path / 'pipe', lambda f: f.write(b'through'))
+    thread.join()
+    assert got == [b'through'] and (tmp_path / 'pipe').is_fifo()
+
+    full = tmp_path / 'full'
+    full.symlink_to('/dev/full')
+    with pytest.raises(OSError, match='No space'):
+        save_atomically(full, lambda f: f.write(b'x'))
+    pytest.importorskip('matplotlib')
+    Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
+    assert pvt_timm_main(['features', str(tmp_path / 'x.png'), '--model', 'test_pvt', '--output',
+                          str(tmp_path / 'out.png'), '--save', str(full)]) == 2
+    error = capsys.readouterr().err
+    assert 'No space left' in error and error.count('\n') == 1
+    assert full.is_symlink() and full.is_char_device()
