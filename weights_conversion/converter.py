@@ -3,9 +3,9 @@ import contextlib
 import math
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -22,6 +22,7 @@ from pvt_timm.checkpoints import (
     from_timm,
     map_to_timm,
     training_config,
+    unwrap,
 )
 from pvt_timm.files import MAX_BYTES, read_checkpoint
 from pvt_timm.labels import labels_in, read_labels
@@ -57,40 +58,24 @@ class VerificationError(ValueError):
 
 @dataclass
 class Loaded:
-    """A checkpoint under timm's names, and what is known about it.
-
-    Attributes:
-        state_dict: Tensors. The last position embedding has its class token row where the source has one.
-        info: Architecture.
-        source: Where it comes from.
-        converted: How it was mapped.
-        report: Filled as far as reading goes.
-        model_args: What `timm.create_model` needs besides the name.
-        cfg: Preprocessing and labels for timm's `pretrained_cfg`.
-    """
-    state_dict: StateDict
+    """A checkpoint under timm's names, and what is known about it."""
+    state_dict: StateDict  # the last position embedding has its class token row where the source has one
     info: Description
     source: Source
     converted: Converted
-    report: Report
-    model_args: Dict[str, Any] = field(default_factory=dict)
-    cfg: Dict[str, Any] = field(default_factory=dict)
+    report: Report  # filled as far as reading goes
+    model_args: Dict[str, Any]  # what `timm.create_model` needs besides the name
+    cfg: Dict[str, Any]  # preprocessing and labels for timm's `pretrained_cfg`
 
 
-def inspect(
-        source: PathLike,
-        *,
-        model: Optional[str] = None,
-        use_ema: bool = True,
-        prefix: Optional[str] = None,
-        source_size: Size = None,
-        labels: Optional[PathLike] = None,
-        sha256: Optional[str] = None,
-        max_bytes: int = MAX_BYTES,
-        progress: bool = False,
-) -> Report:
-    """Say what a checkpoint is and how it would be mapped. Nothing is written. Arguments as in `convert`."""
-    with _load(source, model, use_ema, prefix, source_size, labels, sha256, max_bytes, progress) as loaded:
+def inspect(source: PathLike, **options: Any) -> Report:
+    """Say what a checkpoint is and how it would be mapped. Nothing is written.
+
+    Args:
+        source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
+        options: Those of `convert` on how to read a checkpoint.
+    """
+    with _load(source, **options) as loaded:
         loaded.report.mapped = trace(loaded.converted.mapped)
         return loaded.report
 
@@ -100,22 +85,15 @@ def convert(
         output: PathLike,
         *,
         to: str = 'timm',
-        model: Optional[str] = None,
-        use_ema: bool = True,
-        prefix: Optional[str] = None,
         drop: Sequence[str] = (),
         num_classes: Optional[int] = None,
         img_size: Size = None,
-        source_size: Size = None,
-        labels: Optional[PathLike] = None,
         dtype: Optional[str] = None,
-        sha256: Optional[str] = None,
         verify: bool = False,
         force: bool = False,
         keep_source: bool = False,
         about: Optional[str] = None,
-        max_bytes: int = MAX_BYTES,
-        progress: bool = False,
+        **options: Any,
 ) -> Report:
     """Convert a PVT v1 checkpoint.
 
@@ -123,22 +101,21 @@ def convert(
         source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
         output: Folder to write. It appears once it is complete.
         to: 'timm', 'original' (whai362/PVT), 'transformers' or 'mmdet'.
-        model: Name of the timm model that the checkpoint has to be of, None to find out.
-        use_ema: As timm does, prefer averaged weights where the file holds both.
-        prefix: What stands before the names of the weights, needed where the file holds several PVTs.
         drop: Parts to leave out: 'class_token', 'norm', 'head'.
         num_classes: Only 0 (leave out the head) or the number that the head has.
         img_size: Image size to resize the position embeddings to.
-        source_size: Image size of the position embeddings, needed where only non-square ones fit.
-        labels: File with the names of the classes, instead of those that come with the checkpoint.
         dtype: 'float32', 'float16' or 'bfloat16', None to keep the types.
-        sha256: Hash (or its first 8 or more digits) that the file must have.
         verify: Compare outputs with the source's own implementation, and the written file with what was meant.
         force: Replace an earlier output.
         keep_source: Also copy the source file into the output.
         about: Text of the model card before the table of provenance, None for an example of use.
-        max_bytes: Refuse a file that is larger or claims more.
-        progress: Show the progress of a download from a url.
+        options: How to read the checkpoint.
+            `model`: name of the timm model that it has to be of. `use_ema` (True): as timm does, prefer averaged
+            weights where the file holds both. `prefix`: what stands before the names, where the file holds several
+            PVTs. `source_size`: image size of the position embeddings, where only non-square ones fit. `labels`: file
+            with the names of the classes, instead of those that come with the checkpoint. `sha256`: hash (or its first
+            8 or more digits) that the file must have. `max_bytes`: refuse a file that is larger or claims more.
+            `progress`: show how far a download from a url is.
 
     Returns:
         What was done.
@@ -148,19 +125,16 @@ def convert(
         OSError: Something cannot be read or written.
         Exception: What the clients raise where something cannot be downloaded.
     """
-    if to not in WRITERS:
-        raise ValueError(f'Expected a target in {tuple(WRITERS)}, got {to!r}.')
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f'Expected a dtype in {tuple(DTYPES)}, got {dtype!r}.')
-    unknown = [part for part in drop if part not in PARTS]
-    if unknown:
-        raise ValueError(f'Expected parts to drop in {PARTS}, got {unknown[0]!r}.')
+    for value, known, what in ((to, WRITERS, 'a target'), (dtype, (None, *DTYPES), 'a dtype'),
+                               *((part, PARTS, 'parts to drop') for part in drop)):
+        if value not in known:
+            raise ValueError(f'Expected {what} in {tuple(known)}, got {value!r}.')
     new_size = _check_size(img_size)
     path = check_output(output, force)
+    drop = list(dict.fromkeys(drop))
 
-    with _load(source, model, use_ema, prefix, source_size, labels, sha256, max_bytes, progress) as loaded:
-        report, info, cfg = loaded.report, loaded.info, dict(loaded.cfg)
-        drop = list(dict.fromkeys(drop))
+    with _load(source, **options) as loaded:
+        report, info, cfg = loaded.report, loaded.info, loaded.cfg
         if num_classes == 0 and report.head and 'head' not in drop:
             drop.append('head')
         elif num_classes is not None and num_classes not in (0, report.num_classes):
@@ -185,6 +159,8 @@ def convert(
         left = describe(state_dict, (4 * grid[0], 4 * grid[1]))
         if not left.num_classes:
             cfg.pop('label_names', None)
+        elif cfg.get('label_names') and to == 'original':
+            report.warnings.append('the original format has no place for the label names')
         contents = Contents(state_dict, class_row, left, _model_args(left, loaded.model_args), cfg, report, about)
         written = None
         if to != 'timm':
@@ -196,8 +172,6 @@ def convert(
         report.to = to
         report.dtype = _dtype_name(state_dict)
         report.preprocessing['input_size'] = cfg['input_size']
-        if cfg.get('label_names') and to in ('original', 'mmdet'):
-            report.warnings.append(f'the {to} format has no place for the label names')
 
         with new_folder(path, force) as folder:
             try:
@@ -222,14 +196,15 @@ def convert(
 @contextlib.contextmanager
 def _load(
         spec: PathLike,
-        model: Optional[str],
-        use_ema: bool,
-        prefix: Optional[str],
-        source_size: Size,
-        labels: Optional[PathLike],
-        sha256: Optional[str],
-        max_bytes: int,
-        progress: bool,
+        *,
+        model: Optional[str] = None,
+        use_ema: bool = True,
+        prefix: Optional[str] = None,
+        source_size: Size = None,
+        labels: Optional[PathLike] = None,
+        sha256: Optional[str] = None,
+        max_bytes: int = MAX_BYTES,
+        progress: bool = False,
 ) -> Iterator[Loaded]:
     size = _check_size(source_size, 'source_size')
     if model is not None and model not in VARIANTS:
@@ -239,24 +214,30 @@ def _load(
         if sha256 is not None:
             check_sha256(found, sha256)
         report = Report(
-            source=clean(source.name),
-            file=clean(source.file.name),
-            bytes=source.file.stat().st_size,
-            sha256=found,
-            known=known_file(found),
-        )
-        if (hash_in_name(source.file) or found[:8]) != found[:8]:
+            clean(source.name), clean(source.file.name), source.file.stat().st_size, found, known_file(found))
+        in_name = hash_in_name(source.file)
+        if in_name and not found.startswith(in_name):
             report.warnings.append(
-                f'the name of the file ends in {hash_in_name(source.file)}, its sha256 starts with {found[:8]}: it was '
-                f'changed, renamed or damaged')
+                f'the name of the file ends in {in_name}, its sha256 starts with {found[:8]}: it was changed, renamed '
+                'or damaged')
         checkpoint = read_checkpoint(source.file, max_bytes)
+        converted = map_to_timm(checkpoint, use_ema, prefix)
         trained = training_config(checkpoint)
-        loaded = _describe(source, map_to_timm(checkpoint, use_ema, prefix), report, size, trained)
+        if converted.dropped:
+            report.beside = _describe_heads(unwrap(checkpoint, use_ema)[0])
         del checkpoint
+        loaded = _describe(source, converted, report, size, trained)
         if model is not None and report.variant != model:
             raise ValueError(f'Expected a checkpoint of {model}, this is one of {report.variant}.')
         _add_labels(loaded, trained, labels)
         yield loaded
+
+
+def _describe_heads(state_dict: Mapping[str, Any]) -> str:
+    from pvt_timm.detection.openmmlab import describe_heads
+
+    found = describe_heads(state_dict)
+    return f'the rest of a {found[0]} for {found[1]} classes' if found else ''
 
 
 def _describe(
@@ -283,12 +264,9 @@ def _describe(
     if not info.class_token and not info.class_row and source.class_row is not None:
         state_dict = dict(state_dict)
         state_dict[_POS_EMBED] = torch.cat([_read_class_row(source.class_row, state_dict), state_dict[_POS_EMBED]], 1)
-        info = describe(state_dict, tuple(4 * n for n in info.grid_size))
-
-    loaded = Loaded(state_dict, info, source, converted, report)
-    loaded.model_args = _configured_args(source.config, variant, report)
-    loaded.cfg = _configured_cfg(source, info, report, trained)
-    _check_against_model(state_dict, info, _model_args(info, loaded.model_args))
+        info = describe(state_dict, (4 * info.grid_size[0], 4 * info.grid_size[1]))
+    model_args = _configured_args(source.config, variant)
+    _check_against_model(state_dict, info, _model_args(info, model_args))
 
     report.format = converted.format
     report.wrappers = tuple(map(clean, converted.wrappers))
@@ -296,25 +274,21 @@ def _describe(
     report.dropped = {clean(k): clean(v) for k, v in converted.dropped.items()}
     ema = ('model_ema', 'state_dict_ema')
     report.weights = 'averaged' if any(w in ema for w in converted.wrappers) else 'plain'
-    others = [k for k in converted.dropped if k.rpartition('.')[2] in (
-        ('model', 'state_dict') if report.weights == 'averaged' else ema)]
-    report.other_weights = clean(others[0]) if others else None
+    others = ('model', 'state_dict') if report.weights == 'averaged' else ema
+    report.other_weights = next((clean(k) for k in converted.dropped if k.rpartition('.')[2] in others), None)
     report.variant = variant
-    report.num_classes = info.num_classes
-    report.in_chans = info.in_chans
-    report.img_size = info.img_size
-    report.class_token = info.class_token
-    report.class_row = info.class_row
-    report.norm = info.norm
+    for name in ('num_classes', 'in_chans', 'img_size', 'class_token', 'class_row', 'norm'):
+        setattr(report, name, getattr(info, name))
     report.head = 'head.weight' in state_dict
     report.dtype = report.source_dtype = _dtype_name(state_dict)
-    report.preprocessing = {k: loaded.cfg[k] for k in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')}
     report.parameters = sum(v.numel() for v in state_dict.values())
     broken = [k for k, v in state_dict.items() if v.numel() and not _finite(v)]
     if broken:
         more = f' and {len(broken) - 3} more' if len(broken) > 3 else ''
         report.warnings.append(f'values that are not finite, kept as they are: {", ".join(broken[:3])}{more}')
-    return loaded
+    cfg = _configured_cfg(source, info, report, trained)
+    report.preprocessing = {k: cfg[k] for k in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')}
+    return Loaded(state_dict, info, source, converted, report, model_args, cfg)
 
 
 def _finite(x: torch.Tensor) -> bool:
@@ -347,81 +321,72 @@ def _grid(size: Sequence[int]) -> Tuple[int, int]:
 
 
 def _dtype_name(state_dict: StateDict) -> str:
-    names = dict.fromkeys(str(v.dtype).removeprefix('torch.') for v in state_dict.values())
-    return ', '.join(names)
+    return ', '.join(dict.fromkeys(str(v.dtype).removeprefix('torch.') for v in state_dict.values()))
 
 
 # ---- what is said about the weights: by their training, and by the files next to them --------------------------------
 
-def _configured_size(config: Dict[str, Any]) -> Optional[Tuple[int, int]]:
-    """Image size in the configuration of timm or transformers."""
-    args = config.get('model_args')
-    size = args.get('img_size') if isinstance(args, dict) else config.get('image_size')
+def _size_in(size: Any) -> Optional[Tuple[int, int]]:
+    """Image size in a configuration, None if there is none that makes sense."""
     try:
-        return _check_size(size if isinstance(size, (int, list)) else None)
+        return _check_size(size if isinstance(size, (int, list, tuple)) else None)
     except ValueError:
         return None
 
 
-def _configured_args(config: Dict[str, Any], variant: str, report: Report) -> Dict[str, Any]:
-    """Arguments that no state dict tells: the pooling of timm's configuration. Others have to be the known ones."""
-    out: Dict[str, Any] = {}
+def _configured_size(config: Dict[str, Any]) -> Optional[Tuple[int, int]]:
+    """Size of the position embeddings in the configuration of timm or transformers."""
     args = config.get('model_args')
-    heads = args.get('num_heads') if isinstance(args, dict) else config.get('num_attention_heads')
+    return _size_in(args.get('img_size') if isinstance(args, dict) else config.get('image_size'))
+
+
+def _configured_args(config: Dict[str, Any], variant: str) -> Dict[str, Any]:
+    """Arguments that no state dict tells: the pooling of timm's configuration. Others have to be the known ones."""
+    args = config.get('model_args')
+    args = args if isinstance(args, dict) else {}
+    heads = args.get('num_heads', config.get('num_attention_heads'))
     if isinstance(heads, list) and tuple(heads) != VARIANTS[variant]['num_heads']:
         raise ValueError(
             f'Expected {list(VARIANTS[variant]["num_heads"])} attention heads, as {variant} has, config.json says '
             f'{clean(heads, 60)}.')
-    if isinstance(args, dict) and args.get('global_pool') in ('token', 'avg', ''):
-        out['global_pool'] = args['global_pool']
-    elif 'architecture' in config and config.get('global_pool') in ('avg', ''):
-        out['global_pool'] = config['global_pool']
-    if config.get('model_type') == 'pvt':
-        if config.get('hidden_act', 'gelu') != 'gelu':
-            raise ValueError(f"Expected the activation 'gelu', got {clean(config['hidden_act'], 40)!r} in config.json.")
-        if config.get('layer_norm_eps', 1e-6) != 1e-6:
-            report.warnings.append(
-                f'config.json has layer_norm_eps {clean(config["layer_norm_eps"], 20)}; the timm model has the '
-                f'original\'s 1e-6 in blocks')
-    return out
+    if config.get('hidden_act', 'gelu') != 'gelu':
+        raise ValueError(f"Expected the activation 'gelu', got {clean(config['hidden_act'], 40)!r} in config.json.")
+    pool = args.get('global_pool', config.get('global_pool'))
+    return {'global_pool': pool} if pool in ('token', 'avg', '') else {}
 
 
 def _configured_cfg(source: Source, info: Description, report: Report, trained: Dict[str, Any]) -> Dict[str, Any]:
     """Preprocessing: what training says, else what lies next to the checkpoint, else the model's default."""
     default = get_pretrained_cfg(variant_of(info)).to_dict()
-    cfg = {key: default[key] for key in ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
-           if default.get(key) is not None}
-    if report.known:  # else not ours to say
-        cfg.update({key: default[key] for key in ('license', 'origin_url') if default.get(key)})
     given = source.config.get('pretrained_cfg')
     given = dict(given) if isinstance(given, dict) else {}
     given.update({ours: source.preprocessor[theirs] for ours, theirs in (('mean', 'image_mean'), ('std', 'image_std'))
                   if theirs in source.preprocessor})
     given.update(trained)
-
     size = given.get('input_size')
     size = given.get('img_size') or (size[1:] if isinstance(size, (list, tuple)) else None)
-    try:
-        cfg['input_size'] = (info.in_chans, *(_check_size(size) or info.img_size))
-    except ValueError:
-        cfg['input_size'] = (info.in_chans, *info.img_size)
-    for key in ('mean', 'std'):
-        values = given.get(key)
-        if isinstance(values, (list, tuple)) and len(values) in (1, info.in_chans) and all(map(_is_number, values)):
-            cfg[key] = tuple(map(float, values))
-    if len(cfg['mean']) not in (1, info.in_chans) or len(cfg['std']) not in (1, info.in_chans):
+
+    def per_channel(x: Any) -> bool:
+        return isinstance(x, (list, tuple)) and len(x) in (1, info.in_chans) and all(map(_is_number, x))
+
+    sound: Dict[str, Callable[[Any], bool]] = {
+        'mean': per_channel,
+        'std': per_channel,
+        'crop_pct': lambda x: _is_number(x) and 0 < x <= 1,
+        'crop_mode': ('center', 'squash', 'border').__contains__,
+        'interpolation': ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random').__contains__,
+    }
+    cfg = {key: given[key] if fits(given.get(key)) else default[key] for key, fits in sound.items()
+           if fits(given.get(key)) or default.get(key) is not None}
+    cfg['input_size'] = (info.in_chans, *(_size_in(size) or info.img_size))
+    if not per_channel(cfg['mean']) or not per_channel(cfg['std']):
         cfg.update({k: (round(sum(cfg[k]) / len(cfg[k]), 6),) * info.in_chans for k in ('mean', 'std')})
         report.warnings.append(
             f'mean and std of {info.in_chans} channels are not known: wrote the average of the usual ones')
-    if _is_number(given.get('crop_pct')) and 0 < given['crop_pct'] <= 1:
-        cfg['crop_pct'] = given['crop_pct']
-    for key, known in (('interpolation', ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random')),
-                       ('crop_mode', ('center', 'squash', 'border'))):
-        if given.get(key) in known:
-            cfg[key] = given[key]
     for key in ('license', 'origin_url'):
-        if isinstance(given.get(key), str):
-            cfg[key] = clean(given[key], 200)
+        value = given.get(key, default.get(key) if report.known else None)  # else not ours to say
+        if isinstance(value, str):
+            cfg[key] = clean(value, 200)
     return cfg
 
 
@@ -510,22 +475,19 @@ def _cast(key: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _model_args(info: Description, given: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments for `timm.create_model` that differ from the defaults of the variant."""
-    default = 32 if variant_of(info) == 'test_pvt' else 224
+    default = get_pretrained_cfg(variant_of(info)).input_size[1:]
     args: Dict[str, Any] = {}
-    if info.grid_size != (default // 4, default // 4):
+    if info.grid_size != _grid(default):
         args['img_size'] = info.img_size[0] if info.img_size[0] == info.img_size[1] else list(info.img_size)
     if info.in_chans != 3:
         args['in_chans'] = info.in_chans
+    usual = 'token' if info.class_token and info.norm else 'avg'
     if not info.class_token:
         args['class_token'] = False
-        if info.norm:
-            args['output_fmt'] = 'NLC'
-    elif not info.norm:
-        args['output_fmt'] = 'NCHW'
-    pool = given.get('global_pool')
-    usual = 'token' if info.class_token and info.norm else 'avg'
-    if pool is not None and pool != usual and (pool != 'token' or usual == 'token'):
-        args['global_pool'] = pool
+    if info.class_token != info.norm:
+        args['output_fmt'] = 'NLC' if info.norm else 'NCHW'
+    if given.get('global_pool', usual) not in (usual, 'token'):
+        args['global_pool'] = given['global_pool']
     return args
 
 

@@ -198,7 +198,7 @@ model = AutoModelForImageClassification.from_pretrained('REPO')
 
 # torchvision: a detector to train on this backbone
 from pvt_timm.detection import pvt_retinanet
-detector = pvt_retinanet('VARIANT', num_classes=91, backbone_pretrained=True)
+detector = pvt_retinanet('hf-hub:REPO', num_classes=80, pretrained_backbone=True)
 ''')
 _DETECTOR = (
     'Backbone VARIANT of a RetinaNet trained on COCO',

@@ -1,8 +1,9 @@
 """ What a conversion did, for people and for machines. """
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 __all__ = ['Report', 'clean', 'trace']
 
@@ -19,70 +20,38 @@ def clean(text: Any, limit: int = 300) -> str:
 
 @dataclass
 class Report:
-    """Account of a conversion or inspection.
-
-    Attributes:
-        source: Where the checkpoint came from, without credentials.
-        file: Name of the file.
-        bytes: Its size.
-        sha256: Its hash.
-        known: Pretrained tag whose public file it is, None if unknown.
-        format: 'timm', 'timm_features', 'original', 'transformers' or 'mmdet'.
-        wrappers: Keys that were opened to reach the weights.
-        prefix: What stood before every name.
-        weights: 'plain' or 'averaged' (EMA).
-        other_weights: Where the file holds the other kind, None if it does not.
-        variant: Name of the timm model.
-        num_classes: Classes of the head, 0 without head.
-        in_chans: Input channels.
-        img_size: Image height and width of the position embeddings.
-        class_token: Class token is there.
-        class_row: The last position embedding has a row for the class token.
-        norm: Final norm is there.
-        head: Head is there.
-        dtype: Type of the weights, as written.
-        source_dtype: Type of the weights, as read.
-        preprocessing: 'input_size', 'mean', 'std', 'crop_pct' and 'interpolation' that go with the weights.
-        labels: Number of label names that came with it.
-        parameters: Values in all tensors of the model.
-        mapped: One row per kind of parameter: 'from', 'to', 'kind' (kept, renamed, merged, split) and 'count'.
-        dropped: Source key, or 'group.*' of keys, to the reason why it is not in the output.
-        warnings: What a user should know.
-        to: Target format, None if nothing was converted.
-        output: Folder that was written.
-        files: Name to bytes of what was written.
-        verification: Result of `--verify`, None if not asked for.
-    """
-    source: str
+    """Account of a conversion or inspection."""
+    source: str  # where the checkpoint came from, without credentials
     file: str
     bytes: int
     sha256: str
-    known: Optional[str] = None
-    format: str = ''
-    wrappers: Tuple[str, ...] = ()
-    prefix: str = ''
-    weights: str = 'plain'
-    other_weights: Optional[str] = None
-    variant: str = ''
+    known: Optional[str] = None  # pretrained tag whose public file it is
+    format: str = ''  # 'timm', 'timm_features', 'original', 'transformers' or 'mmdet'
+    wrappers: Tuple[str, ...] = ()  # keys that were opened to reach the weights
+    prefix: str = ''  # what stood before every name
+    beside: str = ''  # what the file holds beside the backbone, as far as it is known
+    weights: str = 'plain'  # or 'averaged' (EMA)
+    other_weights: Optional[str] = None  # where the file holds the other kind
+    variant: str = ''  # name of the timm model
     num_classes: int = 0
     in_chans: int = 3
-    img_size: Tuple[int, int] = (224, 224)
+    img_size: Tuple[int, int] = (224, 224)  # of the position embeddings
     class_token: bool = True
-    class_row: bool = True
+    class_row: bool = True  # the last position embedding has a row for the class token
     norm: bool = True
     head: bool = True
-    dtype: str = ''
-    source_dtype: str = ''
-    preprocessing: Dict[str, Any] = field(default_factory=dict)
-    labels: int = 0
-    parameters: int = 0
-    mapped: List[Dict[str, Any]] = field(default_factory=list)
-    dropped: Dict[str, str] = field(default_factory=dict)
+    dtype: str = ''  # as written
+    source_dtype: str = ''  # as read
+    preprocessing: Dict[str, Any] = field(default_factory=dict)  # input_size, mean, std, crop_pct, interpolation
+    labels: int = 0  # number of class names that came with it
+    parameters: int = 0  # values in all tensors of the model
+    mapped: List[Dict[str, Any]] = field(default_factory=list)  # see `trace`
+    dropped: Dict[str, str] = field(default_factory=dict)  # source key, or 'group.*', to the reason
     warnings: List[str] = field(default_factory=list)
-    to: Optional[str] = None
+    to: Optional[str] = None  # target format, None if nothing was converted
     output: Optional[str] = None
-    files: Dict[str, int] = field(default_factory=dict)
-    verification: Optional[Dict[str, Any]] = None
+    files: Dict[str, int] = field(default_factory=dict)  # name to bytes of what was written
+    verification: Optional[Dict[str, Any]] = None  # result of `--verify`, None if not asked for
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -97,6 +66,7 @@ class Report:
             ('sha256', self.sha256 + (f' ({self.known})' if self.known else '')),
             ('format', self.format + (f', in {" > ".join(self.wrappers)}' if self.wrappers else '')
              + (f', names start with {self.prefix!r}' if self.prefix else '')),
+            ('beside', self.beside),
             ('weights', self.weights + (f' (others are in {self.other_weights})' if self.other_weights else '')),
             ('model', f'{self.variant}, {self.parameters:,} values, {self.dtype}'),
             ('input', f'{self.in_chans} channels, position embeddings for {self.img_size[0]}x{self.img_size[1]}'),
@@ -109,7 +79,7 @@ class Report:
             rows.append(('written', f'{self.to} format: {self.output}'))
             rows += [('', f'{name}, {size:,} bytes') for name, size in self.files.items()]
         rows += [('warning', w) for w in self.warnings]
-        lines = [f'{k:<8} {clean(v)}' for k, v in rows]
+        lines = [f'{k:<8} {clean(v)}' for k, v in rows if v]
         if self.mapped:
             wide = max(len(clean(row['from'], 90)) for row in self.mapped)
             lines += ['', f'{"from":<{wide}}  {"count":>5}  {"":<7}  to']
@@ -133,18 +103,8 @@ def _verification_lines(result: Dict[str, Any]) -> List[str]:
     return lines
 
 
-_NUMBERS = re.compile(
-    r'(?<=^layers\.)\d+(?:(?<=.)\.1\.\d+)?|(?<=block\.)\d+\.\d+|(?<=stages\.)\d+|(?<=stages_)\d+|(?<=blocks\.)\d+'
-    r'|(?<=block)\d+\.\d+|(?<=_embed)\d+|(?<=_embeddings\.)\d+|(?:weight|bias)$')
-
-
-def _stars(m: 're.Match[str]') -> str:
-    return '*' if not m.group().count('.') else '*.1.*' if m.group().count('.') == 2 else '*.*'
-
-
-def _pattern(names: Iterable[str]) -> str:
-    """Names with stars for what runs: the stage, the block, weight and bias."""
-    return ' + '.join(_NUMBERS.sub(_stars, n) for n in names)
+# what runs: the stage, the block, weight and bias
+_RUNS = re.compile(r'(?<!ffn\.layers\.)\b\d+\b|(?<=block)\d+|(?<=embed)\d+|(?<=stages_)\d+|(?:weight|bias)$')
 
 
 def trace(read: Pairs, written: Optional[Pairs] = None) -> List[Dict[str, Any]]:
@@ -155,39 +115,24 @@ def trace(read: Pairs, written: Optional[Pairs] = None) -> List[Dict[str, Any]]:
         written: (target names, timm names), None if the target has timm's names.
 
     Returns:
-        Rows for `Report.mapped`. What the target does not have is left out.
+        One row per kind of parameter: 'from', 'to', 'kind' (kept, renamed, merged, split) and 'count'. What the target
+        does not have is left out.
     """
-    if written is None:
-        links = [(tuple(timm), tuple(source)) for timm, source in read]
-    else:
-        reads = {name: (tuple(timm), tuple(source)) for timm, source in read for name in timm}
-        writes = {name: (tuple(target), tuple(timm)) for target, timm in written for name in timm}
-        links, seen = [], set()
-        for first in writes:
-            if first in seen:
-                continue
-            timm: Dict[str, None] = {}  # all timm names that hang together, in order
-            todo = [first]
-            while todo:
-                name = todo.pop(0)
-                if name not in timm:
-                    timm[name] = None
-                    todo += [*(reads[name][0] if name in reads else ()), *(writes[name][1] if name in writes else ())]
-            seen |= set(timm)
-            sources = dict.fromkeys(s for n in timm if n in reads for s in reads[n][1])
-            targets = dict.fromkeys(t for n in timm if n in writes for t in writes[n][0])
-            links.append((tuple(targets), tuple(sources)))
+    links = [(tuple(source), tuple(timm)) for timm, source in read]
+    if written is not None:
+        sources = {name: source for timm, source in read for name in timm}
+        links = [(tuple(dict.fromkeys(s for name in timm for s in sources.get(name, ()))), tuple(target))
+                 for target, timm in written]
+    uses = Counter(s for source, _ in links for s in source)
     rows: Dict[Tuple[str, str], Dict[str, Any]] = {}
-    for target, source in links:
-        key = (_pattern(source), _pattern(target))
-        if key not in rows:
+    for source, target in links:
+        key = tuple(' + '.join(_RUNS.sub('*', name) for name in names) for names in (source, target))
+        if len(source) != len(target):
+            kind = 'merged' if len(source) > len(target) else 'split'
+        elif any(uses[s] > 1 for s in source):
+            kind = 'split'
+        else:
             kind = 'kept' if source == target else 'renamed'
-            if len(source) > len(target):
-                kind = 'merged'
-            elif len(source) < len(target):
-                kind = 'split'
-            elif len(source) > 1 and source != target:
-                kind = 'recut'
-            rows[key] = {'from': key[0], 'to': key[1], 'kind': kind, 'count': 0}
-        rows[key]['count'] += 1
+        row = rows.setdefault(key, {'from': key[0], 'to': key[1], 'kind': kind, 'count': 0})
+        row['count'] += 1
     return list(rows.values())

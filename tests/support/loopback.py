@@ -515,14 +515,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_json({'errors': [], 'warnings': []})
 
     def preupload(self, repo: str, revision: str):
-        if not self.need_token() or self.find(repo, revision) is None:
+        if not self.need_token():
             return
-        files = json.loads(self.body)['files']
-        self.send_json({'files': [{
-            'path': f['path'],
-            'shouldIgnore': False,
-            'uploadMode': 'lfs' if f['path'].endswith(LFS_SUFFIXES) else 'regular',
-        } for f in files]})
+        found = self.find(repo, revision)
+        if found is None:
+            return
+        there = found[0].commits[found[1]]
+        answer = []
+        for f in json.loads(self.body)['files']:
+            lfs = f['path'].endswith(LFS_SUFFIXES)
+            item = {'path': f['path'], 'shouldIgnore': False, 'uploadMode': 'lfs' if lfs else 'regular'}
+            if f['path'] in there:  # by which the client leaves out what has not changed
+                item['oid'] = there[f['path']].sha256 if lfs else there[f['path']].git_oid
+            answer.append(item)
+        self.send_json({'files': answer})
 
     def lfs_batch(self, repo: str):
         if not self.need_token() or self.find(repo) is None:
