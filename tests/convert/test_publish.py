@@ -56,7 +56,7 @@ def public(hub, token, tmp_path, monkeypatch):
             found[tag] = files.save(
                 files.make('transformers', variant, 1000, fill=files.random_values), tmp_path / f'{tag}.safetensors')
             repo, _, revision = cfg.hf_hub_id.partition('@')
-            hub.add_repo(repo, {cfg.hf_hub_filename: found[tag], 'config.json': '{"model_type": "pvt"}'},
+            hub.add_repo(repo, {'model.safetensors': found[tag], 'config.json': '{"model_type": "pvt"}'},
                          commit=revision or None)
         else:
             from pvt_timm.detection import detector_to_mmdet, pvt_retinanet
