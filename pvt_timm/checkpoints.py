@@ -423,7 +423,8 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
 
     Returns:
         Those of these that it says: 'architecture' (str), 'img_size' ((height, width)), 'mean' and 'std' (a number per
-        channel), 'crop_pct' (float), 'interpolation' (str), 'num_classes' (int), 'label_names' (list of str).
+        channel), 'crop_pct' (float), 'interpolation' and 'global_pool' (str), 'num_classes' (int), 'label_names' (list
+        of str).
     """
     said: Dict[Any, Any] = {'arch': checkpoint.get('arch')}
     todo = [checkpoint.get(k) for k in ('meta', 'hyper_parameters', 'args')]
@@ -451,7 +452,8 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         'mean': numbers('mean', low=0.),
         'std': numbers('std'),
         'crop_pct': next(iter(numbers('crop_pct')), None),
-        'interpolation': said['interpolation'] if isinstance(said.get('interpolation'), str) else None,
+        **{key: next((x for k in (key, short) if isinstance(x := said.get(k), str)), None)
+           for key, short in (('interpolation', ''), ('global_pool', 'gp'))},
         'num_classes': classes[0] if classes else None,
         'label_names': [str(x) for x in labels] if isinstance(labels, (list, tuple)) else None,
     }

@@ -39,7 +39,7 @@ def one_line(error: BaseException, limit: int = 1000) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f'{error.strerror}: {error.filename}'
     elif isinstance(error, MemoryError):
-        text = f'out of memory {error}'
+        text = f'out of memory {error}'.strip()
     text = ' '.join(text.split())
     text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
     return text if len(text) <= limit else f'{text[:limit]} ...'

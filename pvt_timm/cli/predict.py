@@ -88,8 +88,8 @@ def load_model(
     if channels not in (1, 3):
         raise UserError(f'Expected a model for images with 1 or 3 channels, {name} takes {channels}')
     for key in ('mean', 'std'):
-        if len(data[key]) != channels:
-            data[key] = (sum(data[key]) / len(data[key]),) * channels
+        values = tuple(data[key])
+        data[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
     data['input_size'] = (channels, *(img_size or data['input_size'][1:]))
     count = network.num_classes
     if labels is not None:

@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm.models import save_for_hf
 
 import pvt_timm  # noqa: F401
 from pvt_timm.checkpoints import from_timm
+from pvt_timm.cli.errors import UserError, run_command
 from pvt_timm.cli.main import main
 from pvt_timm.cli.predict import open_image
 from pvt_timm.pvt import VARIANTS
@@ -310,11 +312,50 @@ def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path):
     assert json.loads(out)['images'] == json.loads(from_file)['images']
 
 
+def transport_errors():
+    from huggingface_hub.errors import HfHubHTTPError
+    from importlib import import_module
+    client = import_module(next(c for c in HfHubHTTPError.__mro__ if 'huggingface_hub' not in c.__module__).__module__
+                           .partition('.')[0])  # requests or httpx or what comes next
+    for name in ('ConnectError', 'ReadTimeout', 'RemoteProtocolError', 'ConnectionError', 'Timeout'):
+        if isinstance(kind := getattr(client, name, None), type) and issubclass(kind, Exception):
+            yield kind('cannot\n connect')
+
+
+@pytest.mark.parametrize('error, code, line', [
+    *[(e, 2, 'cannot connect') for e in transport_errors()],
+    (UserError('a\nb  c'), 2, 'a b c'),
+    (ValueError('\x1b[31m \udcff'), 2, '\\x1b[31m \\udcff'),
+    (FileNotFoundError(2, 'No such file', 'x'), 2, 'No such file: x'),
+    (RuntimeError('x' * 5000), 2, 'x' * 1000 + ' ...'),
+    (MemoryError(), 2, 'out of memory'),
+    (AssertionError(), 2, 'AssertionError'),
+    (KeyboardInterrupt(), 130, None),
+    (KeyError('a mistake of ours'), None, None), (TypeError('a mistake of ours'), None, None),
+], ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else '')
+def test_errors_are_one_line_and_mistakes_of_ours_a_traceback(capfd, error, code, line):
+    def command():
+        raise error
+    if code is None:
+        with pytest.raises(type(error)):
+            run_command('prog', command)
+        return
+    assert run_command('prog', command) == code
+    assert capfd.readouterr().err == (f'prog: error: {line}\n' if line else '')
+
+
 def test_no_matplotlib(cli, monkeypatch, tmp_path):
     for name in [m for m in sys.modules if m.split('.')[0] == 'matplotlib'] + ['matplotlib']:
         monkeypatch.setitem(sys.modules, name, None)
     code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png')
     assert code == 2 and err.count('\n') == 1 and '`draw` extra' in err
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_save_to_a_device_is_an_error_not_a_file(cli, tmp_path):
+    code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png', '--save', '/dev/full')
+    assert code == 2 and err == 'pvt-timm: error: No space left on device\n' and '/dev/full' not in out
+    assert stat.S_ISCHR(os.stat('/dev/full').st_mode)
 
 
 def test_a_failed_write_leaves_nothing(cli, monkeypatch, tmp_path):
@@ -409,7 +450,7 @@ dist.init_process_group('gloo')
 model = timm.create_model('test_pvt')
 ones = torch.ones(1)
 dist.all_reduce(ones)
-print(f'{sys.argv[1]} {dist.get_rank()} {int(ones)}', flush=True)
+open(f'rank{dist.get_rank()}', 'w').write(f'{sys.argv[1]} {int(ones)}')
 dist.destroy_process_group()
 ''')
     done = python(
@@ -417,7 +458,7 @@ dist.destroy_process_group()
         '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0', '-m', 'pvt_timm', 'run', 'script.py', 'hello',
         env=client_env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split('\n'))[-2:] == ['hello 0 2', 'hello 1 2']
+    assert [(tmp_path / f'rank{i}').read_text() for i in range(2)] == ['hello 2', 'hello 2']
 
 
 def test_process(tmp_path, client_env):

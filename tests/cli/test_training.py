@@ -5,7 +5,6 @@ train.py comes from a checkout of timm that TIMM_CHECKOUT names.
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def test_shards(scripts, small, tmp_path):
 
 
 def test_damaged_image_in_mid_epoch(scripts, small, tmp_path):
-    """timm goes on with the next image and says so; --check-images names it before, and stops."""
+    """timm goes on with the next image and says so."""
     import shutil
     runs = scripts['training_runs']
     data = tmp_path / 'data'
@@ -89,7 +88,3 @@ def test_damaged_image_in_mid_epoch(scripts, small, tmp_path):
     log = runs.run(args)
     assert 'Skipped sample' in log and file.name in log
     assert len(runs.read_summary(tmp_path / 'x')) == 1
-    command = runs.command(args)
-    command.insert(command.index('train') + 1, '--check-images')
-    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and str(file) in done.stderr and done.stderr.count('\n') == 1
