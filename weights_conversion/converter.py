@@ -10,7 +10,6 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import get_pretrained_cfg
 
 import pvt_timm  # noqa: F401  registers the models
 from pvt_timm.checkpoints import (
@@ -31,7 +30,7 @@ from pvt_timm.pvt import VARIANTS, find_variant, resize_pos_embeds
 from .output import check_output, new_folder
 from .report import Report, clean, trace
 from .sources import Source, check_sha256, hash_in_name, known_file, open_source, sha256_of
-from .targets import CLASS_ROW, WRITERS, Contents, variant_of, write_card
+from .targets import CLASS_ROW, WRITERS, Contents, default_cfg, variant_of, write_card
 
 __all__ = ['DTYPES', 'PARTS', 'Loaded', 'VerificationError', 'convert', 'inspect']
 
@@ -357,7 +356,7 @@ def _configured_args(config: Dict[str, Any], variant: str) -> Dict[str, Any]:
 
 def _configured_cfg(source: Source, info: Description, report: Report, trained: Dict[str, Any]) -> Dict[str, Any]:
     """Preprocessing: what training says, else what lies next to the checkpoint, else the model's default."""
-    default = get_pretrained_cfg(variant_of(info)).to_dict()
+    default = default_cfg(variant_of(info)).to_dict()
     given = source.config.get('pretrained_cfg')
     given = dict(given) if isinstance(given, dict) else {}
     given.update({ours: source.preprocessor[theirs] for ours, theirs in (('mean', 'image_mean'), ('std', 'image_std'))
@@ -475,7 +474,7 @@ def _cast(key: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _model_args(info: Description, given: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments for `timm.create_model` that differ from the defaults of the variant."""
-    default = get_pretrained_cfg(variant_of(info)).input_size[1:]
+    default = default_cfg(variant_of(info)).input_size[1:]
     args: Dict[str, Any] = {}
     if info.grid_size != _grid(default):
         args['img_size'] = info.img_size[0] if info.img_size[0] == info.img_size[1] else list(info.img_size)

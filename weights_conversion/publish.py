@@ -5,13 +5,12 @@ import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
-import timm
-
 from pvt_timm.files import save_atomically
 from pvt_timm.pvt import TOP1
 
 from .converter import convert
 from .sources import SHA256
+from .targets import default_cfg
 from .verification import NoReferenceError, reference_for
 
 __all__ = ['check_repo', 'publish', 'push']
@@ -128,9 +127,9 @@ def publish(
 
 def _make(tag: str, repo: str, folder: Path, progress: bool) -> None:
     """Fetch, check, convert and verify one checkpoint."""
-    cfg = timm.models.get_pretrained_cfg(tag)
+    cfg = default_cfg(tag)
     detector = tag in BOX_AP
-    source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else cfg.url
+    source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else str(cfg.url)
     try:
         reference_for('mmdet' if detector else 'transformers', not detector)
         verify = True

@@ -107,6 +107,10 @@ def _verification_lines(result: Dict[str, Any]) -> List[str]:
 _RUNS = re.compile(r'(?<!ffn\.layers\.)\b\d+\b|(?<=block)\d+|(?<=embed)\d+|(?<=stages_)\d+|(?:weight|bias)$')
 
 
+def _pattern(names: Sequence[str]) -> str:
+    return ' + '.join(_RUNS.sub('*', name) for name in names)
+
+
 def trace(read: Pairs, written: Optional[Pairs] = None) -> List[Dict[str, Any]]:
     """Follow parameters from source to target.
 
@@ -126,7 +130,7 @@ def trace(read: Pairs, written: Optional[Pairs] = None) -> List[Dict[str, Any]]:
     uses = Counter(s for source, _ in links for s in source)
     rows: Dict[Tuple[str, str], Dict[str, Any]] = {}
     for source, target in links:
-        key = tuple(' + '.join(_RUNS.sub('*', name) for name in names) for names in (source, target))
+        key = _pattern(source), _pattern(target)
         if len(source) != len(target):
             kind = 'merged' if len(source) > len(target) else 'split'
         elif any(uses[s] > 1 for s in source):

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -35,22 +35,13 @@ SHA256 = {
 
 @dataclass
 class Source:
-    """A checkpoint file on this machine and what lies next to it.
-
-    Attributes:
-        name: What to call it in reports, without credentials.
-        file: The checkpoint.
-        config: Content of config.json, {} if there is none.
-        preprocessor: Content of preprocessor_config.json, {} if there is none.
-        labels: Names of the classes in the file that training keeps, None if there is none.
-        class_row: File with the class token row of a dense checkpoint, see the README.
-    """
-    name: str
+    """A checkpoint file on this machine and what lies next to it."""
+    name: str  # for reports, without credentials
     file: Path
-    config: Dict[str, Any] = field(default_factory=dict)
-    preprocessor: Dict[str, Any] = field(default_factory=dict)
-    labels: Optional[List[str]] = None
-    class_row: Optional[Path] = None
+    config: Dict[str, Any]  # content of config.json, {} if there is none
+    preprocessor: Dict[str, Any]  # content of preprocessor_config.json, {} if there is none
+    labels: Optional[List[str]] = None  # names of the classes in the file that training keeps
+    class_row: Optional[Path] = None  # file with the class token row of a dense checkpoint, see the README
 
 
 @contextlib.contextmanager
@@ -75,7 +66,7 @@ def open_source(spec: Union[str, 'os.PathLike[str]'], progress: bool = False) ->
             file = Path(folder, name or 'checkpoint')
             torch.hub.download_url_to_file(spec, str(file), progress=progress)
             # user, password, query and fragment may be secrets
-            yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file)
+            yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file, {}, {})
     elif spec.startswith('hf-hub:'):
         yield _from_hub(spec)
     elif re.match(r'[A-Za-z][A-Za-z0-9+.-]+://', spec):
@@ -117,23 +108,19 @@ def _from_hub(spec: str) -> Source:
 
 def _with_neighbours(name: str, file: Path, find: Callable[[str], Optional[Path]]) -> Source:
     """Read what `find` gives of the files that belong to a checkpoint."""
-    found: Dict[str, Path] = {}
-    for neighbour in ('config.json', 'preprocessor_config.json', CLASS_ROW_FILE):
-        path = find(neighbour)
-        if path is not None and path.is_file():
-            found[neighbour] = path
+    row = find(CLASS_ROW_FILE)
     return Source(
         name,
         file,
-        config=_read_json(found.get('config.json')),
-        preprocessor=_read_json(found.get('preprocessor_config.json')),
+        config=_read_json(find('config.json')),
+        preprocessor=_read_json(find('preprocessor_config.json')),
         labels=labels_beside(file),
-        class_row=found.get(CLASS_ROW_FILE),
+        class_row=row if row is not None and row.is_file() else None,
     )
 
 
 def _read_json(path: Optional[Path]) -> Dict[str, Any]:
-    if path is None:
+    if path is None or not path.is_file():
         return {}
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(f'Expected a {path.name} of at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}.')

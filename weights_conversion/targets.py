@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
-import timm
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
+from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from pvt_timm.checkpoints import Description
 from pvt_timm.pvt import VARIANTS, find_variant
@@ -18,31 +18,21 @@ from pvt_timm.version import __version__
 from .report import Report, clean
 from .sources import CLASS_ROW_FILE
 
-__all__ = ['CLASS_ROW', 'Contents', 'WRITERS', 'transformers_config', 'variant_of', 'write_card']
+__all__ = ['CLASS_ROW', 'Contents', 'WRITERS', 'default_cfg', 'transformers_config', 'variant_of', 'write_card']
 
 CLASS_ROW = 'pos_embed4.class_row'
 
 
 @dataclass
 class Contents:
-    """What to write.
-
-    Attributes:
-        state_dict: Tensors under the names of the target.
-        class_row: Class token row that timm has no place for, None if there is none.
-        info: Architecture of what is written.
-        model_args: Arguments for `timm.create_model` besides the name.
-        cfg: Preprocessing and labels.
-        report: What is known about the source.
-        about: Text of the model card before the table, None for an example of use.
-    """
-    state_dict: Dict[str, torch.Tensor]
-    class_row: Optional[torch.Tensor]
-    info: Description
-    model_args: Dict[str, Any]
-    cfg: Dict[str, Any]
-    report: Report
-    about: Optional[str] = None
+    """What to write."""
+    state_dict: Dict[str, torch.Tensor]  # under the names of the target
+    class_row: Optional[torch.Tensor]  # class token row that timm has no place for, None if there is none
+    info: Description  # architecture of what is written
+    model_args: Dict[str, Any]  # arguments for `timm.create_model` besides the name
+    cfg: Dict[str, Any]  # preprocessing and labels
+    report: Report  # what is known about the source
+    about: Optional[str] = None  # text of the model card before the table, None for an example of use
 
 
 def variant_of(info: Description) -> str:
@@ -52,25 +42,44 @@ def variant_of(info: Description) -> str:
     return name
 
 
+def default_cfg(name: str) -> PretrainedCfg:
+    """Pretrained config of a timm model, with or without a tag."""
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None
+    return cfg
+
+
 def write_timm(folder: Path, contents: Contents) -> str:
     """model.safetensors and config.json in the layout of timm's hub repositories."""
     _save_safetensors(contents.state_dict, folder / 'model.safetensors')
     if contents.class_row is not None:
         _save_safetensors({CLASS_ROW: contents.class_row}, folder / CLASS_ROW_FILE)
     _write_json(timm_config(contents), folder / 'config.json')
-    return _USE_TIMM if contents.info.num_classes else _USE_TIMM_FEATURES
+    use = 'import timm\nimport pvt_timm  # registers the models\n\n'
+    if contents.info.num_classes:
+        use += "model = timm.create_model('local-dir:FOLDER', pretrained=True)  # or hf-hub:OWNER/REPO\n"
+    return use + "backbone = timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True)"
 
 
 def write_original(folder: Path, contents: Contents) -> str:
     """A bare state dict, as whai362/PVT publishes."""
-    _save_torch(contents.state_dict, folder / f'{variant_of(contents.info)}.pth')
-    return _USE_ORIGINAL if contents.info.class_token else _USE_ORIGINAL_DENSE
+    info, name = contents.info, variant_of(contents.info)
+    _save_torch(contents.state_dict, folder / f'{name}.pth')
+    if not info.class_token:
+        return ('# in a config of detection/ or segmentation/ of https://github.com/whai362/PVT\n'
+                f"model = dict(pretrained='{name}.pth', backbone=dict(type='{name}'))")
+    return (f'import torch\nfrom pvt import {name}  # classification/pvt.py of https://github.com/whai362/PVT\n\n'
+            f'model = {name}(num_classes={info.num_classes}, in_chans={info.in_chans}, img_size={info.img_size[0]})\n'
+            f"model.load_state_dict(torch.load('{name}.pth', weights_only=True))")
 
 
 def write_mmdet(folder: Path, contents: Contents) -> str:
     """A bare state dict for mmdetection's backbone."""
-    _save_torch(contents.state_dict, folder / f'{variant_of(contents.info)}.pth')
-    return _USE_MMDET
+    name = variant_of(contents.info)
+    _save_torch(contents.state_dict, folder / f'{name}.pth')
+    return ('# in a config of mmdetection\nmodel = dict(backbone=dict(\n'
+            f"    type='PyramidVisionTransformer', num_layers={list(contents.info.depths)},\n"
+            f"    init_cfg=dict(type='Pretrained', checkpoint='{name}.pth')))")
 
 
 def write_transformers(folder: Path, contents: Contents) -> str:
@@ -89,7 +98,9 @@ def write_transformers(folder: Path, contents: Contents) -> str:
         'image_mean': list(cfg['mean']),
         'image_std': list(cfg['std']),
     }, folder / 'preprocessor_config.json')
-    return _USE_TRANSFORMERS
+    return ('from transformers import AutoImageProcessor, PvtForImageClassification\n\n'
+            "processor = AutoImageProcessor.from_pretrained('FOLDER')\n"
+            "model = PvtForImageClassification.from_pretrained('FOLDER')")
 
 
 WRITERS: Dict[str, Callable[[Path, Contents], str]] = {
@@ -103,7 +114,7 @@ WRITERS: Dict[str, Callable[[Path, Contents], str]] = {
 def timm_config(contents: Contents) -> Dict[str, Any]:
     """config.json of a timm repository."""
     info = contents.info
-    default = timm.models.get_pretrained_cfg(variant_of(info))
+    default = default_cfg(variant_of(info))
     config = {
         'architecture': variant_of(info),
         'num_classes': info.num_classes,
@@ -119,8 +130,8 @@ def timm_config(contents: Contents) -> Dict[str, Any]:
             'num_classes': info.num_classes,
             'first_conv': default.first_conv,
             'classifier': default.classifier,
-            'paper_ids': 'arXiv:2102.12122',
-            'paper_name': 'Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions',
+            'paper_ids': default.paper_ids,
+            'paper_name': default.paper_name,
         },
     }
     if contents.cfg.get('label_names'):
@@ -184,42 +195,6 @@ def _own_memory(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 
 # ---- model card -----------------------------------------------------------------------------------------------------
 
-_USE_TIMM = '''\
-import timm
-import pvt_timm  # registers the models
-
-model = timm.create_model('local-dir:FOLDER', pretrained=True)  # or hf-hub:OWNER/REPO
-backbone = timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True)
-'''
-_USE_TIMM_FEATURES = '''\
-import timm
-import pvt_timm  # registers the models
-
-backbone = timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True)  # or hf-hub:OWNER/REPO
-'''
-_USE_ORIGINAL = '''\
-import torch
-from pvt import VARIANT  # classification/pvt.py of https://github.com/whai362/PVT
-
-model = VARIANT(ARGS)
-model.load_state_dict(torch.load('VARIANT.pth', weights_only=True))
-'''
-_USE_ORIGINAL_DENSE = '''\
-# in a config of detection/ or segmentation/ of https://github.com/whai362/PVT
-model = dict(pretrained='VARIANT.pth', backbone=dict(type='VARIANT'))
-'''
-_USE_MMDET = '''\
-# in a config of mmdetection
-model = dict(backbone=dict(
-    type='PyramidVisionTransformer', num_layers=DEPTHS,
-    init_cfg=dict(type='Pretrained', checkpoint='VARIANT.pth')))
-'''
-_USE_TRANSFORMERS = '''\
-from transformers import AutoImageProcessor, PvtForImageClassification
-
-processor = AutoImageProcessor.from_pretrained('FOLDER')
-model = PvtForImageClassification.from_pretrained('FOLDER')
-'''
 # what loads each format; the original's code is no library
 _LIBRARIES = {'timm': 'timm', 'transformers': 'transformers', 'mmdet': 'mmdetection', 'original': None}
 
@@ -270,13 +245,6 @@ def _provenance(contents: Contents) -> str:
 def write_card(folder: Path, contents: Contents, use: str) -> None:
     """README.md with an example of use and the provenance of the weights."""
     info, report = contents.info, contents.report
-    args = [f'num_classes={info.num_classes}'] if info.num_classes != 1000 else []
-    if info.in_chans != 3:
-        args.append(f'in_chans={info.in_chans}')
-    if info.img_size != (224, 224):
-        args.append(f'img_size={info.img_size[0]}')
-    for name, value in dict(VARIANT=variant_of(info), ARGS=', '.join(args), DEPTHS=list(info.depths)).items():
-        use = use.replace(name, str(value))
     library = _LIBRARIES[str(report.to)]
     task = 'image-classification' if info.num_classes else 'image-feature-extraction'
     licence = contents.cfg.get('license', '')
@@ -289,7 +257,7 @@ def write_card(folder: Path, contents: Contents, use: str) -> None:
     about = contents.about or '\n'.join([
         f'# {variant_of(info)}', '',
         'Weights of a [Pyramid Vision Transformer](https://arxiv.org/abs/2102.12122) (v1), converted by pvt-timm. What '
-        'was changed, if anything, is said below.', '', '```python', use.rstrip(), '```'])
+        'was changed, if anything, is said below.', '', '```python', use, '```'])
     notes = '' if contents.class_row is None else (
         f'\n\n`{CLASS_ROW_FILE}` holds the one row of the source\'s `pos_embed4` that belongs to the class token. No '
         'dense model uses it. It is kept so that the source can be restored.')

@@ -27,6 +27,7 @@ __all__ = ['CHECKOUT', 'NoReferenceError', 'TOLERANCE', 'import_original', 'refe
 TOLERANCE = 1e-10  # float64
 CHECKOUT = 'PVT_CHECKOUT'  # environment variable with the path of a checkout of whai362/PVT
 ORIGINAL_EPS = 1e-5  # of the norms in patch embeddings and spatial reductions
+_FINAL_NORM = 'pvt.encoder.layer_norm'  # where transformers has the original's eps
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -37,20 +38,12 @@ class NoReferenceError(ValueError):
 
 @dataclass
 class Reference:
-    """Somebody else's implementation.
-
-    Attributes:
-        name: For the report.
-        format: Format of the state dicts that it loads.
-        build: Makes the model from an architecture.
-        last_blocks: Gives the last block of each stage of such a model.
-        eps_differs: The norms of patch embeddings and reductions have another eps than the original.
-    """
-    name: str
-    format: str
+    """Somebody else's implementation."""
+    name: str  # for the report
+    format: str  # of the state dicts that it loads
     build: Callable[[Description], nn.Module]
-    last_blocks: Callable[[nn.Module], List[nn.Module]]
-    eps_differs: bool
+    last_blocks: Callable[[Any], List[nn.Module]]  # the last block of each stage of such a model
+    small_eps: Tuple[str, ...] = ()  # ends of the names of norms with eps 1e-6 where the original has 1e-5
 
 
 def reference_for(fmt: str, complete: bool) -> Reference:
@@ -70,13 +63,6 @@ def reference_for(fmt: str, complete: bool) -> Reference:
     return _transformers()
 
 
-def _reference(fmt: str, info: Description, head: bool) -> Reference:
-    if info.class_token != info.norm or head and not info.norm:
-        raise NoReferenceError(
-            '--verify compares checkpoints with class token and norm, or with neither (and without head).')
-    return reference_for(fmt, info.norm)
-
-
 def verify(loaded: 'Loaded', contents: Contents, folder: Path, to: str) -> Dict[str, Any]:
     """Compare the source with the timm model, and the written file with what was meant.
 
@@ -92,30 +78,22 @@ def verify(loaded: 'Loaded', contents: Contents, folder: Path, to: str) -> Dict[
     Raises:
         ValueError: The written file is not what was meant, or no implementation to compare with is installed.
     """
-    info = loaded.info
-    reference = _reference(loaded.converted.format, info, loaded.report.head)
+    info, fmt = loaded.info, loaded.converted.format
+    reference = _reference(fmt, info, loaded.report.head)
     _check_written(contents, folder, to)
-
-    ours = _timm_model(loaded.state_dict, info)
-    raw = _raw_source(loaded)
-    own = reference.format == loaded.converted.format
-    theirs = reference.build(info)
-    if not own:  # a stand-in; its weights come through our table
-        raw, _ = from_timm(_fit(loaded.state_dict, info, reference.format), reference.format)
-    _load_strict(theirs, raw, reference.name)
-    size = info.img_size
-    images = _images(info.in_chans, size)
-    runs = _compare(ours, theirs, reference, images, 'source and timm')
-    if to in ('transformers', 'original', 'mmdet') and to != loaded.converted.format:
+    own = reference.format == fmt
+    # the weights of a stand-in come through our table
+    raw = _raw_source(loaded) if own else from_timm(
+        _fit(loaded.state_dict, info, reference.format), reference.format)[0]
+    runs = _compare(loaded.state_dict, info, reference, raw, 'source and timm')
+    if to not in ('timm', fmt):
         runs += _compare_target(contents, folder, to)
-    decisive = [run for run in runs if run['decisive']]
-    passed = bool(decisive) and all(
-        d['absolute'] <= TOLERANCE * max(1., d['largest']) for run in decisive for d in run['differences'])
+    passed = all(d['absolute'] <= TOLERANCE * max(1., d['largest'])
+                 for run in runs if run['decisive'] for d in run['differences'])
     return {
-        'reference': reference.name + (
-            '' if own else f' (in place of the code of the {loaded.converted.format} format)'),
-        'size': list(size),
-        'images': len(images),
+        'reference': reference.name + ('' if own else f' (in place of the code of the {fmt} format)'),
+        'size': list(info.img_size),
+        'images': 2,
         'tolerance': TOLERANCE,
         'measure': 'of the largest value or of 1, with the original\'s eps',
         'passed': passed,
@@ -123,96 +101,97 @@ def verify(loaded: 'Loaded', contents: Contents, folder: Path, to: str) -> Dict[
     }
 
 
+def _reference(fmt: str, info: Description, head: bool) -> Reference:
+    if info.class_token != info.norm or head and not info.norm:
+        raise NoReferenceError(
+            '--verify compares checkpoints with class token and norm, or with neither (and without head).')
+    return reference_for(fmt, info.norm)
+
+
 def _compare_target(contents: Contents, folder: Path, to: str) -> List[Dict[str, Any]]:
     """Run the target's own code on the written file, where it is installed."""
-    written = map_to_timm(read_checkpoint(folder)).state_dict
-    written = {k: v.double() for k, v in written.items()}
+    raw = read_checkpoint(folder)
+    written = map_to_timm(raw).state_dict
     info = describe(written, contents.info.img_size)
     try:
         reference = _reference(to, info, 'head.weight' in written)
     except NoReferenceError:
         return []
-    if reference.format != to:
-        return []
-    theirs = reference.build(info)
-    _load_strict(theirs, read_checkpoint(folder), reference.name)
-    images = _images(info.in_chans, info.img_size)
-    return _compare(_timm_model(written, info), theirs, reference, images, 'written file and timm')
+    return _compare(written, info, reference, raw, 'written file and timm') if reference.format == to else []
 
 
+@torch.inference_mode()
 def _compare(
-        ours: nn.Module,
-        theirs: nn.Module,
+        state_dict: StateDict,
+        info: Description,
         reference: Reference,
-        images: torch.Tensor,
+        raw: StateDict,
         name: str,
 ) -> List[Dict[str, Any]]:
+    """Run the timm model with `state_dict` and the reference with `raw` on noise and on a smooth ramp."""
+    noise = torch.randn(
+        1, info.in_chans, *info.img_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ramp = torch.outer(*(torch.linspace(-n, n, size, dtype=torch.float64) for n, size in zip((2, 1), info.img_size)))
+    images = torch.cat([noise, ramp.expand_as(noise)])
+    ours: Any = _timm_model(state_dict, info)
     expected = _run(ours, [stage.blocks[-1] for stage in ours.stages], images)
+    theirs = reference.build(info)
+    try:
+        theirs.load_state_dict(dict(raw))
+    except RuntimeError as e:
+        raise ValueError(f'{reference.name} does not load the weights: {" ".join(str(e).split())[:300]}') from e
+    blocks = reference.last_blocks(theirs)
     runs = []
-    if reference.eps_differs:
-        got = _run(theirs, reference.last_blocks(theirs), images)
+    if reference.small_eps:
         runs.append({'name': f'{name}, as it ships (eps 1e-6 in all norms)', 'decisive': False,
-                     'differences': _differences(expected, got)})
-        _set_eps(theirs, reference)
-    got = _run(theirs, reference.last_blocks(theirs), images)
+                     'differences': _differences(expected, _run(theirs, blocks, images))})
+        for key, module in theirs.named_modules():
+            if isinstance(module, nn.LayerNorm) and key.endswith(reference.small_eps) and key != _FINAL_NORM:
+                module.eps = ORIGINAL_EPS
     runs.append({'name': f"{name}, with the original's eps", 'decisive': True,
-                 'differences': _differences(expected, got)})
+                 'differences': _differences(expected, _run(theirs, blocks, images))})
     return runs
 
 
 def _differences(expected: Dict[str, torch.Tensor], got: Dict[str, torch.Tensor]) -> List[Dict[str, Any]]:
     out = []
-    for name in expected:
-        if name not in got:
-            continue
+    for name in (k for k in expected if k in got):
         a, b = expected[name], got[name]
         largest = b.abs().max().item()
         absolute = (a - b).abs().max().item() if a.shape == b.shape else math.inf
-        absolute = absolute if math.isfinite(absolute) else math.inf
-        out.append({'name': name, 'absolute': absolute, 'relative': absolute / max(largest, 1e-300),
-                    'largest': largest if math.isfinite(largest) else 1.})
+        if not math.isfinite(absolute + largest):
+            absolute, largest = math.inf, 1.
+        out.append(dict(name=name, absolute=absolute, relative=absolute / max(largest, 1e-300), largest=largest))
     return out
 
 
-@torch.inference_mode()
 def _run(model: nn.Module, blocks: List[nn.Module], images: torch.Tensor) -> Dict[str, torch.Tensor]:
     """Tokens after every stage, and logits where there is a head."""
     model = model.double().eval()
     out: Dict[str, torch.Tensor] = {}
-    hooks = []
-    for n, block in enumerate(blocks):
-        def keep(_, __, result, name=f'stage {n + 1}'):
-            out[name] = result[0] if isinstance(result, tuple) else result
-        hooks.append(block.register_forward_hook(keep))
-    try:
-        result = model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def keep(name: str, result: Any) -> None:
+        out[name] = result[0] if isinstance(result, tuple) else result
+
+    hooks = [block.register_forward_hook(lambda _, __, result, name=f'stage {n + 1}': keep(name, result))
+             for n, block in enumerate(blocks)]
+    result = model(images)
+    for hook in hooks:
+        hook.remove()
     result = getattr(result, 'logits', result)
     if isinstance(result, torch.Tensor) and result.ndim == 2:
         out['logits'] = result
     return out
 
 
-def _images(in_chans: int, size: Tuple[int, int]) -> torch.Tensor:
-    """Noise, and a smooth ramp."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, in_chans, *size, generator=generator, dtype=torch.float64)
-    ramp = torch.linspace(-2, 2, size[0], dtype=torch.float64)[:, None] * torch.linspace(
-        -1, 1, size[1], dtype=torch.float64)
-    return torch.cat([noise, ramp.expand(1, in_chans, *size)])
-
-
 def _timm_model(state_dict: StateDict, info: Description) -> nn.Module:
-    state_dict = _fit(state_dict, info, 'timm')
     kwargs: Dict[str, Any] = {}
     if not info.class_token:
         kwargs.update(class_token=False, output_fmt='NLC' if info.norm else 'NCHW')
     model = timm.create_model(
         variant_of(info), num_classes=info.num_classes, in_chans=info.in_chans, img_size=info.img_size,
         weight_init='skip', dtype=torch.float64, **kwargs)
-    model.load_state_dict({k: v.double() for k, v in state_dict.items()})
+    model.load_state_dict(dict(_fit(state_dict, info, 'timm')))
     return model
 
 
@@ -224,22 +203,14 @@ def _fit(state_dict: StateDict, info: Description, fmt: str) -> StateDict:
 
 
 def _raw_source(loaded: 'Loaded') -> Dict[str, torch.Tensor]:
-    """The weights of the source under their own names."""
+    """The weights of the source under their own names, read again."""
     state_dict: Any = read_checkpoint(loaded.source.file, max(loaded.report.bytes, 1))
     for wrapper in loaded.converted.wrappers:
         state_dict = state_dict[wrapper]
     prefix = loaded.converted.prefix
-    raw = {k[len(prefix):]: v for k, v in state_dict.items() if isinstance(k, str) and k.startswith(prefix)}
-    if loaded.converted.format == 'transformers' and any(k.startswith('encoder.') for k in raw):
-        raw = {k if k.startswith('classifier.') else f'pvt.{k}': v for k, v in raw.items()}
-    return raw
-
-
-def _load_strict(model: nn.Module, state_dict: StateDict, name: str) -> None:
-    try:
-        model.load_state_dict(dict(state_dict))
-    except RuntimeError as e:
-        raise ValueError(f'{name} does not load the weights: {" ".join(str(e).split())[:300]}') from e
+    names = [name for _, names in loaded.converted.mapped for name in names]
+    # transformers' PvtModel lacks the 'pvt.' of PvtForImageClassification
+    return {k: state_dict[prefix + k if prefix + k in state_dict else prefix + k.removeprefix('pvt.')] for k in names}
 
 
 def _check_written(contents: Contents, folder: Path, to: str) -> None:
@@ -264,16 +235,7 @@ def _check_equal(found: StateDict, meant: StateDict) -> None:
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
     """Bit patterns, which are equal also for NaN."""
-    x = x.detach().contiguous()
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def _set_eps(model: nn.Module, reference: Reference) -> None:
-    """Give the norms of patch embeddings and spatial reductions the eps that the original has there."""
-    ends = {'transformers': ('.layer_norm',), 'mmdet': ('.0.norm', '.attn.norm')}[reference.format]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm) and name.endswith(ends) and name != 'pvt.encoder.layer_norm':
-            module.eps = ORIGINAL_EPS
+    return x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 # ---- implementations ------------------------------------------------------------------------------------------------
@@ -290,7 +252,7 @@ def _transformers() -> Reference:
 
     return Reference(
         f'transformers {__version__}', 'transformers', build,
-        lambda model: [blocks[-1] for blocks in model.pvt.encoder.block], eps_differs=True)
+        lambda model: [blocks[-1] for blocks in model.pvt.encoder.block], ('.layer_norm',))
 
 
 def _mmdet() -> Reference:
@@ -315,7 +277,7 @@ def _mmdet() -> Reference:
 
     return Reference(
         f'mmdetection {mmdet.__version__}', 'mmdet', build,
-        lambda model: [layer[1][-1] for layer in model.layers], eps_differs=True)
+        lambda model: [layer[1][-1] for layer in model.layers], ('.0.norm', '.attn.norm'))
 
 
 def _original(checkout: Path) -> Reference:
@@ -331,7 +293,7 @@ def _original(checkout: Path) -> Reference:
 
     return Reference(
         f'whai362/PVT in {checkout.name}', 'original', build,
-        lambda model: [getattr(model, f'block{i}')[-1] for i in range(1, 5)], eps_differs=False)
+        lambda model: [getattr(model, f'block{i}')[-1] for i in range(1, 5)])
 
 
 def import_original(checkout: Path) -> types.ModuleType:
