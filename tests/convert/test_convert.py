@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -143,12 +145,12 @@ def test_every_pair_of_formats_agrees(tmp_path):
 # ---- nothing vanishes, nothing is made up ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize('options', [
-    ('--drop', 'norm'), ('--drop', 'class_token'), ('--drop', 'class_token', 'norm'), ('--drop', 'legs'),
-    ('--model', 'pvt_small'), ('--model', 'resnet50'), ('--sha256', '0' * 64), ('--sha256', 'abc'),
-    ('--num-classes', 3), ('--img-size', 16), ('--img-size', 5000), ('--img-size', 64, 64, 64), ('--source-size', 64), ('--max-bytes', 1000)])
+    '--drop norm', '--drop class_token', '--drop class_token norm', '--drop legs', '--model pvt_small',
+    '--model resnet50', '--sha256 01234567', '--sha256 abc', '--num-classes 3', '--img-size 16', '--img-size 5000',
+    '--img-size 64 64 64', '--source-size 64', '--max-bytes 1000'])
 def test_what_cannot_be_is_refused(options, tmp_path):
     file = files.save(files.make('original'), tmp_path / 'x.pth')
-    refused(file, '-o', tmp_path / 'out', '--to', 'original', *options)
+    refused(file, '-o', tmp_path / 'out', '--to', 'original', *options.split())
     assert not (tmp_path / 'out').exists()
 
 
@@ -644,6 +646,27 @@ def test_push(classifier, hub, token, tmp_path):
     message = refused(file, '-o', tmp_path / 'out2', '--push', 'me/other', '-q')
     assert '500' in message and (tmp_path / 'out2' / 'model.safetensors').exists()
     assert 'OWNER/REPO' in refused(file, '-o', tmp_path / 'out3', '--push', '../x')
+
+
+def test_commands_of_the_readme(hub, token, tmp_path, monkeypatch):
+    """In order, on small models under the names that it uses. Those of `publish` are in test_publish.py."""
+    monkeypatch.chdir(tmp_path)
+    sha256 = hashlib.sha256(files.save(files.make('original'), Path('pvt_small.pth')).read_bytes()).hexdigest()
+    hub.add_file('whai362/PVT/releases/download/v2/pvt_small.pth', Path('pvt_small.pth'))
+    hub.add_repo('Zetatech/pvt-small-224', {'model.safetensors': files.save(
+        files.make('transformers', fill=files.random_values), Path('x.safetensors'))})
+    files.save(files.wrap(files.make('original-dense'), 'state_dict', 'backbone.'), Path('retinanet_pvt.pth'))
+    files.save(files.wrap(files.make('timm', num_classes=2, fill=files.random_values), 'state_dict_ema'),
+               Path('checkpoint.pth.tar'))
+    Path('class_names.txt').write_text('cat\ndog\n')
+    text = (Path(__file__).parents[2] / 'weights_conversion' / 'README.md').read_text()
+    commands = [line for line in text.splitlines() if re.match('pvt-convert (?!publish)', line)]
+    assert len(commands) == 12
+    for command in commands:
+        command = command.replace('https://github.com', hub.url).replace('SHA256', sha256).replace('OWNER/REPO', 'me/x')
+        code, _, err = run(*shlex.split(command)[1:])
+        assert code == 0, (command, err)
+    assert hub.has_repo('me/x')
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

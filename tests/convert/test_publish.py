@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -129,21 +130,25 @@ def check_repository(tag, path):
                           | {'stages_3.pos_embed': expected['stages.3.pos_embed'][:, 1:]})
 
 
-def test_dry_run_and_measured_accuracy(public, hub, tmp_path, capsys):
-    out, tag = tmp_path / 'out', 'pvt_tiny.in1k'
-    argv = ['publish', '--to', 'me', '-o', str(out), '--dry-run', '--only', tag]
-    assert main([*argv, '--json']) == 0
-    report, = json.loads(capsys.readouterr().out)
-    assert report['repo'] == f'me/{tag}' and set(report['files']) == {p.name for p in (out / tag).iterdir()}
-    card = out / tag / 'README.md'
-    assert 'not measured' in card.read_text() and '75.1% top-1' in card.read_text()
-    results = tmp_path / 'results.json'
-    results.write_text(json.dumps(dict(
-        torch='2.9', timm='1.0', models={tag: dict(top1=75.123, top5=92.5, images=50000)})))
-    for _ in range(2):
-        assert main([*argv, '--measured', str(results)]) == 0
-        assert card.read_text().count('75.123% top-1') == 1 and 'not measured' not in card.read_text()
-    assert not hub.has_repo(f'me/{tag}') and hub.count('POST') == 0
+def test_commands_of_the_readme(public, hub, tmp_path, monkeypatch):
+    """A dry run writes the folders, some are uploaded, cards say what was measured."""
+    monkeypatch.chdir(tmp_path)
+    measured = {tag: dict(top1=75.123, top5=92.5, images=50000) for tag in ('pvt_tiny.in1k', 'pvt_large.in1k')}
+    Path('results.json').write_text(json.dumps(dict(torch='2.9', timm='1.0', models=measured)))
+    text = (Path(__file__).parents[2] / 'weights_conversion' / 'README.md').read_text()
+    commands = [line.replace('OWNER', 'me') for line in text.splitlines() if line.startswith('pvt-convert publish')]
+    uploaded = []
+    for command in commands:
+        assert main([*shlex.split(command)[1:], '-q']) == 0
+        uploaded.append(sum(hub.has_repo(f'me/{tag}') for tag in sources.SHA256))
+        cards = {tag: Path('published', tag, 'README.md').read_text() for tag in sources.SHA256}
+        assert '75.1% top-1' in cards['pvt_tiny.in1k'] and 'box AP 40.4' in cards['pvt_small.retinanet_coco']
+        found = [tag for tag, card in cards.items() if 'not measured' not in card]
+        assert found == (list(measured) if '--measured' in command else [])
+    assert uploaded == [0, 2, 7]
+    assert cards['pvt_tiny.in1k'].count('75.123% top-1') == 1
+    assert hub.repo_files('me/pvt_tiny.in1k')['README.md'].decode() == cards['pvt_tiny.in1k']
+    assert len(hub.commit_messages('me/pvt_tiny.in1k')) == 3 and len(hub.commit_messages('me/pvt_small.in1k')) == 2
 
 
 def test_another_file_is_refused(public, hub, tmp_path, monkeypatch, capsys):
