@@ -1,8 +1,12 @@
 """ Which of timm's tests run on which of our models, and why the others do not. """
 import fnmatch
+import os
+
+# Set where timm's tests are run on a timm that holds the family itself, without this package
+MERGED = 'PVT_CONFORMANCE_MERGED'
 
 # The models that timm's tests are run for
-MODELS = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large', 'test_pvt')
+MODELS = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large', *(() if MERGED in os.environ else ('test_pvt',)))
 
 # What is appended to timm's lists of that name. The models with class token return tokens, not a feature map.
 FILTERS = dict(
@@ -22,6 +26,8 @@ _NAMES = ['pvt_tiny', 'test_pvt']  # depths do not matter to these
 # Tests with written-out names of other families that hold for any model of our kind, with our names and arguments.
 # The last two leave non-standard models out, which holds for our token output but not for our feature maps.
 EXTENDED = {
+    'test_catavgmax_unsupported': _NAMES,
+    'test_head_hidden_size': [(n, {}) for n in _NAMES],
     'test_features_only_grad_checkpointing_backward': _NAMES,
     'test_pruned_features_torchscript': _NAMES,
     'test_feature_getter_stage_ends_torchscript': _NAMES,
@@ -57,8 +63,6 @@ _SWIN = 'for window attention, which has a window size to resize'
 EXCLUDED = {
     'test_model_default_cfgs': 'for feature map output, with class token there is test_model_default_cfgs_non_std',
     'test_reset_classifier_keeps_pool': "pools with 'max', which PVT never had and refuses",
-    'test_catavgmax_unsupported': 'asks for AssertionError, we raise ValueError, as test_timm_conformance.py checks',
-    'test_head_hidden_size': "pools with 'catavgmax' and expects AssertionError where we raise ValueError",
     'test_prune_class_token_avg_pool': 'for one patch embedding in model.patch_embed, ours is one per stage',
     'test_model_features_output_stride': 'PVT has output stride 32 only and refuses others',
     'test_model_features_space2depth_reduction': _OTHER + ' (efficientnet_x, efficientnet_h)',

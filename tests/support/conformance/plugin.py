@@ -1,25 +1,32 @@
 """ pytest plugin that points timm's own tests at the models of this package.
 
 Loaded by `runner.py` (`pytest -p conformance.plugin`) in the process that runs timm's tests. It imports `pvt_timm`,
-keeps our models only in every list of model names, adds them to tests whose names are written out (`EXTENDED`), sends
-downloads from a url to the loopback server and writes the outcomes to `PVT_CONFORMANCE_REPORT`.
+unless timm holds the family itself, keeps our models only in every list of model names, adds them to tests whose names
+are written out (`EXTENDED`), sends downloads from a url to the loopback server and writes the outcomes to
+`PVT_CONFORMANCE_REPORT`.
 """
 import json
 import os
+import sys
 from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
 import timm
+from timm.models import _registry
 
-import pvt_timm  # noqa: F401  registers the models
+from .cases import EXTENDED, MERGED, MODELS, NAME_ARGUMENTS, excluded, is_ours
 
-from . import owl, weights  # noqa: F401
-from .cases import EXTENDED, NAME_ARGUMENTS, excluded, is_ours
+if MERGED not in os.environ:
+    import pvt_timm  # noqa: F401  registers the models
+    from . import owl  # noqa: F401
 
 _outcomes = {}
 
-if os.environ.get(weights.MIRROR):
-    weights.use_mirror(os.environ[weights.MIRROR])
+for _tag in timm.list_pretrained([f'{name}*' for name in MODELS]):
+    _cfg = _registry._model_pretrained_cfgs[_tag]
+    if _cfg.url and not _cfg.hf_hub_id:
+        _cfg.url = f'{os.environ["PVT_CONFORMANCE_MIRROR"]}/mirror{urlparse(_cfg.url).path}'
 
 
 def _split(argnames):
@@ -78,4 +85,5 @@ def pytest_sessionfinish(session):
     report = os.environ.get('PVT_CONFORMANCE_REPORT')
     if report:
         Path(report).write_text(json.dumps(dict(
-            timm=timm.__version__, tests=list(_outcomes.values()))))
+            timm=timm.__version__, tests=list(_outcomes.values()),
+            family=timm.model_entrypoint('pvt_tiny').__module__, imported='pvt_timm' in sys.modules)))

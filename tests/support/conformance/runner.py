@@ -1,6 +1,6 @@
-""" Run timm's own test suite on the models of this package: `PYTHONPATH=.:tests python -m conformance.runner`.
+""" Run timm's own test suite on the models of this package: `PYTHONPATH=.:tests/support python -m conformance.runner`.
 
-Further arguments go to pytest.
+`--merged` runs it on a copy of timm that holds the family itself. Further arguments go to pytest.
 
 timm's wheel holds no tests, its source distribution does. The one of the installed version is fetched with pip (kept in
 `PVT_TIMM_CACHE`, by default `pvt_timm` in the user's cache folder), unpacked into a temporary folder, and run there by
@@ -25,9 +25,11 @@ import timm
 import loopback
 
 from . import weights
-from .cases import FILES, FILTERS, NAME_ARGUMENTS, reason
+from .cases import FILES, FILTERS, MERGED, NAME_ARGUMENTS, reason
 
 ROOT = Path(__file__).resolve().parents[3]
+sys.path.append(str(ROOT / 'tests'))
+from merge_into_timm import merge  # noqa: E402
 
 
 def fetch_sdist(version: str = timm.__version__, cache: Optional[Path] = None) -> Path:
@@ -103,29 +105,32 @@ def functions_with_names(tests: Path) -> List[str]:
     return sorted(set(names))
 
 
-def run(arguments: List[str] = (), capture: bool = True, pretrained: bool = True) -> Dict[str, Any]:
-    """Run timm's tests.
+def run(arguments: List[str] = (), merged: bool = False, capture: bool = True) -> Dict[str, Any]:
+    """Run timm's tests, on this package or on a copy of timm that the family is merged into.
 
     Args:
         arguments: More arguments for pytest.
+        merged: Run on such a copy.
         capture: Keep the output of pytest instead of printing it.
-        pretrained: Serve stand-ins for the pretrained weights, without them the tests that download fail.
 
     Returns:
         `tests` (file, function, model, outcome, seconds, message of each), `functions` that take a model name, `timm`
-        (version), `returncode` and `output` of pytest.
+        (version), `family` (module of the models), `imported` (whether pvt_timm was), `returncode` and `output`.
     """
     with tempfile.TemporaryDirectory(prefix='pvt_timm_') as tmp, contextlib.ExitStack() as stack:
         tmp = Path(tmp)
         tests = unpack(fetch_sdist(), tmp / 'timm')
         server = loopback.LoopbackServer()
         stack.callback(server.close)
-        if pretrained:
-            weights.add_weights(server, tmp / 'weights')
+        weights.add_weights(server, tmp / 'weights')
         env = loopback.isolate(tmp / 'home', server)
         env['PVT_CONFORMANCE_REPORT'] = str(tmp / 'report.json')
-        env[weights.MIRROR] = server.url
-        env['PYTHONPATH'] = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / 'tests'), env.get('PYTHONPATH'))))
+        env['PVT_CONFORMANCE_MIRROR'] = server.url
+        family = ROOT
+        if merged:
+            env[MERGED] = '1'
+            family = merge(tmp / 'merged').parent
+        env['PYTHONPATH'] = os.pathsep.join((str(family), str(ROOT / 'tests' / 'support')))
         for name in ('GITHUB_ACTIONS', 'TORCH_DEVICE', 'TORCH_BACKEND', 'PYTEST_ADDOPTS'):
             env.pop(name, None)  # they drop or change timm's tests
         done = subprocess.run(
@@ -133,7 +138,7 @@ def run(arguments: List[str] = (), capture: bool = True, pretrained: bool = True
                 sys.executable, '-m', 'pytest', '-p', 'conformance.plugin', '-p', 'no:cacheprovider',
                 '--rootdir', str(tests.parent), '-c', str(tests.parent / 'pytest.ini'), '-q', '--no-header',
                 '-W', 'ignore', *[str(tests / f) for f in FILES if (tests / f).is_file()], *arguments],
-            env=env, cwd=ROOT, text=True,
+            env=env, cwd=tmp, text=True,
             stdout=subprocess.PIPE if capture else None, stderr=subprocess.STDOUT if capture else None)
         report = tmp / 'report.json'
         if not report.is_file():
@@ -151,7 +156,7 @@ def table(result: Dict[str, Any]) -> str:
         key = (test['file'], test['function'])
         counts[key][test['outcome']] += 1
         seconds[key] += test['seconds']
-    lines = [f'timm {result["timm"]}, tests of its own suite on our models']
+    lines = [f'timm {result["timm"]}, tests of its own suite on our models, from {result["family"]}']
     for key in sorted(counts):
         outcomes = ', '.join(f'{n} {outcome}' for outcome, n in sorted(counts[key].items()))
         lines.append(f'  {key[0][:-3]}::{key[1]:<55} {outcomes:<24} {seconds[key]:6.1f} s')
@@ -169,8 +174,9 @@ def table(result: Dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments = parser.parse_known_args()[1]
-    result = run(arguments, capture=False)
+    parser.add_argument('--merged', action='store_true')
+    args, arguments = parser.parse_known_args()
+    result = run(arguments, merged=args.merged, capture=False)
     print(table(result))
     return result['returncode']
 

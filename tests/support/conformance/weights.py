@@ -12,8 +12,6 @@ from pvt_timm.checkpoints import from_timm
 from . import owl  # noqa: F401
 from .cases import MODELS
 
-MIRROR = 'PVT_CONFORMANCE_MIRROR'
-
 
 def random_model(name: str, **kwargs) -> torch.nn.Module:
     model = timm.create_model(name, weight_init='skip', **kwargs).eval()
@@ -70,12 +68,3 @@ def add_owl(server, folder: Path) -> None:
         path = files[f'test/{name}_tensors.safetensors'] = folder / f'{name}_tensors.safetensors'
         save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path)
     server.add_repo('timm/' + tag, files)
-
-
-def use_mirror(url: str) -> None:
-    """Point all tags that load from a url to the mirror on the loopback server."""
-    for tag in timm.list_pretrained([f'{name}*' for name in MODELS]):
-        cfg = timm.models.get_pretrained_cfg(tag, allow_unregistered=False)
-        if cfg.url and not cfg.hf_hub_id:
-            from timm.models import _registry
-            _registry._model_pretrained_cfgs[tag].url = f'{url}/mirror{urlparse(str(cfg.url)).path}'
