@@ -488,14 +488,10 @@ def checkpoint_filter_fn(
     state_dict, info = fit_to_model(state_dict, model, prefix)
     got, want = (info.depths, info.embed_dims), (tuple(model.depths), tuple(model.embed_dims))
     if got != want:
-        raise ValueError(
-            f'Expected a checkpoint of {find_variant(*want) or "a model"} (depths and channels {want}), got one of '
-            f'{find_variant(*got) or "another"} {got}.')
+        raise ValueError(f'Expected depths, channels {want} ({find_variant(*want)}), got {got} ({find_variant(*got)}).')
     state_dict = resize_pos_embeds(state_dict, info.grid_size, model.stages[0].grid_size, model.class_token)
     cfg = getattr(model, 'pretrained_cfg', {})
-    adapted = []
-    if info.in_chans != model.in_chans:
-        adapted.append('stages.0.patch_embed.proj.weight')
+    adapted = ['stages.0.patch_embed.proj.weight'] if info.in_chans != model.in_chans else []
     if update_model_input_size is None and info.in_chans != 3 and model.in_chans not in (1, 3):
         raise ValueError(f'timm < 1.0.29 replaces a first convolution of {info.in_chans} channels by random numbers.')
     if info.num_classes != model.num_classes and (info.num_classes or model.num_classes != cfg.get('num_classes')):
@@ -515,7 +511,6 @@ VARIANTS = {
     'pvt_large': dict(depths=(3, 8, 27, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
     'pvt_huge_v2': dict(depths=(3, 10, 60, 3), embed_dims=(128, 256, 512, 768), num_heads=(2, 4, 8, 12)),
 }
-
 # Top-1 on the ImageNet-1K validation set, as published with the weights
 TOP1 = {'pvt_tiny.in1k': 75.1, 'pvt_small.in1k': 79.8, 'pvt_medium.in1k': 81.2, 'pvt_large.in1k': 81.7}
 

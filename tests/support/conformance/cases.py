@@ -11,7 +11,7 @@ MODELS = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large', *(() if MERGED in 
 # What is appended to timm's lists of that name. The models with class token return tokens, not a feature map.
 FILTERS = dict(
     NON_STD_FILTERS=[f'{name}*' for name in MODELS],
-    FEAT_INTER_FILTERS=['pvt'],
+    FEAT_INTER_FILTERS=['pvt', 'digits'],  # the modules of pvt_tiny and its like, and of test_pvt
 )
 
 # Arguments of timm's tests that hold a model name
