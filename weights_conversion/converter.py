@@ -158,8 +158,6 @@ def convert(
         left = describe(state_dict, (4 * grid[0], 4 * grid[1]))
         if not left.num_classes:
             cfg.pop('label_names', None)
-        elif cfg.get('label_names') and to == 'original':
-            report.warnings.append('the original format has no place for the label names')
         contents = Contents(state_dict, class_row, left, _model_args(left, loaded.model_args), cfg, report, about)
         written = None
         if to != 'timm':

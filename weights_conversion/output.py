@@ -10,7 +10,8 @@ __all__ = ['check_output', 'new_folder']
 
 # Everything that a conversion writes. `--force` replaces a folder only if there is nothing else in it.
 _OURS = re.compile(
-    r'model\.safetensors|class_row\.safetensors|config\.json|preprocessor_config\.json|README\.md|[\w.-]+\.pth')
+    r'model\.safetensors|class_row\.safetensors|config\.json|preprocessor_config\.json|README\.md|class_names\.txt|'
+    r'[\w.-]+\.pth')
 
 
 def check_output(path: Union[str, 'os.PathLike[str]'], force: bool) -> Path:

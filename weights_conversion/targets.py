@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from pvt_timm.checkpoints import Description
+from pvt_timm.labels import LABELS_FILE
 from pvt_timm.pvt import VARIANTS, find_variant
 from pvt_timm.version import __version__
 
@@ -62,9 +63,12 @@ def write_timm(folder: Path, contents: Contents) -> str:
 
 
 def write_original(folder: Path, contents: Contents) -> str:
-    """A bare state dict, as whai362/PVT publishes."""
+    """A bare state dict, as whai362/PVT publishes, with the names of the classes beside it."""
     info, name = contents.info, variant_of(contents.info)
     _save_torch(contents.state_dict, folder / f'{name}.pth')
+    if contents.cfg.get('label_names'):
+        text = ''.join(f'{label}\n' for label in contents.cfg['label_names'])
+        (folder / LABELS_FILE).write_text(text, encoding='utf-8')
     if not info.class_token:
         return ('# in a config of detection/ or segmentation/ of https://github.com/whai362/PVT\n'
                 f"model = dict(pretrained='{name}.pth', backbone=dict(type='{name}'))")

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import io
 import os
+import pickle
 import sys
 from typing import Callable, NoReturn, Optional
 
@@ -21,7 +22,7 @@ class UserError(Exception):
 # in use, which changes with its version and is the base of the transport errors too.
 EXPECTED = (
     UserError, ValueError, OSError, RuntimeError, AssertionError, MemoryError, ImportError,
-    SafetensorError, http.client.HTTPException,
+    SafetensorError, pickle.UnpicklingError, http.client.HTTPException,
     *(kind for kind in HfHubHTTPError.__mro__ if kind not in (Exception, BaseException, object)),
 )
 
