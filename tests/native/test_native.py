@@ -142,17 +142,3 @@ def test_fx_graph():
     nodes = fx.get_graph_node_names(model, tracer_kwargs=tracer)[1]
     graph = fx.create_feature_extractor(model, nodes[-1:], tracer_kwargs=tracer)
     assert_equal_at(graph, model, (*SIZES, (1, 64, 196)))
-
-
-@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter', 'fx'])
-def test_feature_classes_are_equal(feature_cls):
-    expected = make_model(features_only=True)
-    model = timm.create_model('test_pvt', features_only=True, feature_cls=feature_cls).eval()
-    state_dict = {n.replace('stages_', 'stages.'): p for n, p in expected.state_dict().items()}
-    prefix = {'getter': 'model.', 'fx': 'graph_module.'}.get(feature_cls)
-    if prefix:
-        state_dict = {f'{prefix}{n}': p for n, p in state_dict.items()}
-    else:
-        state_dict = {n.replace('stages.', 'stages_'): p for n, p in state_dict.items()}
-    model.load_state_dict(state_dict)
-    assert_equal_at(model, expected, (*SIZES, (1, 64, 196)), tolerance=0)

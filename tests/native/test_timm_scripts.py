@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 import pvt_timm
@@ -105,11 +106,27 @@ def test_train_and_checkpoint_scripts(model, scripts, digits, client_env, tmp_pa
         assert result['model'] == model and 0 <= result['top1'] <= 100
 
 
+@pytest.mark.parametrize('options', [
+    ('--train-img-sizes', 32, 64),
+    ('--kd-model-name', 'test_pvt'),
+    ('--opt', 'muon'),
+], ids=str)
+def test_options_of_train(options, scripts, digits, client_env, tmp_path):
+    if options[0] not in (scripts / 'train.py').read_text():
+        pytest.skip(f'this checkout of timm has no {options[0]}')
+    run(
+        client_env, tmp_path, scripts / 'train.py', '--device-modules', 'pvt_timm', '--device', 'cpu',
+        '--data-dir', digits, '--model', 'test_pvt', '--num-classes', 10, '--batch-size', 10,
+        '--epochs', 1, '--lr', 1e-3, '--workers', 0, '--no-prefetcher', '--output', tmp_path, '--experiment', 'run',
+        *options)
+    with open(tmp_path / 'run' / 'summary.csv') as f:
+        row, = csv.DictReader(f)
+    assert 0 < float(row['train_loss']) < 10 and 0 < float(row['eval_loss']) < 10
+
+
 @pytest.mark.parametrize('reparam', [[], ['--reparam']], ids=['plain', 'reparam'])
 def test_validate(reparam, scripts, digits, client_env, tmp_path):
     """The bundled weights recognise the digits."""
-    if reparam:
-        need_fuse()
     done = launch(
         client_env, tmp_path, scripts / 'validate.py', digits, '--model', 'test_pvt', '--pretrained', '--device', 'cpu',
         '--batch-size', 10, '--workers', 0, '--no-prefetcher', '--split', 'validation', *reparam)
@@ -140,21 +157,9 @@ def test_inference_of_pvt_tiny(scripts, digits, client_env, tmp_path):
     assert (tmp_path / 'result.json').stat().st_size > 0
 
 
-def need_fuse():
-    import timm
-
-    import pvt_timm  # noqa: F401
-
-    model = timm.create_model('test_pvt')
-    if not any(hasattr(m, 'fuse') or hasattr(m, 'reparameterize') for m in model.modules()):
-        pytest.skip('needs a model with fuse()')
-
-
 @pytest.mark.parametrize('model', MODELS)
 @pytest.mark.parametrize('arguments', [['--bench', 'infer', '--reparam'], ['--bench', 'train']], ids=['infer', 'train'])
 def test_benchmark(arguments, model, scripts, client_env, tmp_path):
-    if '--reparam' in arguments:
-        need_fuse()
     result = result_of(launch(
         client_env, tmp_path, scripts / 'benchmark.py', '--model', model, '--device', 'cpu', '--num-warm-iter', 1,
         '--num-bench-iter', 10, '--batch-size', 2, *size(model), *arguments))
@@ -174,12 +179,6 @@ def test_onnx_export(arguments, model, scripts, client_env, tmp_path):
     pytest.importorskip('onnxscript')
     if model == 'pvt_tiny' and arguments != ['--dynamic-size']:
         pytest.skip('the other forms are run on test_pvt')
-    if '--reparam' in arguments:
-        need_fuse()
-    import timm
-
-    import pvt_timm  # noqa: F401
-
     torch.manual_seed(0)
     reference = timm.create_model(model, num_classes=10).eval()
     torch.save(reference.state_dict(), tmp_path / 'weights.pth')
