@@ -131,8 +131,7 @@ def test_other_numbers_of_stages(stages):
     assert equal(checkpoint_filter_fn(model.state_dict(), model), model.state_dict())
     dense = drop_parts(model.state_dict(), ['class_token'])
     assert dense[f'stages.{stages - 1}.pos_embed'].shape[1] == (16 // 2 ** (stages - 1)) ** 2
-    text = error(checkpoint_filter_fn, model.state_dict(), small())
-    assert f'one of another {(info.depths, info.embed_dims)}' in text
+    assert f'got {(info.depths, info.embed_dims)}' in error(checkpoint_filter_fn, model.state_dict(), small())
 
 
 def test_layouts(state):
@@ -287,13 +286,13 @@ def test_wrong_shape_is_named(fmt, data):
     source[key] = {
         'transpose': x.transpose(0, -1), 'cut': x[..., :-1], 'flat': x.flatten(), 'scalar': torch.tensor(1.),
         'empty': x[:0]}[change]
-    if source[key].shape == x.shape:
+    if source[key].shape == x.shape or (row[0], change) == (('head.weight',), 'transpose'):  # a head of more classes
         return
     text = error(checkpoint_filter_fn, source, model)
     names = [key, *row[0], *row[1]]
     if not any(k in text for k in names):
         # sizes that say which model it is, are reported as another model
-        assert 'rows' in text or 'and channels' in text, (key, change, text)
+        assert 'rows' in text or 'Expected depths, channels' in text, (key, change, text)
 
 
 def test_not_tensors(state):
