@@ -225,6 +225,19 @@ def _scalar(dtype: _Dtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype.plain(), 1)[0]
 
 
+class _TrainingLog:
+    """In place of the logs that OpenMMLab's training saves beside the weights. They name their functions by getattr."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _log_function(owner: Any, name: str) -> None:
+    if owner is not _TrainingLog:
+        raise ValueError('GLOBAL builtins.getattr')
+
+
 _ALLOWED: List[Any] = [argparse.Namespace, _Array, (_Array, 'numpy.ndarray'), (_Dtype, 'numpy.dtype')]
 for _core in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # before numpy 2 and since
     _ALLOWED += [(_new_array, f'{_core}._reconstruct'), (_scalar, f'{_core}.scalar')]
+_ALLOWED += [(_TrainingLog, 'mmengine.logging.history_buffer.HistoryBuffer'), (_log_function, 'builtins.getattr')]

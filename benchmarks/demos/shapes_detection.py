@@ -1,4 +1,4 @@
-"""Train torchvision's RetinaNet or Mask R-CNN on PVT features with generated shapes, and measure AP with pycocotools.
+"""Train RetinaNet or Mask R-CNN on PVT with generated shapes, and measure AP with pycocotools.
 
     python benchmarks/demos/shapes_detection.py
     python benchmarks/demos/shapes_detection.py --detector mask_rcnn --steps 800
@@ -6,13 +6,9 @@
 from pathlib import Path
 
 import torch
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import nms
 
-from pvt_timm.detection import check_detection_inputs, pvt_fpn_backbone, pvt_retinanet
+from pvt_timm.detection import pvt_mask_rcnn, pvt_retinanet
 from shapes import CLASSES, COLORS, coco_annotations, coco_results, coco_scores
 from shapes_training import draw_curve, parser, save_figure, train, write
 
@@ -20,28 +16,23 @@ SIZE = 128
 
 
 def build(detector: str, model: str, pretrained: bool):
-    """The detector, and the label of the first class."""
-    if detector == 'retinanet':
-        retinanet = pvt_retinanet(
-            model, len(CLASSES), pretrained_backbone=pretrained, out_channels=64, model_args=dict(img_size=SIZE),
-            min_size=SIZE, max_size=SIZE * 2)
-        # torchvision's initialisation is for 256 channels, of 64 it would leave next to nothing after four layers
-        for branch in (retinanet.head.classification_head, retinanet.head.regression_head):
-            for layer in branch.conv.modules():
-                if isinstance(layer, torch.nn.Conv2d):
-                    torch.nn.init.kaiming_normal_(layer.weight)
-        return retinanet, 0
-    backbone = pvt_fpn_backbone(model, pretrained, out_channels=64, img_size=SIZE)
-    anchors = AnchorGenerator(sizes=((16,), (32,), (64,), (96,), (128,)), aspect_ratios=((0.5, 1.0, 2.0),) * 5)
-    num_classes = len(CLASSES) + 1  # label 0 is the background in torchvision's two-stage detectors
-    return MaskRCNN(
-        backbone, min_size=SIZE, max_size=SIZE * 2, rpn_anchor_generator=anchors,
-        # heads as torchvision builds them, but narrow
-        box_head=TwoMLPHead(64 * 7 ** 2, 256), box_predictor=FastRCNNPredictor(256, num_classes),
-        mask_head=MaskRCNNHeads(64, (64, 64, 64), 1), mask_predictor=MaskRCNNPredictor(64, 64, num_classes),
-        rpn_pre_nms_top_n_train=300, rpn_post_nms_top_n_train=100, rpn_pre_nms_top_n_test=200,
-        rpn_post_nms_top_n_test=50, rpn_batch_size_per_image=64, box_batch_size_per_image=32,
-        box_detections_per_img=20), 1
+    """The detector, with narrow pyramid and heads."""
+    settings = dict(
+        pretrained_backbone=pretrained, out_channels=64, model_args=dict(img_size=SIZE), min_size=SIZE,
+        max_size=SIZE * 2)
+    if detector == 'mask_rcnn':
+        return pvt_mask_rcnn(
+            model, len(CLASSES), box_channels=256, mask_channels=64,
+            rpn_pre_nms_top_n_train=300, rpn_post_nms_top_n_train=100, rpn_pre_nms_top_n_test=200,
+            rpn_post_nms_top_n_test=50, rpn_batch_size_per_image=64, box_batch_size_per_image=32,
+            box_detections_per_img=20, **settings)
+    retinanet = pvt_retinanet(model, len(CLASSES), **settings)
+    # torchvision's initialisation is for 256 channels, of 64 it would leave next to nothing after four layers
+    for branch in (retinanet.head.classification_head, retinanet.head.regression_head):
+        for layer in branch.conv.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight)
+    return retinanet
 
 
 def target_of(sample, first_label: int, masks: bool):
@@ -119,7 +110,8 @@ def main() -> None:
     args = options.parse_args()
 
     torch.manual_seed(args.seed)
-    model, first_label = build(args.detector, args.model, args.pretrained)
+    model = build(args.detector, args.model, args.pretrained)
+    first_label = model.first_label
     masks = args.detector == 'mask_rcnn'
     kinds = {'bbox': 'box', 'segm': 'mask'} if masks else {'bbox': 'box'}
 
@@ -133,7 +125,6 @@ def main() -> None:
                 t['boxes'] = torch.stack([x.shape[2] - x2, y1, x.shape[2] - x1, y2], dim=1)
                 if masks:
                     t['masks'] = t['masks'].flip(2)
-        check_detection_inputs(images, targets, len(CLASSES), first_label)
         return sum(model(images, targets).values())
 
     run = train(model, args, (112, 144), loss_of, lambda samples: scores_of(model, samples, first_label, kinds))

@@ -1,34 +1,28 @@
-"""Train a segmentation_models_pytorch decoder on PVT features with generated shapes, and measure mIoU.
+"""Train Semantic FPN on PVT with generated shapes, and measure mIoU.
 
     python benchmarks/demos/shapes_segmentation.py
-    python benchmarks/demos/shapes_segmentation.py --decoder FPN --model pvt_tiny --no-pretrained
+    python benchmarks/demos/shapes_segmentation.py --model pvt_tiny --no-pretrained
 """
 from pathlib import Path
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 
-import pvt_timm  # noqa: F401  registers the models
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from pvt_timm.segmentation import semantic_fpn
 from shapes import CLASSES, COLORS
 from shapes_training import draw_curve, parser, save_figure, train, write
 
 NAMES = ('background', *CLASSES)
 SIZE = 128
-DECODERS = {  # narrow ones, the defaults take most of the time
-    'FPN': dict(decoder_pyramid_channels=64, decoder_segmentation_channels=64),
-    'Unet': dict(decoder_channels=(128, 64, 48, 32, 16)),
-    'UPerNet': dict(decoder_channels=64),
-    'Segformer': dict(decoder_segmentation_channels=64),
-    # takes a whole model, not a features_only one
-    'DPT': dict(decoder_intermediate_channels=(48, 64, 96, 128), decoder_fusion_channels=64,
-                class_token=False, num_classes=0, decoder_readout='ignore'),
-}
-
 
 def batch_of(samples):
-    return torch.stack([s.tensor() for s in samples]), torch.stack([torch.from_numpy(s.semantic) for s in samples])
+    """Images normalised as timm does, and their classes."""
+    images = torch.stack([s.tensor() for s in samples])
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (images - mean) / std, torch.stack([torch.from_numpy(s.semantic) for s in samples])
 
 
 @torch.no_grad()
@@ -69,13 +63,12 @@ def draw_masks(samples, predicted, path: Path, title: str) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__, steps=1000, batch_size=16, lr=3e-3, eval_every=100)
-    options.add_argument('--decoder', choices=list(DECODERS), default='Unet')
-    args = options.parse_args()
+    args = parser(__doc__, steps=1000, batch_size=16, lr=3e-3, eval_every=100).parse_args()
 
     torch.manual_seed(args.seed)
-    model = getattr(smp, args.decoder)(
-        f'tu-{args.model}', encoder_weights=args.pretrained or None, classes=len(NAMES), **DECODERS[args.decoder])
+    model = semantic_fpn(
+        args.model, len(NAMES), pretrained_backbone=args.pretrained, out_channels=64, channels=64,
+        model_args=dict(img_size=SIZE))
 
     def loss_of(samples, flip):
         images, masks = batch_of(samples)
@@ -88,16 +81,16 @@ def main() -> None:
         return dict(mIoU=sum(iou) / len(iou), **dict(zip(NAMES, iou)))
 
     run = train(model, args, (SIZE, SIZE), loss_of, evaluate)
-    name = f'shapes_{args.decoder.lower()}'
+    name = 'shapes_semantic_fpn'
     write(name, args, model, run)
     lines = {n: dict(color=c, lw=1) for n, c in zip(NAMES, ('#999999', *COLORS))}
     lines['mIoU'] = dict(color='#222222', marker='o')
     draw_curve(
         run['history'], lines, 0.8, 'IoU, held-out images', args.output / f'{name}_curve.png',
-        f'{args.decoder} on {args.model}, {args.images} generated images, {run["cpu_seconds"] / 60:.1f} CPU minutes')
+        f'Semantic FPN on {args.model}, {args.images} generated images, {run["cpu_seconds"] / 60:.1f} CPU minutes')
     some = run['held_out'][:8]
     draw_masks(some, segment(model, some), args.output / f'{name}.png',
-               f"{args.decoder} on {args.model}: held-out images, mIoU {run['history']['held_out'][-1]['mIoU']:.2f}")
+               f"Semantic FPN on {args.model}: held-out images, mIoU {run['history']['held_out'][-1]['mIoU']:.2f}")
 
 
 if __name__ == '__main__':

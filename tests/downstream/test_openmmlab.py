@@ -283,3 +283,20 @@ def test_there_and_back_is_bitwise(kind, code):
         ours_k, v = (out[k][:, 1:], v[:, 1:]) if k.endswith('pos_embed4') else (out[k], v)  # a row that is never used
         assert torch.equal(ours_k, v), k
     theirs.load_state_dict(out, strict=True)
+
+
+def test_file_as_mmengine_saves_it(tmp_path):
+    """With its training log beside the weights."""
+    from mmengine.logging import MessageHub
+    hub = MessageHub.get_instance('test_file_as_mmengine_saves_it')
+    hub.update_scalar('train/loss', 0.5)
+    hub.update_info('iter', 3)
+    theirs = build('semantic_fpn')
+    names, palette = [f'class {i}' for i in range(150)], [[i, 0, 0] for i in range(150)]
+    torch.save({
+        'meta': dict(dataset_meta=dict(classes=names, palette=palette), cfg='scale=(1024, 256)'),
+        'state_dict': theirs.state_dict(), 'message_hub': hub.state_dict()}, tmp_path / 'iter_3.pth')
+    ours = semantic_fpn_from_mmseg(tmp_path / 'iter_3.pth')
+    assert torch.equal(ours.head.classifier.weight, theirs.decode_head.conv_seg.weight)
+    assert ours.categories == names and ours.palette[7] == (7, 0, 0)
+    assert (ours.min_size, ours.max_size) == (256, 1024)
