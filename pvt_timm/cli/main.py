@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 from ..version import __version__
+from .detect import add_detect, add_segment
 from .errors import Parser, run_command
 from .predict import add_demo, add_features, add_list, add_predict
 from .train import add_run, add_train
@@ -17,7 +18,8 @@ def build_parser() -> Parser:
     parser = Parser(prog='pvt-timm', description='Pyramid Vision Transformer (v1) for timm.')
     parser.add_argument('--version', action='version', version=f'pvt-timm {__version__}')
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
-    for add_command in (add_demo, add_list, add_predict, add_features, add_train, add_run):
+    for add_command in (
+            add_demo, add_list, add_predict, add_features, add_detect, add_segment, add_train, add_run):
         add_command(subparsers)
     return parser
 

@@ -53,15 +53,13 @@ def test_scores(kind):
 @pytest.mark.parametrize('script, name, score', [
     (['shapes_detection.py'], 'shapes_retinanet', 'box AP50'),
     (['shapes_detection.py', '--detector', 'mask_rcnn'], 'shapes_mask_rcnn', 'mask AP50'),
-    (['shapes_segmentation.py'], 'shapes_unet', 'mIoU'),
+    (['shapes_segmentation.py'], 'shapes_semantic_fpn', 'mIoU'),
 ])
 def test_demos(tmp_path, script, name, score):
-    if 'segmentation' in script[0]:
-        pytest.importorskip('segmentation_models_pytorch')
     pytest.importorskip('matplotlib')
     subprocess.run(
-        [sys.executable, ROOT / 'benchmarks' / 'demos' / script[0], *script[1:], '--steps', '4', '--images', '8', '--held-out',
-         '8', '--batch-size', '2', '--eval-every', '2', '--output', tmp_path], check=True, timeout=300)
+        [sys.executable, ROOT / 'benchmarks' / 'demos' / script[0], *script[1:], '--steps', '4', '--images', '8',
+         '--held-out', '8', '--batch-size', '2', '--eval-every', '2', '--output', tmp_path], check=True, timeout=300)
     result = json.loads((tmp_path / f'{name}.json').read_text())
     assert len(result['history']['loss']) == 4 and all(np.isfinite(result['history']['loss']))
     assert [row['step'] for row in result['history']['held_out']] == [2, 4] and 0 <= result['final'][score] <= 1
