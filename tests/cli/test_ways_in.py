@@ -1,4 +1,4 @@
-""" A fine-tuned checkpoint of train.py by every way in, in every format: the same logits, head included, or an error. """
+""" A checkpoint of train.py by every way in, in every format: the same logits, head included, or an error. """
 import argparse
 
 import pytest
