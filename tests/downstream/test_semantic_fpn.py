@@ -1,0 +1,86 @@
+"""Semantic FPN: shapes, training, whole checkpoints, bad input. test_openmmlab.py compares it with mmsegmentation."""
+import pytest
+import torch
+
+import pvt_timm  # noqa: F401
+from pvt_timm.detection import describe_heads
+from pvt_timm.segmentation import ade20k_classes, segmenter_to_mmseg, semantic_fpn, semantic_fpn_from_mmseg
+
+
+def build(num_classes=5, **kwargs):
+    torch.manual_seed(0)
+    return semantic_fpn(
+        'test_pvt', num_classes, out_channels=16, channels=24, model_args=dict(img_size=64), **kwargs).eval()
+
+
+@pytest.mark.parametrize('size', [(32, 32), (64, 96), (70, 133)])
+def test_logits_have_the_size_of_the_image(size):
+    with torch.no_grad():
+        assert build()(torch.rand(2, 3, *size)).shape == (2, 5, *size)
+
+
+@pytest.mark.parametrize('size', [(1, 1), (40, 90), (3, 700)])
+def test_segment_takes_any_image(size):
+    model = build(min_size=64, max_size=128)
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2:]))
+    labels = model.segment(torch.rand(3, *size))
+    assert labels.shape == size and labels.dtype == torch.int64
+    assert [tuple(x) for x in seen] == [{(1, 1): (64, 64), (40, 90): (64, 128), (3, 700): (32, 128)}[size]]
+    for bad in (torch.rand(1, *size), torch.rand(3, 0, 5), torch.rand(*size)):
+        with pytest.raises(ValueError, match=r'image \(3, height, width\)'):
+            model.segment(bad)
+
+
+def test_training_lowers_the_loss_with_a_frozen_stage_and_ignored_pixels():
+    model = build(drop_rate=0.).train()
+    model.backbone.body.stages_0.requires_grad_(False)
+    images = torch.zeros(2, 3, 64, 64)
+    images[:, :, 16:48, 16:40] = 1
+    labels = (images[:, 0] * 3).long()
+    labels[:, :8] = 255
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    losses = []
+    for _ in range(12):
+        loss = torch.nn.functional.cross_entropy(model(images), labels, ignore_index=255)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert [n for n, p in model.named_parameters() if p.grad is None and 'stages_0' not in n] == []
+
+
+@pytest.mark.parametrize('fmt, eps', [('mmdet', {1e-6}), ('original', {1e-5, 1e-6})])
+def test_checkpoint_lands(fmt, eps, tmp_path):
+    model = build(150)
+    state_dict = segmenter_to_mmseg(model, fmt)
+    assert describe_heads(state_dict) == ('Semantic FPN', 150)
+    assert 'decode_head.scale_heads.3.4.bn.running_var' in state_dict
+    torch.save({'state_dict': state_dict, 'meta': {'CLASSES': ('a', 'b')}}, tmp_path / 'x.pth')
+    again = semantic_fpn_from_mmseg(tmp_path / 'x.pth')
+    assert not again.training
+    for k, v in model.state_dict().items():
+        assert torch.equal(again.state_dict()[k], v), k
+    assert {m.eps for m in again.backbone.body.modules() if isinstance(m, torch.nn.LayerNorm)} == eps
+    assert again.categories[:2] == ['wall', 'building'] and again.palette[1] == (180, 120, 120)  # two names do not fit
+
+
+def test_names_and_colours_of_ade20k():
+    names, colors = ade20k_classes()
+    assert len(names) == len(set(names)) == len(colors) == 150
+    assert all(len(c) == 3 and 0 <= min(c) <= max(c) <= 255 for c in colors)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda d: d.pop('decode_head.scale_heads.3.2.bn.running_mean'), 'Missing .*scale_heads.3.2.bn.running_mean'),
+    (lambda d: d.update({'auxiliary_head.conv.weight': torch.ones(1)}), 'Not part of the model.*auxiliary_head'),
+    (lambda d: d.update({'neck.fpn_convs.1.conv.weight': torch.ones(16, 8, 3, 3)}), 'Wrong shape .*fpn_convs.1'),
+    (lambda d: d.pop('decode_head.conv_seg.weight'), 'Expected a Semantic FPN, got a model with decode_head, neck'),
+    (lambda d: d.update({'decode_head.scale_heads.0.9.conv.weight': torch.ones(24, 24, 3, 3)}), 'Not part of the mod'),
+])
+def test_errors_name_what_is_wrong(change, message):
+    state_dict = segmenter_to_mmseg(build())
+    change(state_dict)
+    with pytest.raises(ValueError, match=message):
+        semantic_fpn_from_mmseg(state_dict)
