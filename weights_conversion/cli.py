@@ -14,12 +14,6 @@ _EPILOG = '''\
 '''
 
 
-def _size(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 6:
-        raise argparse.ArgumentTypeError(f'expected a number of pixels, got {text!r}')
-    return int(text)
-
-
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         from pvt_timm.version import __version__
@@ -49,7 +43,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add('--no-ema', dest='use_ema', action='store_false',
             help='take the plain weights where the file also holds averaged ones, which are preferred')
         add('--prefix', help='what stands before the names of the weights, where the file holds several backbones')
-        add('--source-size', metavar='N', type=_size, nargs='+',
+        add('--source-size', metavar='N', type=int, nargs='+',
             help='image size (or height and width) of the position embeddings, if they do not tell')
         add('--labels', metavar='FILE', help='names of the classes, one a line or JSON')
         add('--sha256', metavar='HEX', help='refuse a file with another hash (8 to 64 digits)')
@@ -60,7 +54,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
             help='target format (default: timm)')
         add('--drop', metavar='PART', nargs='+', default=[], help='leave out parts: class_token, norm, head')
         add('--num-classes', metavar='N', type=int, help='0 leaves out the head')
-        add('--img-size', metavar='N', type=_size, nargs='+',
+        add('--img-size', metavar='N', type=int, nargs='+',
             help='resize the position embeddings to this image size (or height and width)')
         add('--dtype', choices=['float32', 'float16', 'bfloat16'], help='cast the weights')
         add('--verify', action='store_true',

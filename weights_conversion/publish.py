@@ -43,8 +43,7 @@ def push(
 
     Args:
         folder: Folder with the files.
-        repo: 'OWNER/REPO', made if it is not there.
-        private: Make it private, where it is made.
+        repo: 'OWNER/REPO', made (private, if so) where it is not there.
         dry_run: Only say what would be uploaded.
         message: Of the commit. There is none where nothing changes.
         token: For the hub, None for the one that is logged in or in HF_TOKEN.

@@ -180,21 +180,12 @@ def _save_safetensors(tensors: Dict[str, torch.Tensor], file: Path) -> None:
 
 
 def _save_torch(tensors: Dict[str, torch.Tensor], file: Path) -> None:
-    # torch.save writes whole storages, also where a tensor is a small part of one
-    torch.save(OrderedDict((k, v if v.untyped_storage().nbytes() == v.nbytes else v.clone())
-                           for k, v in _own_memory(tensors).items()), file)
+    torch.save(OrderedDict(_own_memory(tensors)), file)
 
 
 def _own_memory(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Contiguous tensors, no two of which overlap."""
-    out = {k: v.detach().contiguous() for k, v in tensors.items()}
-    end = 0
-    for k, v in sorted(out.items(), key=lambda kv: kv[1].data_ptr()):
-        if v.data_ptr() < end:
-            out[k] = v.clone()
-        else:
-            end = v.data_ptr() + v.nbytes
-    return out
+    """Tensors of which none is a part of another: safetensors refuses that, torch.save would write the whole."""
+    return {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
 
 
 # ---- model card -----------------------------------------------------------------------------------------------------

@@ -114,21 +114,6 @@ def test_any_form_there_and_back(
     assert report.preprocessing['input_size'] == (in_chans, *pixels)
 
 
-def test_transformers_own_state_dict_there_and_back(tmp_path):
-    from transformers import PvtConfig, PvtForImageClassification
-
-    model = PvtForImageClassification(PvtConfig(
-        image_size=64, depths=[2, 2, 2, 2], num_labels=5, id2label={i: f'kind {i}' for i in range(5)}))
-    model.save_pretrained(tmp_path / 'hf')
-    convert(tmp_path / 'hf', tmp_path / 'timm')
-    convert(tmp_path / 'timm', tmp_path / 'back', to='transformers')
-    again, info = PvtForImageClassification.from_pretrained(tmp_path / 'back', output_loading_info=True)
-    assert not any(info.values()), info
-    assert files.same(again.state_dict(), model.state_dict())
-    assert again.config.id2label == model.config.id2label
-    assert again.config.image_size == 64
-
-
 def test_every_pair_of_formats_agrees(tmp_path):
     """original -> X -> Y gives the same as original -> Y, for all X and Y that hold everything."""
     file = files.save(files.make('original'), tmp_path / 'x.pth')
