@@ -242,7 +242,8 @@ def unwrap(
         The state dict, the keys opened, outermost first, and the keys left with the reason. Where weights are in dicts
         under other names, their keys come as '{name}.{key}'.
     """
-    wrappers, left = [], {}
+    wrappers: List[str] = []
+    left: Dict[str, str] = {}
     order = _EMA_WRAPPERS + _WRAPPERS if use_ema else _WRAPPERS + _EMA_WRAPPERS
     while True:
         if not isinstance(checkpoint, Mapping):
@@ -418,8 +419,7 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     """What a training script's checkpoint says about itself beside the weights.
 
     Args:
-        checkpoint: What a file of timm's train.py ('arch', 'args'), of Lightning ('hyper_parameters') or of OpenMMLab
-            ('meta') holds.
+        checkpoint: What a file of timm's train.py, of Lightning or of OpenMMLab holds.
 
     Returns:
         Those of these that it says: 'architecture' (str), 'img_size' ((height, width)), 'mean' and 'std' (a number per
@@ -430,30 +430,33 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     todo = [checkpoint.get(k) for k in ('meta', 'hyper_parameters', 'args')]
     for depth in range(2):  # settings may stand in groups
         todo = [vars(x) if isinstance(x, argparse.Namespace) else x for x in todo]
-        groups = [x for x in todo if isinstance(x, Mapping)]
-        for x in groups:
-            said.update({k: v for k, v in x.items() if v is not None and not (depth and k in said)})
-        todo = [v for x in groups for v in x.values()]
+        groups: List[Mapping[Any, Any]] = [x for x in todo if isinstance(x, Mapping)]
+        for group in groups:
+            said.update({k: v for k, v in group.items() if v is not None and not (depth and k in said)})
+        todo = [v for group in groups for v in group.values()]
 
     def numbers(*names: str, low: float = 1e-9) -> Tuple[Any, ...]:
-        x = next((said[name] for name in names if name in said), ())
+        x: Any = next((said[name] for name in names if name in said), ())
         try:
             values = tuple(float(v) for v in (x if hasattr(x, '__len__') else (x,)))
             return values if len(values) <= 16 and all(low <= v < 2 ** 16 for v in values) else ()
         except (TypeError, ValueError, OverflowError):
             return ()
 
+    def text(*names: str) -> Optional[str]:
+        return next((x for k in names if isinstance(x := said.get(k), str)), None)
+
     size, classes = (tuple(map(int, numbers(*names, low=1))) for names in (
         ('input_size', 'img_size', 'image_size'), ('num_classes',)))
     labels = next((said[k] for k in ('label_names', 'class_names', 'classes', 'CLASSES') if k in said), None)
     found = {
-        'architecture': next((x for k in ('model', 'architecture', 'arch') if isinstance(x := said.get(k), str)), None),
+        'architecture': text('model', 'architecture', 'arch'),
         'img_size': (size * 2)[-2:],
         'mean': numbers('mean', low=0.),
         'std': numbers('std'),
         'crop_pct': next(iter(numbers('crop_pct')), None),
-        **{key: next((x for k in (key, short) if isinstance(x := said.get(k), str)), None)
-           for key, short in (('interpolation', ''), ('global_pool', 'gp'))},
+        'interpolation': text('interpolation'),
+        'global_pool': text('global_pool', 'gp'),
         'num_classes': classes[0] if classes else None,
         'label_names': [str(x) for x in labels] if isinstance(labels, (list, tuple)) else None,
     }
@@ -539,15 +542,12 @@ def drop_parts(state_dict: Mapping[str, torch.Tensor], parts: Iterable[str], cla
 
 
 def fit_to_model(
-        checkpoint: Mapping[str, Any],
-        model: torch.nn.Module,
-        prefix: Optional[str] = None,
-) -> Tuple[StateDict, Description]:
+        checkpoint: Mapping[str, Any], model: Any, prefix: Optional[str] = None) -> Tuple[StateDict, Description]:
     """Map any PVT v1 checkpoint to the names of a `PyramidVisionTransformer`, without the parts that it does not have.
 
     Args:
         checkpoint: What a checkpoint file holds.
-        model: The model. Its class token, norm and head are looked at.
+        model: Its class token, norm and head are looked at.
         prefix: See `map_to_timm`.
 
     Returns:
@@ -560,8 +560,7 @@ def fit_to_model(
     state_dict = converted.state_dict
     img_size = getattr(model, 'pretrained_model_args', {}).get('img_size')
     img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    patch_size = model.stages[0].patch_embed.patch_size
-    model_size = tuple(n * patch_size for n in model.stages[0].grid_size)
+    model_size = tuple(n * model.stages[0].patch_embed.patch_size for n in model.stages[0].grid_size)
     if img_size is None and converted.format.startswith('timm'):
         # A native checkpoint that fits the model's grid is taken at its word, that grid may be non-square.
         img_size = model_size
@@ -580,11 +579,7 @@ def fit_to_model(
 
 
 def check_keys(
-        state_dict: Mapping[str, torch.Tensor],
-        reference: Mapping[str, torch.Tensor],
-        ignore: Iterable[str] = (),
-        what: str = 'the checkpoint',
-) -> None:
+        state_dict: StateDict, reference: StateDict, ignore: Iterable[str] = (), what: str = 'the checkpoint') -> None:
     """Refuse a state dict that does not have the names and shapes of `reference`, but for the names in `ignore`.
 
     Raises:

@@ -13,22 +13,19 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-__all__ = ['MAX_BYTES', 'CheckpointError', 'find_checkpoint', 'read_checkpoint', 'read_metadata', 'save_atomically']
+__all__ = ['MAX_BYTES', 'CheckpointError', 'find_checkpoint', 'read_checkpoint', 'save_atomically']
 
 PathLike = Union[str, 'os.PathLike[str]']
 
 # PVT-Large in float32, the largest checkpoint published. A training snapshot (weights, their average, two moments of
 # Adam) is 4 times that, one of `pvt_huge_v2` about 18 times.
-LARGEST_KNOWN_BYTES = 245_574_528
-MAX_BYTES = 32 * LARGEST_KNOWN_BYTES
+MAX_BYTES = 32 * 245_574_528
 
 _FILES = ('model.safetensors', 'pytorch_model.bin', 'model.pth', 'model.pt')
 _SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.tar')
 _NO_CHECKPOINTS = (
     (b'<', 'a web page, so the download went wrong'),
     (b'version https://', 'a Git LFS pointer, so run `git lfs pull` or download the file itself'),
-    (b'\x1f\x8b', 'a gzip archive, so unpack it first'),
-    (b'\x89HDF', 'an HDF5 file'),
 )
 
 
@@ -104,18 +101,6 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
     except Exception as e:
         raise CheckpointError(f'{path.name} is {_what_is_wrong(e)}') from e
     return checkpoint
-
-
-def read_metadata(path: PathLike) -> Dict[str, str]:
-    """The free text (`__metadata__`) of a safetensors file, empty for any other file."""
-    path = find_checkpoint(path)
-    if _kind(path) != 'safetensors':
-        return {}
-    try:
-        with safe_open(path, framework='pt') as f:
-            return dict(f.metadata() or {})
-    except Exception as e:
-        raise CheckpointError(f'{path.name} is {_what_is_wrong(e)}') from e
 
 
 def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
@@ -199,8 +184,10 @@ def _what_is_wrong(e: Exception) -> str:
 # pointers from the file, so here stands what it is allowed to do: plain numbers and text.
 
 class _Dtype:
+    order: Any = '='
+
     def __init__(self, name: str, *_: Any):
-        self.name, self.order = name, '='
+        self.name = name
 
     def __setstate__(self, state: Tuple[Any, ...]) -> None:
         self.order = state[1]

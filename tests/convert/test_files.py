@@ -25,7 +25,7 @@ import pvt_timm  # noqa: F401  registers the models
 from pvt_timm import files as reader
 from pvt_timm.cli.main import main as pvt_timm_main
 from pvt_timm.cli.train import latest_checkpoint
-from pvt_timm.files import CheckpointError, find_checkpoint, read_checkpoint, read_metadata, save_atomically
+from pvt_timm.files import CheckpointError, find_checkpoint, read_checkpoint, save_atomically
 from weights_conversion import convert, inspect
 from weights_conversion.cli import main as pvt_convert_main
 
@@ -305,27 +305,24 @@ def test_safetensors_that_lie(length, offsets, shape, tmp_path):
     header = json.dumps({'a': {'dtype': 'F32', 'shape': shape, 'data_offsets': offsets}}).encode()
     (tmp_path / 'x').write_bytes(struct.pack('<Q', length or len(header)) + header + bytes(16))
     refusal(tmp_path / 'x', 'damaged')
-    with pytest.raises(CheckpointError, match='x is damaged'):
-        read_metadata(tmp_path / 'x')
 
 
 def test_header_length_that_looks_like_a_pickle(tmp_path):
-    data = save({'a': torch.ones(1)}, metadata={'made': 'by hand'})
+    data = save({'a': torch.ones(1)})
     size, = struct.unpack('<Q', data[:8])
     header = data[8:8 + size].strip()
     header += b' ' * (-len(header) % 256 + 0x80)
     (tmp_path / 'x').write_bytes(struct.pack('<Q', len(header)) + header + data[8 + size:])
     assert (tmp_path / 'x').read_bytes()[:1] == b'\x80'
     assert torch.equal(read_checkpoint(tmp_path / 'x')['a'], torch.ones(1))
-    assert read_metadata(tmp_path / 'x') == {'made': 'by hand'}
 
 
 # ---- what is no checkpoint, and where one is ------------------------------------------------------------------------
 
 @pytest.mark.parametrize('content, match', [
     (b'', 'empty'), (b'<!DOCTYPE html><html>', 'web page'), (b'version https://git-lfs.github.com/spec/v1\n', 'LFS'),
-    (b'\x1f\x8b\x08\x00' + bytes(20), 'gzip'), (b'hello world, no weights', 'starts with'),
-    (b'\x89HDF\r\n\x1a\n', 'HDF5'), (pickle.dumps([1], 2), 'damaged'), (b'PK\x03\x04' + bytes(99), 'damaged')])
+    (b'\x1f\x8b\x08\x00' + bytes(20), 'starts with'), (b'hello world, no weights', 'starts with'),
+    (pickle.dumps([1], 2), 'damaged'), (b'PK\x03\x04' + bytes(99), 'damaged')])
 def test_files_that_are_no_checkpoint(content, match, tmp_path):
     (tmp_path / 'x.pth').write_bytes(content)
     refusal(tmp_path / 'x.pth', match)
