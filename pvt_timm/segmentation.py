@@ -23,7 +23,7 @@ from .detection.openmmlab import FPN, Checkpoint, OpenMMLabCheckpoint, backbone_
 
 __all__ = ['SemanticFpn', 'ade20k_classes', 'semantic_fpn', 'semantic_fpn_from_mmseg', 'segmenter_to_mmseg']
 
-Color = Tuple[int, int, int]
+Color = Tuple[int, ...]
 
 _TABLE = (
     # ours                                             mmsegmentation and the original code
@@ -61,7 +61,6 @@ class SemanticFpnHead(nn.Module):
         self.dropout = nn.Dropout2d(drop_rate)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
         x = self.branches[0](maps[0])

@@ -240,14 +240,16 @@ def _canvas(image: Image.Image, legend: bool = False) -> Tuple[Any, Any, float]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
         raise UserError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
     width, height = image.size
     inches = 9 / max(width, height)
     size = max(width * inches, 2.), max(height * inches, 2.)
-    figure = Figure(figsize=(size[0] + (2.4 if legend else 0), size[1]), dpi=150, layout='constrained')
+    figure = Figure(
+        figsize=(size[0] + (2.4 if legend else 0), size[1]), dpi=150,
+        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     axes = figure.add_subplot()
     axes.set_axis_off()
     return figure, axes, 1 / (inches * 72)

@@ -85,7 +85,8 @@ def pvt_fpn_backbone(
         raise ValueError(f'Expected out_indices to be rising stage indices such as (0, 1, 2, 3), got {out_indices}.')
     body = create_model(
         model_name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **model_args)
-    channels = body.feature_info.channels()
+    feature_info: Any = body.feature_info
+    channels = feature_info.channels()
     extra: Optional[ExtraFPNBlock] = None
     names = [str(i) for i in range(len(channels))]
     if extra_levels == 'pool':

@@ -66,6 +66,8 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
 class _TwoStageDetector(PublishedDetector):
     """What Faster and Mask R-CNN share, before the torchvision class among the bases."""
     first_label = 1
+    rpn: Any
+    roi_heads: Any
 
     def __init__(
             self,

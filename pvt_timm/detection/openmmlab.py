@@ -190,7 +190,8 @@ class OpenMMLabCheckpoint:
         check_keys(weights, model.state_dict())
         model.load_state_dict(weights, strict=True)
         if self.format == 'mmdet':
-            for m in model.backbone.body.modules():
+            backbone: Any = model.backbone
+            for m in backbone.body.modules():
                 if isinstance(m, nn.LayerNorm):
                     m.eps = _MMDET_EPS  # in patch embeddings and spatial reductions too, unlike the original
 

@@ -4,6 +4,7 @@ import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -183,7 +184,7 @@ def check_detection_inputs(
                 f'target {i}.')
 
 
-class PublishedDetector:
+class PublishedDetector(nn.Module):
     """What the detectors here have beside their torchvision classes: checked images and targets, names of classes.
 
     Attributes:
@@ -193,6 +194,7 @@ class PublishedDetector:
         category_ids: Their ids in COCO's annotation files, empty for other classes.
     """
     first_label = 0
+    transform: Any
 
     def _name_classes(self, num_classes: int) -> None:
         self.num_classes = num_classes

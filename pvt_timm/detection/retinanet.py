@@ -34,6 +34,9 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
     'scores' and 'labels' per image, in training (with `targets`) a dict of losses. Labels count from 0 and there is no
     background class. See `PublishedDetector` for its attributes.
     """
+    score_thresh: Any
+    topk_candidates: Any
+    nms_thresh: Any
 
     def __init__(
             self,
@@ -82,7 +85,7 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
     ) -> List[Detection]:
         detections = []
         for i, image_shape in enumerate(image_shapes):
-            boxes, scores, labels = [], [], []
+            found: List[Tuple[torch.Tensor, ...]] = []
             for logits, deltas, level_anchors in zip(
                     head_outputs['cls_logits'], head_outputs['bbox_regression'], anchors[i]):
                 # at most `topk_candidates` pairs of anchor and class per level
@@ -93,10 +96,8 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
                 index = index[order]
                 anchor = index // self.num_classes
                 level_boxes = self.box_coder.decode_single(deltas[i][anchor], level_anchors[anchor])
-                boxes.append(clip_boxes_to_image(level_boxes, image_shape))
-                scores.append(level_scores)
-                labels.append(index % self.num_classes)
-            boxes, scores, labels = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+                found.append((clip_boxes_to_image(level_boxes, image_shape), level_scores, index % self.num_classes))
+            boxes, scores, labels = (torch.cat(x) for x in zip(*found))
 
             seen = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # the others lie outside of the image
             boxes, scores, labels = boxes[seen], scores[seen], labels[seen]
