@@ -21,15 +21,15 @@ class SlicedMlp(Mlp):
 
     def _takes_slices(self, x: torch.Tensor) -> bool:
         return (
-            not self.training
+            not torch.compiler.is_compiling()  # first, so that a graph has no guard on the number of tokens
+            and not torch.jit.is_tracing()
+            and not self.training
             and not torch.is_grad_enabled()
             and type(x) is torch.Tensor
             and x.device.type == 'cpu'
             and x.shape[0] * x.shape[1] > SLICE_TOKENS
             and type(self.fc1) is type(self.fc2) is nn.Linear
             and not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.children())
-            and not torch.jit.is_tracing()
-            and not torch.compiler.is_compiling()
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
