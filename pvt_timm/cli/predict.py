@@ -55,6 +55,7 @@ def load_model(
         dense: bool = False,
         img_size: Optional[Tuple[int, int]] = None,
         labels: Optional[Union[str, Path]] = None,
+        prefix: Optional[str] = None,
 ) -> Classifier:
     """Create a model with its weights, never with random ones.
 
@@ -65,6 +66,7 @@ def load_model(
         dense: For features: without class token, final norm and head.
         img_size: Height and width to prepare images for, by default those that the weights were trained with.
         labels: File with the names of the classes, instead of those that the weights come with.
+        prefix: What stands before the names of the weights, needed where the checkpoint holds several PVTs.
 
     Raises:
         UserError: The model is not known, or has no (fitting) weights. What the libraries raise where weights cannot
@@ -74,7 +76,7 @@ def load_model(
     if model is not None and ':' not in model and split_model_name_tag(model)[0] not in VARIANTS:
         raise UserError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
     if checkpoint is not None:
-        name, network, cfg, names = _load_checkpoint(Path(checkpoint), model, kwargs, img_size)
+        name, network, cfg, names = _load_checkpoint(Path(checkpoint), model, kwargs, img_size, prefix)
     else:
         name, network, cfg = _load_published(model or DEFAULT_MODEL, kwargs)
         names = None
@@ -135,6 +137,7 @@ def _load_checkpoint(
         model: Optional[str],
         kwargs: Dict[str, Any],
         img_size: Optional[Tuple[int, int]],
+        prefix: Optional[str],
 ) -> Tuple[str, torch.nn.Module, Dict[str, Any], Optional[List[str]]]:
     """A checkpoint file, or a folder with one: name, model, its pretrained config, and the names of its classes."""
     file = find_checkpoint(path)
@@ -152,7 +155,7 @@ def _load_checkpoint(
     size = cfg.pop('img_size', None)
     if size is None and 'input_size' in cfg:
         size = cfg['input_size'][1:]
-    info = describe(map_to_timm(checkpoint).state_dict, to_2tuple(size) if size else img_size)
+    info = describe(map_to_timm(checkpoint, prefix=prefix).state_dict, to_2tuple(size) if size else img_size)
     variant = find_variant(info.depths, info.embed_dims)
     if variant is None:
         raise UserError(f'{file} holds none of {", ".join(VARIANTS)}: depths {info.depths}, channels {info.embed_dims}')
@@ -164,7 +167,7 @@ def _load_checkpoint(
         num_classes=info.num_classes, class_token=info.class_token, in_chans=info.in_chans, img_size=info.img_size,
         global_pool=pool)
     network = timm.create_model(variant, **{**model_args, **kwargs})
-    network.load_state_dict(checkpoint_filter_fn(checkpoint, network), strict=True)
+    network.load_state_dict(checkpoint_filter_fn(checkpoint, network, prefix), strict=True)
 
     names = labels_in(said.get('label_names')) or labels_beside(file) or labels_in(config)
     cfg = {**network.pretrained_cfg, **cfg, 'input_size': (info.in_chans, *to_2tuple(size or info.img_size))}
@@ -270,6 +273,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--checkpoint', metavar='FILE_OR_DIR', help='weights: a file of any known format, or a folder of timm or '
         'transformers (default the published ones)')
+    parser.add_argument('--prefix', help='what stands before the names of the weights, if the checkpoint has several')
     parser.add_argument(
         '--img-size', type=image_size, metavar='N | H W',
         help='size that the model sees (default that of its training)')
@@ -277,7 +281,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _load(args: argparse.Namespace, dense: bool = False) -> Classifier:
     model = args.model or (None if args.checkpoint else DEFAULT_MODEL)
-    return load_model(model, args.checkpoint, dense, args.img_size, getattr(args, 'labels', None))
+    return load_model(model, args.checkpoint, dense, args.img_size, getattr(args, 'labels', None), args.prefix)
 
 
 def _table(rows: Sequence[Sequence[str]], align: str) -> str:

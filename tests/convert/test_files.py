@@ -152,6 +152,25 @@ def test_no_way_in_executes_anything(way, how, evil, tmp_path):
     assert (tmp_path / 'executed').exists()
 
 
+def test_two_backbones_on_the_command_line(tmp_path, capsys):
+    """All commands name both, and take the one that is asked for."""
+    pytest.importorskip('matplotlib')
+    Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
+    state = timm.create_model('test_pvt', pretrained=True).state_dict()
+    torch.save({f'{name}.{k}': v for name in ('rgb', 'depth.net') for k, v in state.items()}, tmp_path / 'x.pth')
+    file, out = tmp_path / 'x.pth', tmp_path / 'out'
+    for main, *argv in (
+            (pvt_timm_main, 'predict', tmp_path / 'x.png', '--checkpoint', file),
+            (pvt_timm_main, 'features', tmp_path / 'x.png', '--checkpoint', file, '--output', tmp_path / 'y.png'),
+            (pvt_convert_main, file, '--output', out), (pvt_convert_main, 'inspect', file)):
+        argv = [str(x) for x in argv]
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert "'rgb.'" in error and "'depth.net.'" in error and error.count('\n') == 1
+        assert main([*argv, '--prefix', 'depth.net']) == 0, capsys.readouterr().err
+    assert files.same(read_checkpoint(out), state)
+
+
 # ---- what trainers save is read -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('how', ['zip', 'legacy'])
