@@ -1,20 +1,20 @@
-""" Inference path for CPU, behind `model.fuse()` and `timm.utils.reparameterize_model(model)`.
+""" Inference path for CPU: `pvt_timm.fuse(model)`, or `timm.utils.reparameterize_model(model)`.
 
 A fused stage holds the parameters of the stage that it was made of and computes the same numbers to rounding:
   * linears, patch embeddings and spatial reductions run on weights packed once for oneDNN, with GELU fused;
-  * images go through a stage in groups, and everything after the keys and values of a block runs on slices of tokens,
-    which stay in the cache, so that memory grows neither with the hidden size of the MLP nor with the attention matrix;
-  * where keys are few the projections of queries and outputs are merged into those of keys and values;
-  * the last block computes only the class token where nothing else is asked for.
+  * images go through a stage in groups and tokens through its MLPs in slices, which stay in the cache, so that memory
+    grows neither with the hidden size of the MLP nor with the batch;
+  * nothing is copied that need not be: sums are written in place, patches are gathered once.
 
 It takes the plain path of the parent class, with the same results, whenever something else is needed: gradients,
-training mode, autocast, tracing, compiling, export, other devices and dtypes, hooks on or replacements of inner
-modules, a build of PyTorch without the operators. `print(model)` shows which path a stage is on.
+modules in training mode, autocast, tracing, compiling, export, other devices and dtypes, hooks on or replacements of
+inner modules, a build of PyTorch without the operators. `print(model)` shows which path a stage is on.
 """
+import copy
 import math
 from functools import cache
 from threading import Lock
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -25,22 +25,14 @@ from timm.layers import DropPath, LayerNorm, Mlp
 from .pvt import Attention, Block, PatchEmbed, PyramidVisionTransformerStage, resample_pos_embed
 from .sliced_mlp import SlicedMlp
 
-__all__ = ['FusedStage']
+__all__ = ['FusedStage', 'fuse']
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
-# What is worked on at a time. The hidden activations of a slice of tokens and a slice of the attention matrix fit the
-# caches, and the time that they take is far above the cost of calling the operators.
+# What is worked on at a time: the time that it takes is far above the cost of calling the operators, and it fits the
+# caches.
 STAGE_TOKENS = 6272  # tokens (of whole images) that go through all blocks of a stage together
-SLICE_TOKENS = 1568  # of them go through the second half of a block together
-SLICE_SCORES = 1 << 21  # elements of the attention matrix of a head that exist at a time
-MIN_SLICE_TOKENS = 196
-
-# Up to so many heads the projections of queries and outputs are merged into those of keys and values (`_merge`).
-MERGED_HEADS = 2
-
-# From so many keys on the products of attention run head by head as oneDNN's linears.
-MANY_KEYS = 512
+SLICE_TOKENS = 784  # of them go through an MLP together
 
 # What the fused forward knows how to compute. Any other module (an adapter, a quantized linear, another norm) is left
 # to the plain path.
@@ -53,11 +45,6 @@ _lock = Lock()  # at most one thread packs
 
 # --- The only place that touches operators without a public interface ---
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """`F.linear` by oneDNN, also in float32."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, 'none', [], '')
-
-
 def _pack_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool = False) -> Linear:
     """A function that applies a linear layer (and GELU), with the weight in the layout that oneDNN wants."""
     weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
@@ -67,14 +54,19 @@ def _pack_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool 
     return lambda x: linear(x, weight, bias, act, [], algorithm)
 
 
-def _intercepted() -> bool:
-    """Whether something watches or transforms operators or modules (counters, functional transforms, global hooks)."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or nn.modules.module._has_any_global_hook()
-    )
+def _watched() -> str:
+    """What watches or transforms operators or modules (counters, functional transforms, global hooks), if anything."""
+    if torch.is_autocast_enabled('cpu'):
+        return 'autocast'
+    if torch.jit.is_tracing():
+        return 'tracing'
+    if (
+            torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return 'operators are watched'
+    return 'global hooks' if nn.modules.module._has_any_global_hook() else ''
 
 
 @cache
@@ -85,9 +77,8 @@ def _works(dtype: torch.dtype) -> bool:
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        _intercepted()
-        x = torch.linspace(-1, 1, 64).reshape(2, 2, 16).to(dtype)
-        weight = torch.linspace(-1, 1, 128).reshape(8, 16).to(dtype)
+        x = torch.linspace(-1, 1, 64, device='cpu').reshape(2, 2, 16).to(dtype)
+        weight = torch.linspace(-1, 1, 128, device='cpu').reshape(8, 16).to(dtype)
         bias = weight[:, 0].clone()
         expected = F.linear(x, weight, bias)
         return all(
@@ -96,7 +87,6 @@ def _works(dtype: torch.dtype) -> bool:
                 (_pack_linear(weight, bias), expected),
                 (_pack_linear(weight, bias, gelu=True), F.gelu(expected)),
                 (_pack_linear(weight, None), expected - bias),
-                (lambda x: _linear(x, weight, bias), expected),
             ))
     except (AttributeError, RuntimeError, TypeError):
         return False
@@ -111,7 +101,6 @@ class _PackedBlock(NamedTuple):
     proj: Linear
     fc1: Linear
     fc2: Linear
-    merged: Optional[Linear]
 
 
 class _State(NamedTuple):
@@ -132,29 +121,6 @@ def _pack_conv(conv: nn.Conv2d) -> Linear:
     return _pack_linear(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
-def _merge(attn: Attention) -> Linear:
-    """From what keys and values are made of to those that need no projection of queries and outputs.
-
-    The score of token y and key k is (Wq y + bq)^T k = y^T (Wq^T k) + bq^T k, and what a value v adds to the output is
-    Wp v, as often as its weight says. So each head gets keys Wq^T k, a bias bq^T k per key, and values Wp v; as the
-    weights of a token sum to 1, the bias of the output projection joins the values of the first head. The scale is in
-    the keys. That is less work where keys are few and heads too, since keys and values now have all C channels.
-    """
-    C, H, D = attn.q.in_features, attn.num_heads, attn.head_dim
-    k, v = attn.kv.weight.chunk(2)
-    bk, bv = (None, None) if attn.kv.bias is None else attn.kv.bias.chunk(2)
-    q, k, v = (w.double().view(H, D, C) for w in (attn.q.weight, k, v))
-    bq, bk, bv = (q.new_zeros(H, D) if b is None else b.double().view(H, D) for b in (attn.q.bias, bk, bv))
-    proj = attn.proj.weight.double().view(C, H, D).transpose(0, 1)
-    q, bq = q * attn.scale, bq * attn.scale
-    values_bias = (proj @ bv.unsqueeze(2)).squeeze(2)
-    if attn.proj.bias is not None:
-        values_bias[0] += attn.proj.bias.double()
-    weight = torch.cat([(q.mT @ k).flatten(0, 1), (proj @ v).flatten(0, 1), (bq.unsqueeze(1) @ k).squeeze(1)])
-    bias = torch.cat([(q.mT @ bk.unsqueeze(2)).flatten(), values_bias.flatten(), (bq * bk).sum(dim=1)])
-    return _pack_linear(weight.to(attn.q.weight), bias.to(attn.q.weight))
-
-
 def _pack_block(blk: Block) -> _PackedBlock:
     attn, mlp = blk.attn, blk.mlp
     return _PackedBlock(
@@ -164,7 +130,6 @@ def _pack_block(blk: Block) -> _PackedBlock:
         proj=_pack_linear(attn.proj.weight, attn.proj.bias),
         fc1=_pack_linear(mlp.fc1.weight, mlp.fc1.bias, gelu=True),
         fc2=_pack_linear(mlp.fc2.weight, mlp.fc2.bias),
-        merged=_merge(attn) if attn.num_heads <= MERGED_HEADS else None,
     )
 
 
@@ -180,134 +145,62 @@ def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _slices(batch: int, tokens: int, limit: int) -> Iterator[Tuple[slice, slice]]:
-    """Cut (batch, tokens) into contiguous parts of at most about `limit` tokens: some images, or a part of one."""
-    images = max(1, limit // tokens)
-    step = math.ceil(tokens / math.ceil(tokens / limit))
-    for b in range(0, batch, images):
-        for n in range(0, tokens, step):
-            yield slice(b, b + images), slice(n, n + step)
+def _slices(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of tokens (B, N, C) as equal parts (1, n, C) of at most `SLICE_TOKENS`, whichever image they are of."""
+    tokens = x.view(1, -1, x.shape[2])
+    return iter(tokens.chunk(math.ceil(tokens.shape[1] / SLICE_TOKENS), dim=1))
 
 
-Attend = Callable[[torch.Tensor, slice], torch.Tensor]  # (tokens of some images, which images) to what is added to them
-
-
-def _merged_attention(attn: Attention, packed: _PackedBlock, kv: torch.Tensor) -> Attend:
-    """Attention with the keys and values of `_merge`. Takes tokens of one image at a time."""
-    B, M, C = kv.shape
-    H = attn.num_heads
-    keys, values, bias = packed.merged(kv).split((H * C, H * C, H), dim=2)
-    keys = keys.unflatten(2, (H, C)).transpose(1, 2).reshape(B, H * M, C).contiguous()
-    values = values.unflatten(2, (H, C)).permute(0, 3, 2, 1).reshape(B, C, H * M).contiguous()
-    bias = bias.transpose(1, 2).reshape(B, H * M).contiguous()
-
-    def attend(y: torch.Tensor, images: slice) -> torch.Tensor:
-        scores = _linear(y, keys[images.start], bias[images.start]).unflatten(2, (H, M))
-        return _linear(scores.softmax(dim=3).flatten(2), values[images.start], None)
-
-    return attend
-
-
-def _attention(attn: Attention, packed: _PackedBlock, kv: torch.Tensor) -> Attend:
-    """Attention as it is written. Takes tokens of some images at a time."""
-    H, D = attn.num_heads, attn.head_dim
-    k, v = packed.kv(kv).unflatten(2, (2, H, D)).permute(2, 0, 3, 1, 4).unbind(0)
-    products = kv.dtype == torch.bfloat16  # for which the kernel of scaled_dot_product_attention was slower
-    if products:
-        k = (k * attn.scale).mT
-
-    def attend(y: torch.Tensor, images: slice) -> torch.Tensor:
-        q = packed.q(y).unflatten(2, (H, D)).transpose(1, 2)
-        if products:
-            out = (q @ k[images]).softmax(dim=3) @ v[images]
-        else:
-            out = F.scaled_dot_product_attention(q, k[images], v[images])
-        return packed.proj(out.transpose(1, 2).flatten(2))
-
-    return attend
-
-
-def _attention_of_many_keys(attn: Attention, packed: _PackedBlock, kv: torch.Tensor) -> Attend:
-    """Attention head by head with oneDNN's products. Takes tokens of one image at a time."""
-    H, D = attn.num_heads, attn.head_dim
-    k, v = packed.kv(kv).unflatten(2, (2, H, D)).permute(2, 0, 3, 1, 4).unbind(0)
-    k, v = (k * attn.scale).contiguous(), v.mT.contiguous()
-
-    def attend(y: torch.Tensor, images: slice) -> torch.Tensor:
-        q = packed.q(y).unflatten(2, (H, D)).transpose(1, 2).contiguous()
-        out = [
-            _linear(_linear(q[0, h], k[images.start, h], None).softmax(dim=1), v[images.start, h], None)
-            for h in range(H)]
-        return packed.proj(torch.cat(out, dim=1).unsqueeze(0))
-
-    return attend
-
-
-def _block(
-        blk: Block,
-        packed: _PackedBlock,
-        x: torch.Tensor,
-        size: Tuple[int, int],
-        num_tokens: Optional[int] = None,
-) -> torch.Tensor:
-    """`Block.forward`, written into `x`. With `num_tokens` only for that many leading tokens, seen by all as keys."""
-    B, _, C = x.shape
+def _block(blk: Block, packed: _PackedBlock, x: torch.Tensor, size: Tuple[int, int]) -> None:
+    """`Block.forward` on tokens x (B, N, C), written into them."""
+    B, N, C = x.shape
     attn = blk.attn
     y = _norm(blk.norm1, x)
     kv = y
     if packed.sr is not None:
         kv = _norm(attn.norm, packed.sr(_patches(y.view(B, size[0], size[1], C), attn.sr_ratio)))
-    if num_tokens is not None:
-        x, y = x[:, :num_tokens].contiguous(), y[:, :num_tokens].contiguous()
-
-    N, M, H = x.shape[1], kv.shape[1], attn.num_heads
-    limit = min(SLICE_TOKENS, max(MIN_SLICE_TOKENS, SLICE_SCORES // M))
-    if packed.merged is not None and N * (C + M - H * M) > (H - 1) * M * C:  # fewer multiplications
-        attend, limit = _merged_attention(attn, packed, kv), min(limit, N)
-    elif M >= MANY_KEYS:
-        attend, limit = _attention_of_many_keys(attn, packed, kv), min(limit, N)
-    else:
-        attend = _attention(attn, packed, kv)
-    for b, n in _slices(B, N, limit):
-        part = x[b, n]
-        part += attend(y[b, n], b)
+    q = packed.q(y).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+    k, v = packed.kv(kv).unflatten(2, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)
+    x += packed.proj(y)
+    for part in _slices(x):
         part += packed.fc2(packed.fc1(_norm(blk.norm2, part)))
-    return x
 
 
 class FusedStage(PyramidVisionTransformerStage):
-    """A stage that takes the fast path where it can. Made by `fuse()` of a stage, whose parameters it shares.
+    """A stage that takes the fast path where it can. Made by `fuse()`, shares the parameters of the plain stage.
 
     The state dict is that of the plain stage. Weights are packed at the first forward and again after they changed; a
     write through `parameter.data`, of which PyTorch keeps no record, is not noticed: call `repack()` after one.
     """
     @classmethod
-    def from_stage(cls, stage: PyramidVisionTransformerStage) -> 'FusedStage':
+    def from_stage(cls, stage: PyramidVisionTransformerStage) -> PyramidVisionTransformerStage:
+        """The fused form of a stage, or the stage itself if it is one or has a forward of its own."""
+        if type(stage) is not PyramidVisionTransformerStage or 'forward' in stage.__dict__:
+            return stage
         fused = cls.__new__(cls)
         fused.__dict__.update(stage.__dict__)  # the same parameters, modules and hooks
         fused.__dict__['_packed'] = None
         return fused
 
-    def fuse(self) -> 'FusedStage':
-        return self
-
     def repack(self) -> None:
         """Forget the packed weights, the next forward packs again."""
         self.__dict__['_packed'] = None
 
-    def __getstate__(self) -> Dict:
+    def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_packed': None}  # for deepcopy and pickle: packed weights cannot be stored
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable, recurse: bool = True) -> 'FusedStage':
         self.repack()
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         state = self._inspect()
-        if state.plain:
-            return f'path=plain ({state.plain})'
-        if not _works(self.pos_embed.dtype):
-            return f'path=plain (no fast operators for {self.pos_embed.dtype})'
+        plain = state.plain or _watched()
+        if not plain and not _works(self.pos_embed.dtype):
+            plain = f'no fast operators for {self.pos_embed.dtype}'
+        if plain:
+            return f'path=plain ({plain})'
         return 'path=fast (without gradients)' if state.requires_grad else 'path=fast'
 
     def _inspect(self) -> _State:
@@ -325,7 +218,9 @@ class FusedStage(PyramidVisionTransformerStage):
             if m is None:
                 continue
             if type(m) not in _KNOWN or 'forward' in m.__dict__:
-                return _State(f'{type(m).__name__} has no fast form')
+                return _State(f'{type(m).__module__}.{type(m).__qualname__} has no fast form')
+            if m.training:
+                return _State('inner modules in training mode')
             if m._forward_hooks or m._forward_pre_hooks:
                 return _State('hooks on inner modules')
             if type(m) is nn.GELU and m.approximate != 'none':
@@ -352,10 +247,11 @@ class FusedStage(PyramidVisionTransformerStage):
                 or x.device.type != 'cpu'
                 or x.dtype != self.pos_embed.dtype
                 or x.numel() == 0
-                or torch.jit.is_tracing()
-                or torch.is_autocast_enabled('cpu')
+                or x.ndim != 4
+                or x.shape[1] != self.patch_embed.proj.in_channels
+                or min(x.shape[2:]) < self.min_input_size
+                or _watched()
                 or not _works(x.dtype)
-                or _intercepted()
         ):
             return None
         state = self._inspect()
@@ -380,46 +276,48 @@ class FusedStage(PyramidVisionTransformerStage):
         return packed
 
     @torch.no_grad()
-    def _fused_forward(
-            self,
-            x: torch.Tensor,
-            key: tuple,
-            num_tokens: Optional[int] = None,
-    ) -> Tuple[torch.Tensor, Tuple[int, int]]:
-        """Tokens after the blocks (only `num_tokens` leading ones) and the grid size."""
-        packed = self._get_packed(key)
+    def _fused_forward(self, x: torch.Tensor, packed: _Packed) -> torch.Tensor:
         patch_size, prefix = self.patch_embed.patch_size, self.num_prefix_tokens
         size = (x.shape[2] // patch_size, x.shape[3] // patch_size)
         pos_embed = resample_pos_embed(self.pos_embed, size, self.grid_size, prefix)
         x = x.permute(0, 2, 3, 1)
         tokens = x.new_empty(x.shape[0], pos_embed.shape[1], self.dim)
-        out = []
         images = max(1, STAGE_TOKENS // tokens.shape[1])
-        for b in range(0, x.shape[0], images):
-            part = tokens[b:b + images]
+        for part, group in zip(tokens.split(images), x.split(images)):
             if self.cls_token is not None:
                 part[:, :prefix] = self.cls_token + pos_embed[:, :prefix]
-            embed = _norm(self.patch_embed.norm, packed.embed(_patches(x[b:b + images], patch_size)))
+            embed = _norm(self.patch_embed.norm, packed.embed(_patches(group, patch_size)))
             torch.add(embed, pos_embed[:, prefix:], out=part[:, prefix:])
-            for i, blk in enumerate(self.blocks):
-                part = _block(blk, packed.blocks[i], part, size, num_tokens if i == len(self.blocks) - 1 else None)
-            out.append(part)
-        return tokens if num_tokens is None else torch.cat(out), size
+            for blk, packed_block in zip(self.blocks, packed.blocks):
+                _block(blk, packed_block, part, size)
+        if self.output_nchw:
+            tokens = tokens[:, prefix:].unflatten(1, size).permute(0, 3, 1, 2)
+        return tokens
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
             key = self._fast_key(x)
             if key is not None:
-                x, size = self._fused_forward(x, key)
-                if self.output_nchw:
-                    x = x[:, self.num_prefix_tokens:].unflatten(1, size).permute(0, 3, 1, 2)
-                return x
+                return self._fused_forward(x, self._get_packed(key))
         return super().forward(x)
 
-    def forward_class_token(self, x: torch.Tensor) -> torch.Tensor:
-        """What `forward` returns, or only the class token of it where that is less work."""
-        if not (self._forward_hooks or self._forward_pre_hooks or self.output_nchw or torch.compiler.is_compiling()):
-            key = self._fast_key(x)
-            if key is not None:
-                return self._fused_forward(x, key, num_tokens=1)[0]
-        return self(x)
+
+def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Give the PVT stages of a model, or of a model that holds one, the fast path for inference on CPU.
+
+    Args:
+        model: A stage or any module with stages inside.
+        inplace: Replace the stages of `model` itself, not of a copy. A stage has no parent here, its fused form shares
+            its parameters.
+
+    Returns:
+        The model with fused stages.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    if isinstance(model, PyramidVisionTransformerStage):
+        return FusedStage.from_stage(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, PyramidVisionTransformerStage):
+                setattr(module, name, FusedStage.from_stage(child))
+    return model
