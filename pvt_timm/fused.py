@@ -40,6 +40,7 @@ _KNOWN = frozenset((
     Attention, Block, DropPath, LayerNorm, Mlp, PatchEmbed, SlicedMlp,
     nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList,
 ))
+_RANDOM = frozenset((Attention, DropPath, nn.Dropout))  # those of them whose training mode matters
 _lock = Lock()  # at most one thread packs
 
 
@@ -173,6 +174,8 @@ class FusedStage(PyramidVisionTransformerStage):
     The state dict is that of the plain stage. Weights are packed at the first forward and again after they changed; a
     write through `parameter.data`, of which PyTorch keeps no record, is not noticed: call `repack()` after one.
     """
+    _plain_forward = PyramidVisionTransformerStage.forward  # TorchScript knows no `super()`
+
     @classmethod
     def from_stage(cls, stage: PyramidVisionTransformerStage) -> PyramidVisionTransformerStage:
         """The fused form of a stage, or the stage itself if it is one or has a forward of its own."""
@@ -219,8 +222,8 @@ class FusedStage(PyramidVisionTransformerStage):
                 continue
             if type(m) not in _KNOWN or 'forward' in m.__dict__:
                 return _State(f'{type(m).__module__}.{type(m).__qualname__} has no fast form')
-            if m.training:
-                return _State('inner modules in training mode')
+            if m.training and type(m) in _RANDOM:
+                return _State('dropout in training mode')
             if m._forward_hooks or m._forward_pre_hooks:
                 return _State('hooks on inner modules')
             if type(m) is nn.GELU and m.approximate != 'none':
@@ -299,7 +302,7 @@ class FusedStage(PyramidVisionTransformerStage):
             key = self._fast_key(x)
             if key is not None:
                 return self._fused_forward(x, self._get_packed(key))
-        return super().forward(x)
+        return self._plain_forward(x)
 
 
 def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
