@@ -14,6 +14,7 @@ import copy
 import math
 from functools import cache
 from threading import Lock
+from types import FunctionType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -168,13 +169,17 @@ def _block(blk: Block, packed: _PackedBlock, x: torch.Tensor, size: Tuple[int, i
         part += packed.fc2(packed.fc1(_norm(blk.norm2, part)))
 
 
+_plain = PyramidVisionTransformerStage.forward
+
+
 class FusedStage(PyramidVisionTransformerStage):
     """A stage that takes the fast path where it can. Made by `fuse()`, shares the parameters of the plain stage.
 
     The state dict is that of the plain stage. Weights are packed at the first forward and again after they changed; a
     write through `parameter.data`, of which PyTorch keeps no record, is not noticed: call `repack()` after one.
     """
-    _plain_forward = PyramidVisionTransformerStage.forward  # TorchScript knows no `super()`
+    # the forward of the plain stage under another name, since TorchScript knows no `super()`
+    _plain_forward = FunctionType(_plain.__code__, _plain.__globals__, '_plain_forward')
 
     @classmethod
     def from_stage(cls, stage: PyramidVisionTransformerStage) -> PyramidVisionTransformerStage:

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import timm  # noqa: E402
-import pvt_timm  # noqa: E402, F401
+import pvt_timm  # noqa: E402
 from pvt_timm.checkpoints import from_timm  # noqa: E402
 from weights_conversion.verification import import_original  # noqa: E402
 
@@ -180,7 +180,7 @@ def build(
     except ImportError as e:
         raise Skipped(f'{e.name} is not installed') from e
     if name == 'fused':
-        return model.fuse(inplace=True)
+        return pvt_timm.fuse(model, inplace=True)
     if name == 'channels_last':
         model = model.to(memory_format=torch.channels_last)
         return lambda x: model(x.to(memory_format=torch.channels_last))
