@@ -1,65 +1,205 @@
-"""What README.md shows can be typed as it stands."""
+"""READMEs can be typed as they stand: every command and snippet of theirs is run, section by section.
+
+Those of recipes/ and weights_conversion/ have tests of their own (test_from_folder.py, convert/test_convert.py).
+"""
+import glob
+import importlib.util
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from pvt_timm.cli.main import build_parser, join_img_size
+import pvt_timm.digits
+from pvt_timm.checkpoints import from_timm
+from pvt_timm.cli.main import main as pvt_timm_main
 from pvt_timm.cli.predict import zoo
+from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
+from pvt_timm.pvt import VARIANTS
+from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
+from weights_conversion.cli import main as convert_main
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
+DOCS = ('README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', 'benchmarks/training/README.md')
+LINKED = (*DOCS, 'weights_conversion/README.md', 'pvt_timm/recipes/README.md')
+TEXTS = {doc: (ROOT / doc).read_text(encoding='utf-8') for doc in LINKED}
+CHECKOUT = os.environ.get('TIMM_CHECKOUT')
+PUBLISHED = ('pvt_small', 'pvt_large')  # those that they fetch
+SMALL = '--epochs 1 --warmup-epochs 0 --batch-size 2 --workers 0 --img-size 32'.split()  # what makes training quick
+# Commands that are not run, and why
+NOT_RUN = {
+    'git': 'a network',
+    'pip': 'a network',
+    'python3 -m venv': 'a network; .ci/run runs them',
+    'bash .ci/': 'half an hour',
+    'python -m pytest': 'the tests in the tests; that the paths exist is checked',
+    'ruff': 'the whole checkout; .ci/run runs it',
+    'mypy': 'the whole checkout; .ci/run runs it',
+    'python -m build': 'a network; .ci/run runs it',
+    'python benchmarks/': 'minutes or data; that script and options exist is checked',
+    'python train.py': 'hours',
+    'python clean_checkpoint.py': 'hours before it',
+}
 
 
-def blocks(language, text=TEXT):
-    return re.findall(rf'^```{language}\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+def blocks(text):
+    """(language, code) of every fenced block."""
+    return re.findall(r'^```(bash|python)\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
 
 
-def section(title):
-    return re.search(rf'^## {title}\n(.*?)(?=^## |\Z)', TEXT, re.MULTILINE | re.DOTALL)[1]
+def commands(code):
+    lines = (shlex.split(line, comments=True) for line in code.replace('\\\n', ' ').splitlines())
+    return [[word for words in line for word in (glob.glob(words) or [words])] for line in lines if line]
+
+
+def is_training(argv):
+    command = argv[argv.index('pvt_timm') + 1:] if 'pvt_timm' in argv else argv[1:] if argv[0] == 'pvt-timm' else []
+    return command[:1] in (['train'], ['run'])
+
+
+def sections():
+    for doc in DOCS:
+        for body in re.split(r'^## ', TEXTS[doc], flags=re.MULTILINE):
+            if blocks(body):
+                title = body.partition('\n')[0]
+                trains = any(map(is_training, commands(''.join(code for lang, code in blocks(body) if lang == 'bash'))))
+                yield pytest.param(doc, body, id=f'{doc}: {title}', marks=pytest.mark.slow if trains else ())
+
+
+@pytest.fixture(scope='module')
+def assets(tmp_path_factory):
+    """The files that the READMEs speak of."""
+    folder = tmp_path_factory.mktemp('assets')
+    torch.manual_seed(0)
+    for name in PUBLISHED:
+        state = timm.create_model(name).state_dict()
+        torch.save(from_timm(state, 'original')[0], folder / f'{name}.pth')
+        state = {k: v.contiguous() for k, v in from_timm(state, 'transformers')[0].items()}
+        save_file(state, folder / f'{name}.safetensors', metadata={'format': 'pt'})
+    mine = timm.create_model('pvt_small', num_classes=3).state_dict()
+    torch.save(mine, folder / 'mine.pth')
+    torch.save({'epoch': 1, 'arch': 'pvt_small', 'state_dict': mine, 'state_dict_ema': mine}, folder / 'checkpoint.pth')
+    for name, state in (
+            ('retinanet', detector_to_mmdet(pvt_retinanet('pvt_small'))),
+            ('mask_rcnn', detector_to_mmdet(pvt_mask_rcnn('pvt_small'))),
+            ('semantic_fpn', segmenter_to_mmseg(semantic_fpn('pvt_small')))):
+        torch.save({'meta': {}, 'state_dict': state}, folder / f'{name}.pth')
+    Image.effect_noise((80, 64), 90).convert('RGB').save(folder / 'photo.jpg')
+    for data in ('photos', 'imagenet'):
+        for split in ('train', 'validation'):
+            for name in ('cat', 'dog', 'owl'):
+                (folder / data / split / name).mkdir(parents=True)
+                for i in range(4):
+                    Image.effect_noise((40, 40), 90).convert('RGB').save(folder / data / split / name / f'{i}.jpg')
+    return folder
+
+
+@pytest.fixture
+def served(hub, assets, monkeypatch):
+    """The published weights: random ones from the loopback hub, and files of the folder in place of those at urls."""
+    for name in PUBLISHED:
+        repo, _, commit = timm.get_pretrained_cfg(f'{name}.in1k').hf_hub_id.partition('@')
+        labels = {i: f'class {i}' for i in range(1000)}
+        config = json.dumps({'model_type': 'pvt', 'depths': VARIANTS[name]['depths'], 'id2label': labels})
+        files = {'model.safetensors': assets / f'{name}.safetensors', 'config.json': config}
+        hub.add_repo(repo, files, commit=commit or None)
+
+    def download(url, dst, *args, **kwargs):
+        name = url.rpartition('/')[2]
+        shutil.copy(assets / ('retinanet.pth' if name.startswith('retinanet') else name), dst)
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+
+
+def run(argv, env):
+    program = argv[0]
+    if program == 'python' and argv[1:3] in (['-m', 'pvt_timm'], ['-m', 'weights_conversion']):
+        program, argv = {'pvt_timm': 'pvt-timm', 'weights_conversion': 'pvt-convert'}[argv[2]], argv[2:]
+    if is_training(argv):
+        train(argv, env)
+    elif program == 'pvt-timm':
+        assert pvt_timm_main(argv[1:]) == 0, argv
+    elif program == 'pvt-convert':
+        assert convert_main(argv[1:]) in (0, None), argv
+    elif argv[:3] == ['python', '-m', 'pvt_timm.digits']:
+        pvt_timm.digits.main(argv[3:])
+    else:
+        line = ' '.join(argv)
+        assert any(line.startswith(start) for start in NOT_RUN), line
+        for path in (arg for arg in argv if arg.startswith(('benchmarks/', 'tests/'))):
+            assert (ROOT / path.partition('::')[0]).exists(), line
+        if argv[1:] and argv[1].startswith('benchmarks/'):
+            source = ''.join(file.read_text(encoding='utf-8') for file in (ROOT / argv[1]).parent.glob('*.py'))
+            for option in (arg.partition('=')[0] for arg in argv if arg.startswith('--')):
+                assert f"'{option}'" in source, line
+
+
+def train(argv, env):
+    """`pvt-timm train` and `run` as typed, torchrun with two processes, and with arguments that make it quick."""
+    if not CHECKOUT:
+        pytest.skip("TIMM_CHECKOUT does not name a checkout of huggingface/pytorch-image-models, for its train.py")
+    argv = ['1' if arg == 'HOST:29500' else re.sub(r'(--nproc-per-node)=\d+', r'\1=2', arg) for arg in argv
+            if not arg.startswith(('--nnodes', '--rdzv', '--max-restarts'))]
+    argv = [str(Path(CHECKOUT) / arg.rpartition('/')[2]) if arg.endswith('.py') else arg for arg in argv]
+    if argv[0] == 'torchrun':
+        argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', *argv[1:]]
+    else:
+        argv = [sys.executable, '-m', 'pvt_timm', *argv[argv.index('train' if 'train' in argv else 'run'):]]
+    small = SMALL if 'train' in argv else ['--batch-size', '4', '--workers', '0', '--device', 'cpu']
+    done = subprocess.run([*argv, *small], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize('doc, body', sections())
+def test_runs(doc, body, assets, served, client_env, tmp_path, monkeypatch):
+    shutil.copytree(assets, tmp_path, dirs_exist_ok=True, copy_function=os.link)
+    monkeypatch.chdir(tmp_path)
+    env = dict(client_env, OMP_NUM_THREADS='1')
+    names = dict(image=torch.rand(3, 96, 128), images=torch.rand(2, 3, 64, 96))
+    left_out = set()
+    for language, code in blocks(body):
+        if language == 'bash':
+            for argv in commands(code):
+                run(argv, env)
+            continue
+        imports = re.findall(r'^(?:import|from) (\w+)', code, re.MULTILINE)
+        missing = [name for name in imports if not importlib.util.find_spec(name)]
+        if missing or '_base_' in code:
+            left_out.update(missing or ['mmengine'])
+            continue
+        exec(compile(code, doc, 'exec'), names)
+    if left_out:
+        pytest.skip(f'all but the snippets that need {", ".join(sorted(left_out))}')
 
 
 def test_opens_with_two_commands_that_set_up_everything():
-    commands = [block.strip() for block in blocks('bash')[:2]]
-    for command, ends in zip(commands, ('python -m pvt_timm demo', 'python -m pytest')):
+    found = [code.strip() for language, code in blocks(TEXTS['README.md']) if language == 'bash'][:2]
+    for command, ends in zip(found, ('python -m pvt_timm demo', 'python -m pytest')):
         assert '\n' not in command and command.startswith('python3 -m venv ') and command.endswith(ends)
     # what .ci/run takes
-    assert [line for line in TEXT.splitlines() if line.startswith('python3 -m venv ')] == commands
-
-
-COMMANDS = [
-    line for block in blocks('bash') for line in block.replace('\\\n', ' ').splitlines()
-    if re.match(r'(python -m pvt_timm|pvt-timm) (?!run |train )', line)]
-
-
-@pytest.mark.parametrize('command', COMMANDS)
-def test_commands_exist(command):
-    argv = shlex.split(command, comments=True)
-    argv = argv[3 if argv[0] == 'python' else 1:]
-    build_parser().parse_args(join_img_size(argv))
-
-
-def test_snippets_run():
-    """Those on using the models, with the small one and without downloads."""
-    code = ''.join(blocks('python', section('Use') + section('Features')))
-    code = re.sub(r'pvt_(small|tiny|large)(\.\w+)?', 'test_pvt', code).replace('pretrained=True', 'pretrained=False')
-    names = {}
-    exec(compile(code, 'README.md', 'exec'), names)
-    assert [tuple(f.shape[2:]) for f in names['features']] == [(200, 336), (100, 168), (50, 84), (25, 42)]
+    assert [line for line in TEXTS['README.md'].splitlines() if line.startswith('python3 -m venv ')] == found
 
 
 def test_table_holds_the_figures_of_list():
     for row in zoo():
-        line = next(line for line in TEXT.splitlines() if line.startswith(f'| `{row["model"]}` |'))
+        line = next(line for line in TEXTS['README.md'].splitlines() if line.startswith(f'| `{row["model"]}` |'))
         assert f'{row["macs"] / 1e9:.2f}' in line or row['classes'] == 0 or row['model'] == 'test_pvt'
         assert f'{row["params"] / 1e6:.2f} M' in line or row['classes'] == 0
         assert row['tag'] is None or f'`{row["tag"]}`' in line
         assert row['top1'] is None or str(row['top1']) in line
 
 
-def test_links_to_files_exist():
-    links = re.findall(r'\]\((?!https?:|#)([^)]+)\)', TEXT) + re.findall(r'src="(?!https?:)([^"]+)"', TEXT)
-    assert links
+@pytest.mark.parametrize('doc', LINKED)
+def test_links_to_files_exist(doc):
+    links = re.findall(r'\]\((?!https?:|#)([^)]+)\)', TEXTS[doc]) + re.findall(r'src="(?!https?:)([^"]+)"', TEXTS[doc])
     for link in links:
-        assert (ROOT / link.partition('#')[0]).exists(), link
+        assert (ROOT / doc).parent.joinpath(link.partition('#')[0]).exists(), link
