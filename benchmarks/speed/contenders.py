@@ -19,13 +19,18 @@ from weights_conversion.verification import import_original  # noqa: E402
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # What is allowed between the logits of a contender and those of the original algorithm in float32, of size 1 to 2
 TOLERANCE = {'fp32': 1e-4, 'tf32': 2e-2, 'bf16': 8e-2, 'fp16': 2e-2}
-CPU = ('original', 'transformers', 'eager', 'fused', 'compiled', 'pvt_v2', 'resnet50', 'onnxruntime', 'openvino')
+CPU = ('original', 'transformers', 'eager', 'fused', 'onnxruntime', 'openvino')
 CUDA = (
     'original', 'transformers', 'eager', 'channels_last', 'compiled', 'cuda_graph', 'sdpa_flash', 'sdpa_efficient',
     'sdpa_math', 'pvt_v2', 'resnet50')
-TRAIN = ('original', 'transformers', 'eager', 'checkpointed', 'pvt_v2', 'resnet50')
+TRAIN = ('original', 'transformers', 'eager', 'checkpointed')
 NOT_PVT = ('pvt_v2', 'resnet50')
 PVT_V2 = {'tiny': 'pvt_v2_b1', 'small': 'pvt_v2_b2', 'medium': 'pvt_v2_b3', 'large': 'pvt_v2_b4'}
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies matrices of bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Skipped(Exception):

@@ -1,4 +1,4 @@
-""" Markdown table and plots from the JSON that run.py writes: `python benchmarks/speed/report.py results/cpu.json`. """
+""" Table and plots from the JSON that run.py writes: `python benchmarks/speed/report.py results/cpu_avx2.json`. """
 import json
 import sys
 from pathlib import Path
@@ -52,13 +52,12 @@ def _find(rows, shape, precision, variant='small'):
 def ratios(results) -> list:
     """How many times faster (or smaller) the first is than the second, by medians of the same run."""
     found = []
-    inference = (('fused', 'original'), ('fused', 'openvino'), ('eager', 'original'))
+    inference = (('fused', 'eager'), ('fused', 'openvino'), ('fused', 'original'), ('eager', 'transformers'))
     training = (('eager', 'original'), ('eager', 'transformers'), ('checkpointed', 'eager'))
-    wanted = [('throughput', variant, (16, 3, 224, 224), (*inference, ('eager', 'transformers')))
-              for variant in results['gmacs']]
-    wanted += [('latency', 'small', (1, 3, 224, 224), inference), ('latency', 'small', (1, 3, 800, 1344), inference)]
+    wanted = [('throughput', variant, (16, 3, 224, 224), inference) for variant in results['gmacs']]
+    wanted += [('latency', 'small', (1, 3, *size), inference) for size in ((224, 224), (448, 448), (800, 1344))]
     wanted += [(section, 'small', (8, 3, 224, 224), training) for section in ('training', 'training_memory')]
-    wanted += [('memory', 'small', (1, 3, 800, 1344), (('fused', 'original'), ('eager', 'original')))]
+    wanted += [('memory', 'small', (1, 3, 800, 1344), (('fused', 'eager'), ('fused', 'original')))]
     for precision in ('fp32', 'bf16'):
         for section, variant, shape, pairs in wanted:
             row = _find(results.get(section, []), shape, precision, variant)
@@ -87,8 +86,9 @@ def peak_shares(results) -> list:
 
 def markdown(results, device) -> str:
     m = results['machine']
-    lines = [f'# Results on {device.upper()}', '', 'Written by `run.py`.', '']
-    lines += [f'{m["gpu"] or m["cpu"]}; {m["cpus"]} CPUs, {m["threads"]} threads, {m["capability"]}; load average at '
+    lines = [f'# Results: {device.replace("_", ", ")}', '', 'Written by `run.py`.', '']
+    kind = m['capability'] + (', as a CPU with AVX-512 emulates it (`--avx2`)' if m['emulated'] else '')
+    lines += [f'{m["gpu"] or m["cpu"]}; {m["cpus"]} CPUs, {m["threads"]} threads, {kind}; load average at '
               f'the start {m["load"]:.1f}; {m["when"]}.', '']
     if results.get('clock') == 'cpu':
         lines += ['Times are processor time of one thread (`--clock cpu`), other programs ran meanwhile.', '']

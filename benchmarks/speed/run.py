@@ -1,6 +1,7 @@
 """ Speed and memory of PVT against its alternatives, in one run: JSON, a Markdown table and plots.
 
-    python benchmarks/speed/run.py                      # everything, on CPU about 40 minutes
+    python benchmarks/speed/run.py                      # everything, on CPU about 10 minutes
+    python benchmarks/speed/run.py --avx2               # as a CPU without AVX-512 would run it
     python benchmarks/speed/run.py --quick              # PVT-Tiny and few repetitions, under 2 minutes
     python benchmarks/speed/run.py --device cuda
 
@@ -20,11 +21,16 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
+# A CPU without AVX-512, on one that has it. Read when PyTorch is imported.
+AVX2 = {'ONEDNN_MAX_CPU_ISA': 'AVX2', 'ATEN_CPU_CAPABILITY': 'avx2', 'MKL_ENABLE_INSTRUCTIONS': 'AVX2'}
+if '--avx2' in sys.argv:
+    os.environ.update(AVX2)
 
-import contenders
-from pvt_timm.files import save_atomically
-from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, Skipped
+import torch  # noqa: E402
+
+import contenders  # noqa: E402
+from pvt_timm.files import save_atomically  # noqa: E402
+from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, Skipped  # noqa: E402
 
 GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included
 PAUSE = 0.05  # s before a contender runs: threads of other libraries spin for a while after theirs
@@ -50,8 +56,9 @@ def machine(device: str) -> dict:
             pass
     return dict(
         cpu=cpu, cpus=os.cpu_count(), threads=torch.get_num_threads(), load=os.getloadavg()[0],
-        capability=torch.backends.cpu.get_cpu_capability(), python=platform.python_version(),
-        system=platform.platform(terse=True), versions=versions,
+        capability=torch.backends.cpu.get_cpu_capability(),
+        emulated=all(os.environ.get(k) == v for k, v in AVX2.items()), bf16=contenders.has_bf16(),
+        python=platform.python_version(), system=platform.platform(terse=True), versions=versions,
         gpu=torch.cuda.get_device_name() if device == 'cuda' else None,
         when=time.strftime('%Y-%m-%d %H:%M'))
 
@@ -237,44 +244,41 @@ def suite(args):
     """Yield the section, a function that measures and its arguments."""
     quick, cuda = args.quick, args.device == 'cuda'
     names = CUDA if cuda else CPU
-    precisions = ('fp32', 'tf32', 'bf16', 'fp16') if cuda else ('fp32', 'bf16')
-    batch = 4 if quick else 64 if cuda else 16
-    small = 'tiny' if quick else 'small'
-    slow = ('compiled',) if quick else ()
+    precisions = ('fp32', 'tf32', 'bf16', 'fp16') if cuda else ('fp32', 'bf16') if contenders.has_bf16() else ('fp32',)
     precisions = precisions[:1] if quick else precisions
+    batch = 4 if quick else 64 if cuda else 16
+    main = 'tiny' if quick else 'small'
+    sizes = ((224, 224), (448, 448)) if quick else ((224, 224), (448, 448), (800, 1344))
+    train = (2 if quick else 64 if cuda else 8, 3, 224, 224)
     for precision in precisions:
         yield 'peak', peak, precision, args.device, args.clock
-        for variant in (small,) if quick else (args.variants or 'small,tiny,medium,large').split(','):
-            keep = [n for n in names if n not in slow and (variant == small or n not in (
-                'compiled', 'resnet50', 'cuda_graph') and not n.startswith('sdpa'))]
-            yield 'throughput', inference, variant, (batch, 3, 224, 224), precision, keep, args
-        keep = [n for n in names if n not in slow]
-        yield 'latency', inference, small, (1, 3, 224, 224), precision, keep, args
-        keep = [n for n in keep if n != 'compiled']
-        for size in ((448, 448),) if quick else ((448, 448), (640, 640), (800, 1344), (1344, 1344)):
-            yield 'latency', inference, small, (1, 3, *size), precision, keep, args
-        yield 'training', training, small, (2 if quick else 8, 3, 224, 224), precision, TRAIN, args
+        yield 'throughput', inference, main, (batch, 3, 224, 224), precision, names, args
+        for variant in () if quick else (args.variants or 'tiny,medium,large').split(','):
+            yield 'throughput', inference, variant, (batch, 3, 224, 224), precision, [
+                n for n in names if n in ('transformers', 'eager', 'fused', 'openvino', 'cuda_graph')], args
+        for size in sizes:
+            yield 'latency', inference, main, (1, 3, *size), precision, names, args
+        yield 'training', training, main, train, precision, TRAIN, args
     if not cuda and not os.access('/proc/self/clear_refs', os.W_OK):
         return
-    keep = ['eager', 'fused', 'original'] if quick else [
-        n for n in names if n not in ('compiled', *slow) and not n.startswith('sdpa')]
+    keep = [n for n in ('original', 'eager', 'fused', 'openvino') if n in names]
     for precision in precisions:
-        for shape in ((1, 448, 448),) if quick else (
-                (1, 224, 224), (16, 224, 224), (64, 224, 224), (1, 448, 448), (1, 800, 1344), (1, 1344, 1344)):
-            yield 'memory', peak_memory, small, (shape[0], 3, *shape[1:]), precision, keep, args
-        yield 'training_memory', peak_memory, small, (2 if quick else 8, 3, 224, 224), precision, TRAIN, args, True
+        for shape in ((1, 3, 448, 448),) if quick else ((16, 3, 224, 224), (1, 3, 800, 1344)):
+            yield 'memory', peak_memory, main, shape, precision, keep, args
+        yield 'training_memory', peak_memory, main, train, precision, TRAIN, args, True
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true', help='PVT-Tiny, few repetitions')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
+    parser.add_argument('--avx2', action='store_true', help='emulate a CPU without AVX-512 and bfloat16')
     parser.add_argument('--threads', type=int, help='threads of each contender (default: all cores)')
     parser.add_argument('--clock', default='wall', choices=list(CLOCKS), help=(
         'cpu: processor time of all threads, which other programs disturb less; only with --threads 1'))
-    parser.add_argument('--rounds', type=int, help='times that each contender is timed (default 7, 3 with --quick)')
+    parser.add_argument('--rounds', type=int, help='times that each contender is timed (default 5, 3 with --quick)')
     parser.add_argument('--pvt-checkout', help='checkout of whai362/PVT (default: $PVT_CHECKOUT)')
-    parser.add_argument('--variants', help='comma-separated (default: all, the small one first)')
+    parser.add_argument('--variants', help='comma-separated, beside the small one (default: tiny,medium,large)')
     parser.add_argument('--only', help='sections, comma-separated: ' + ','.join(SECTIONS))
     parser.add_argument('--output', type=Path, help='folder (default: results/ here, or a temporary one with --quick)')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
@@ -291,7 +295,7 @@ def main(argv=None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
         os.environ['OMP_NUM_THREADS'] = str(args.threads)
-    args.rounds = args.rounds or (3 if args.quick else 7)
+    args.rounds = args.rounds or (3 if args.quick else 5)
     output = args.output or (Path(tempfile.mkdtemp(prefix='pvt-benchmark-')) if args.quick else HERE / 'results')
     output.mkdir(parents=True, exist_ok=True)
 
@@ -300,7 +304,8 @@ def main(argv=None) -> int:
         parser.error(f'Expected --only to name some of {", ".join(SECTIONS)}, got {args.only!r}.')
     results = dict(machine=machine(args.device), clock=args.clock, gmacs=GMACS, peak=[])
     results.update((section, []) for section in SECTIONS)
-    path = output / f'{args.device}.json'
+    name = args.device if args.device == 'cuda' else f'cpu_{results["machine"]["capability"].lower()}'
+    path = output / f'{name}.json'
     if args.only and path.is_file():
         before = json.loads(path.read_text())
         results.update((section, before.get(section, [])) for section in SECTIONS if section not in only)
@@ -317,7 +322,7 @@ def main(argv=None) -> int:
         print(section, result.get('variant', ''), result.get('shape', ''), result['precision'], line, flush=True)
         save_atomically(path, lambda f: f.write(json.dumps(results, indent=1).encode()))
     import report
-    report.report(results, output, args.device)
+    report.report(results, output, name)
     print(f'Written to {output}')
     return 0
 
