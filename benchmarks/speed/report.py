@@ -55,7 +55,8 @@ def ratios(results) -> list:
     inference = (('fused', 'eager'), ('fused', 'openvino'), ('fused', 'original'), ('eager', 'transformers'))
     training = (('eager', 'original'), ('eager', 'transformers'), ('checkpointed', 'eager'))
     wanted = [('throughput', variant, (16, 3, 224, 224), inference) for variant in results['gmacs']]
-    wanted += [('latency', 'small', (1, 3, *size), inference) for size in ((224, 224), (448, 448), (800, 1344))]
+    wanted += [('latency', variant, (1, 3, *size), inference)
+               for size in ((224, 224), (448, 448), (800, 1344)) for variant in results['gmacs']]
     wanted += [(section, 'small', (8, 3, 224, 224), training) for section in ('training', 'training_memory')]
     wanted += [('memory', 'small', (1, 3, 800, 1344), (('fused', 'eager'), ('fused', 'original')))]
     for precision in ('fp32', 'bf16'):
@@ -185,7 +186,7 @@ def plots(results, output, device) -> None:
         axis.xaxis.set_major_locator(FixedLocator([x for x, _ in shapes]))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticklabels([label for _, label in shapes], fontsize=8)
-    panels('latency', latency, 'latency')
+    panels('latency', lambda axis, rows: latency(axis, [r for r in rows if r['variant'] == 'small']), 'latency')
     panels('training', lambda axis, rows: _bars(axis, [
         (f'{r["variant"]}, {_size(r["shape"])}', {n: c['median'] for n, c in r['contenders'].items() if 'median' in c})
         for r in rows], 'ms, forward and backward'), 'training')
