@@ -74,17 +74,3 @@ def test_shards(scripts, small, tmp_path):
     rows = list(runs.read_summary(tmp_path / 'wds').values())
     assert len(rows) == 10 and rows[-1]['train_loss'] < rows[0]['train_loss'] - 0.3
     assert rows[-1]['eval_top1'] >= 50
-
-
-def test_damaged_image_in_mid_epoch(scripts, small, tmp_path):
-    """timm goes on with the next image and says so."""
-    import shutil
-    runs = scripts['training_runs']
-    data = tmp_path / 'data'
-    shutil.copytree(small, data)
-    file = sorted((data / 'train' / '5').iterdir())[3]
-    file.write_text('not an image')
-    args = ['--config', 'digits', '--data-dir', data, '--output', tmp_path, '--experiment', 'x', '--epochs', '1']
-    log = runs.run(args)
-    assert 'Skipped sample' in log and file.name in log
-    assert len(runs.read_summary(tmp_path / 'x')) == 1

@@ -97,14 +97,6 @@ def test_backbone_equals_features_only():
         model(pixels(), output_attentions=True)
 
 
-def test_backbone_with_some_of_the_stages():
-    config = transformers.TimmBackboneConfig(backbone='test_pvt', out_indices=[1, 3])
-    model = transformers.AutoBackbone.from_config(config).eval()
-    with torch.no_grad():
-        out = model(pixels())
-    assert model.channels == [32, 64] and [x.shape[1] for x in out.feature_maps] == [32, 64]
-
-
 def test_trainer_step(folder, tmp_path):
     pytest.importorskip('accelerate', reason="transformers' Trainer needs accelerate")
     path, _ = folder
