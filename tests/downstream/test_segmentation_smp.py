@@ -7,7 +7,6 @@ import pvt_timm  # noqa: F401
 smp = pytest.importorskip('segmentation_models_pytorch', reason='needs segmentation-models-pytorch')
 
 DECODERS = ('FPN', 'Unet', 'UPerNet', 'Segformer', 'DPT')
-SIZES = ((64, 64), (224, 224), (320, 256))
 
 
 def build(decoder, encoder='tu-pvt_tiny', **kwargs):
