@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,6 @@ from pvt_timm.pvt import VARIANTS
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / 'pvt_timm' / 'data' / 'digits'
 DIGIT = next(DIGITS.glob('3_*.png'))
-TEST_PVT = ['--model', 'test_pvt']
 
 
 @pytest.fixture
@@ -60,8 +60,14 @@ def files(tmp_path_factory):
               root / 'transformers' / 'model.safetensors')
     (root / 'transformers' / 'config.json').write_text(json.dumps(
         {'model_type': 'pvt', 'id2label': {str(i): f'number {i}' for i in range(10)}}))
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f'touch {root / "pwned"}',)
+    torch.save({'model': Evil()}, root / 'evil.pth')
     (root / 'truncated.pth').write_bytes((root / 'original.pth').read_bytes()[:5000])
-    for name, text in dict(badjson='{', resnet='{"architecture": "resnet18"}', odd=(
+    (root / 'truncated.safetensors').write_bytes((root / 'native.safetensors').read_bytes()[:50000])
+    for name, text in dict(badjson='{', list='[]', resnet='{"architecture": "resnet18"}', odd=(
             '{"architecture": "test_pvt", "pretrained_cfg": 5}')).items():
         (root / name).mkdir()
         (root / name / 'config.json').write_text(text)
@@ -71,6 +77,7 @@ def files(tmp_path_factory):
     (root / 'empty').mkdir()
 
     (root / 'text.png').write_text('no image')
+    (root / 'empty.png').write_bytes(b'')
     (root / 'cut.png').write_bytes(DIGIT.read_bytes()[:200])
     Image.new('RGB', (20000, 2)).save(root / 'thin.png')
     photo = np.random.RandomState(0).randint(0, 255, (90, 150, 3), dtype=np.uint8)
@@ -120,6 +127,13 @@ def test_list(cli):
     assert rows['pvt_huge_v2.None']['url'] is None
 
 
+def test_predict(cli):
+    code, out, err = cli('predict', DIGIT, '--model', 'test_pvt', '--topk', 3)
+    assert (code, err) == (0, '')
+    lines = out.splitlines()
+    assert len(lines) == 4 and lines[0] == str(DIGIT) and lines[1].split()[1] == '3'
+
+
 @pytest.mark.parametrize('name', [
     'native.safetensors', 'original.pth', 'folder', 'transformers', 'transformers/model.safetensors'])
 def test_predict_with_any_checkpoint(cli, files, name):
@@ -132,20 +146,20 @@ def test_predict_with_any_checkpoint(cli, files, name):
     assert predictions[0]['label'] == f'{word}3'
 
 
+@pytest.mark.parametrize('argv, size', [(['--img-size', '64'], [64, 64]), (['--img-size', '64', '96'], [64, 96])])
+def test_img_size_may_stand_before_the_image(cli, argv, size):
+    code, out, err = cli('predict', '--model', 'test_pvt', '--json', *argv, DIGIT)
+    assert (code, err) == (0, '') and json.loads(out)['img_size'] == size
+
+
 def test_predict_equals_timm_by_hand(cli):
     model = timm.create_model('test_pvt', pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     with torch.inference_mode():
         probabilities = model(transform(Image.open(DIGIT).convert('RGB'))[None]).softmax(-1)[0]
-    for item in json.loads(cli('predict', DIGIT, *TEST_PVT, '--json', '--topk', 10)[1])['images'][0]['predictions']:
+    code, out, _ = cli('predict', DIGIT, '--model', 'test_pvt', '--json', '--topk', 10)
+    for item in json.loads(out)['images'][0]['predictions']:
         assert item['probability'] == pytest.approx(probabilities[item['index']].item(), abs=2e-6)
-    code, out, err = cli('predict', DIGIT, *TEST_PVT, '--topk', 3)
-    lines = out.splitlines()
-    assert (code, err, len(lines), lines[0], lines[1].split()[1]) == (0, '', 4, str(DIGIT), '3')
-    # the size may stand before the image
-    for argv, size in ((['--img-size', '64'], [64, 64]), (['--img-size', '64', '96'], [64, 96])):
-        code, out, err = cli('predict', *TEST_PVT, '--json', *argv, DIGIT)
-        assert (code, err) == (0, '') and json.loads(out)['img_size'] == size
 
 
 def test_imagenet_labels_and_input_channels(cli, files, tmp_path):
@@ -204,57 +218,75 @@ def test_features_are_those_of_features_only(cli, tmp_path):
             torch.testing.assert_close(mine, timms[0], rtol=0, atol=1e-6)
 
 
-def test_features_keep_the_aspect(cli, files, monkeypatch, tmp_path):
-    argv = ['features', files / 'photo.jpg', *TEST_PVT, '--output', tmp_path / 'a.png']
-    code, out, err = cli(*argv)
+def test_features_keep_the_aspect(cli, files, tmp_path):
+    code, out, err = cli('features', files / 'photo.jpg', '--model', 'test_pvt', '--output', tmp_path / 'a.png')
     assert code == 0 and '16x8x16' in out  # 90x150 becomes 32x64
-    for name in [m for m in sys.modules if m.split('.')[0] == 'matplotlib'] + ['matplotlib']:
-        monkeypatch.setitem(sys.modules, name, None)
-    code, out, err = cli(*argv)
-    assert code == 2 and err.count('\n') == 1 and '`draw` extra' in err
 
 
 # user errors ----------------------------------------------------------------------------------------------------------
+
+TEST_PVT = ['--model', 'test_pvt']
+
 
 @pytest.mark.parametrize('argv, says', [
     (['predict', 'nope.png', *TEST_PVT], 'No such file or directory: nope.png'),
     (['predict', '{files}', *TEST_PVT], 'Is a directory'),
     (['predict', '{files}/text.png', *TEST_PVT], 'cannot identify image'),
+    (['predict', '{files}/empty.png', *TEST_PVT], 'cannot identify image'),
     (['predict', '{files}/cut.png', *TEST_PVT], 'cut.png: image file is truncated'),
     (['predict', '{files}/thin.png', '--img-size', '224', *TEST_PVT], 'pixels at most'),
     (['predict'], 'required: IMAGE'),
     (['predict', '{digit}', '--model', 'pvt_smal'], "Unknown model 'pvt_smal', expected one of pvt_tiny"),
+    (['predict', '{digit}', '--model', 'resnet18'], "Unknown model 'resnet18'"),
     (['predict', '{digit}', '--model', 'pvt_small.foo'], 'Invalid pretrained tag (foo)'),
     (['predict', '{digit}', '--model', 'pvt_huge_v2'], 'No pretrained weights exist for pvt_huge_v2'),
+    (['features', '{digit}', '--model', 'pvt_huge_v2', '--output', '{out}/a.png'], 'No pretrained weights'),
     (['predict', '{digit}', '--model', 'pvt_small.retinanet_coco'], 'without a classifier'),
     (['predict', '{digit}', *TEST_PVT, '--topk', '0'], 'a number from 1 up'),
     (['predict', '{digit}', *TEST_PVT, '--img-size', '31'], 'at least 32'),
     (['predict', '{digit}', *TEST_PVT, '--img-size', 'big'], 'N or H W'),
     (['predict', '{digit}', *TEST_PVT, '--img-size', '100000'], 'pixels at most'),
+    (['predict', '{digit}', *TEST_PVT, '--nonsense'], 'unrecognized arguments: --nonsense'),
+    (['predict', '{digit}', '--checkpoint', 'nope.pth'], 'nope.pth'),
     (['predict', '{digit}', '--checkpoint', '{digit}'], 'Expected a checkpoint'),
     (['predict', '{digit}', '--checkpoint', '{files}/empty'], 'found none'),
     (['predict', '{digit}', '--checkpoint', '{files}/noweights'], 'noweights'),
     (['predict', '{digit}', '--checkpoint', '{files}/badjson'], 'Cannot read'),
+    (['predict', '{digit}', '--checkpoint', '{files}/list'], 'Expected a JSON object'),
     (['predict', '{digit}', '--checkpoint', '{files}/odd'], "a JSON object as 'pretrained_cfg'"),
     (['predict', '{digit}', '--checkpoint', '{files}/resnet'], 'a checkpoint of resnet18'),
+    (['predict', '{digit}', '--checkpoint', '{files}/evil.pth'], 'posix.system'),
     (['predict', '{digit}', '--checkpoint', '{files}/truncated.pth'], 'truncated.pth is damaged'),
+    (['predict', '{digit}', '--checkpoint', '{files}/truncated.safetensors'], 'damaged'),
     (['predict', '{digit}', '--checkpoint', '{files}/dense.pth'], 'without a classifier'),
     (['predict', '{digit}', '--checkpoint', '{files}/headless.pth'], 'without a classifier'),
     (['predict', '{digit}', '--checkpoint', '{files}/nan.safetensors'], 'not finite'),
     (['features', '{digit}', '--checkpoint', '{files}/nan.safetensors', '--output', '{out}/a.png'], 'not finite'),
     (['predict', '{digit}', '--checkpoint', '{files}/gap.safetensors'], 'stages.0.blocks.0.attn.q.weight'),
     (['predict', '{digit}', '--checkpoint', '{files}/original.pth', '--model', 'pvt_tiny'], 'holds test_pvt'),
+    (['predict', '{digit}', '--checkpoint', '{files}/folder', '--model', 'pvt_tiny'], 'holds test_pvt'),
+    (['features', '{digit}', *TEST_PVT], 'required: --output'),
     (['features', '{digit}', *TEST_PVT, '--output', '{out}/a.xyz'], "'xyz' is not supported"),
+    (['features', '{digit}', *TEST_PVT, '--output', '{out}/none/a.png'], 'No such file or directory'),
     (['features', '{digit}', *TEST_PVT, '--output', '{out}/a.png', '--save', '{out}/none/a'], 'No such file or'),
     (['demo', '--output', '{digit}'], 'File exists'),
+    (['nonsense'], "invalid choice: 'nonsense'"),
     (['run'], 'required: SCRIPT'),
     (['run', 'nope.py'], 'No such script: nope.py'),
+    (['run', '{files}'], 'No such script'),
 ])
 def test_user_errors(cli, files, tmp_path, argv, says):
     code, out, err = cli(*[a.format(files=files, digit=DIGIT, out=tmp_path) for a in argv])
     assert (code, out) == (2, '')
     assert err.count('\n') == 1 and err.startswith('pvt-timm') and says in err, err
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and not (files / 'pwned').exists()
+
+
+def test_hub_unreachable(cli, monkeypatch, no_waits):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    code, out, err = cli('predict', DIGIT, '--model', 'pvt_tiny')
+    assert (code, out) == (2, '')
+    assert err.count('\n') == 1 and 'Cannot load pvt_tiny.in1k' in err and '--checkpoint' in err
 
 
 def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path):
@@ -267,11 +299,13 @@ def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path):
                  commit=timm.models.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')[2])
     photo = files / 'photo.jpg'
     argv = ['predict', photo, '--model', 'pvt_tiny', '--img-size', 64, '--json']
-    hub.fail(500)
+
+    hub.fail('truncate', 'model.safetensors')
+    hub.fail(500, 'pytorch_model.bin')
     code, out, err = cli(*argv)
-    assert (code, out) == (2, '')
-    assert err.count('\n') == 1 and 'Cannot load pvt_tiny.in1k' in err and '--checkpoint' in err, err
+    assert (code, out) == (2, '') and 'Cannot load pvt_tiny.in1k' in err.splitlines()[-1], err
     hub.heal()
+
     code, out, err = cli(*argv)
     assert code == 0, err
     from_file = cli('predict', photo, '--checkpoint', tmp_path / 'native.safetensors', '--img-size', 64, '--json')[1]
@@ -310,29 +344,59 @@ def test_errors_are_one_line_and_mistakes_of_ours_a_traceback(capfd, error, code
     assert capfd.readouterr().err == (f'prog: error: {line}\n' if line else '')
 
 
+def test_no_matplotlib(cli, monkeypatch, tmp_path):
+    for name in [m for m in sys.modules if m.split('.')[0] == 'matplotlib'] + ['matplotlib']:
+        monkeypatch.setitem(sys.modules, name, None)
+    code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png')
+    assert code == 2 and err.count('\n') == 1 and '`draw` extra' in err
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_save_to_a_device_is_an_error_not_a_file(cli, tmp_path):
+    code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png', '--save', '/dev/full')
+    assert code == 2 and err == 'pvt-timm: error: No space left on device\n' and '/dev/full' not in out
+    assert stat.S_ISCHR(os.stat('/dev/full').st_mode)
+
+
+def test_a_failed_write_leaves_nothing(cli, monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    def fail(self, f, **kwargs):
+        f.write(b'half a picture')
+        raise OSError(28, 'No space left on device')
+    (tmp_path / 'a.png').write_bytes(b'old')
+    monkeypatch.setattr(Figure, 'savefig', fail)
+    code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png')
+    assert code == 2 and 'No space left' in err
+    assert [p.name for p in tmp_path.iterdir()] == ['a.png'] and (tmp_path / 'a.png').read_bytes() == b'old'
+
+
 # run ------------------------------------------------------------------------------------------------------------------
 
 SCRIPT = '''
-import json, multiprocessing, os, sys
+import json, os, sys
 import neighbour
 import timm
 
 class Thing:
     pass
 
-def double(x):
-    return 2 * x
-
 if __name__ == '__main__':
     import pickle
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        doubled = pool.map(double, [1, 2])
     print(json.dumps(dict(
         argv=sys.argv, path=sys.path[0], file=__file__, registered=timm.is_model('pvt_small'), cwd=os.getcwd(),
-        pickles=type(pickle.loads(pickle.dumps(Thing()))).__name__, main=sys.modules['__main__'].Thing is Thing,
-        doubled=doubled)))
-    sys.exit(3) if sys.argv[-1] == '3' else KeyError[0]
+        pickles=type(pickle.loads(pickle.dumps(Thing()))).__name__, main=sys.modules['__main__'].Thing is Thing)))
+    sys.exit(int(sys.argv[-1]) if sys.argv[-1].isdigit() else 0)
 '''
+
+
+@pytest.fixture
+def script(tmp_path):
+    folder = tmp_path / 'scripts'
+    folder.mkdir()
+    (folder / 'neighbour.py').write_text('')
+    (folder / 'script.py').write_text(SCRIPT)
+    return folder / 'script.py'
 
 
 def python(*args, env, cwd, timeout=300):
@@ -342,20 +406,37 @@ def python(*args, env, cwd, timeout=300):
         stdin=subprocess.DEVNULL)
 
 
-def test_run_is_like_python(tmp_path, client_env):
-    (tmp_path / 'scripts').mkdir()
-    (tmp_path / 'scripts' / 'neighbour.py').touch()
-    (tmp_path / 'scripts' / 'script.py').write_text(SCRIPT)
+def test_run_is_like_python(script, tmp_path, client_env):
     args = ['scripts/script.py', '--help', '--', 'run', '-x', '3']
     plain = python(*args, env=client_env, cwd=tmp_path)
     ours = python('-m', 'pvt_timm', 'run', *args, env=client_env, cwd=tmp_path)
     assert (plain.returncode, ours.returncode) == (3, 3), ours.stderr
     expected, got = json.loads(plain.stdout), json.loads(ours.stdout)
-    assert not expected.pop('registered') and got.pop('registered') and got['doubled'] == [2, 4]
-    assert os.path.samefile(got['argv'].pop(0), tmp_path / expected['argv'].pop(0))
+    assert not expected.pop('registered') and got.pop('registered')
+    assert os.path.samefile(got['argv'].pop(0), script) and expected['argv'].pop(0) == 'scripts/script.py'
     assert got == expected
-    done = python('-m', 'pvt_timm', 'run', args[0], env=client_env, cwd=tmp_path)  # its own traceback
-    assert done.returncode == 1 and 'script.py", line 21, in <module>' in done.stderr
+
+
+def test_run_with_spawned_processes(tmp_path, client_env):
+    (tmp_path / 'script.py').write_text('''
+import multiprocessing
+
+def double(x):
+    return 2 * x
+
+if __name__ == '__main__':
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        print(pool.map(double, [1, 2]))
+''')
+    done = python('-m', 'pvt_timm', 'run', 'script.py', env=client_env, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, '[2, 4]\n'), done.stderr
+
+
+def test_run_shows_the_scripts_own_traceback(tmp_path, client_env):
+    (tmp_path / 'bad.py').write_text('\n\nraise KeyError("mine")\n')
+    done = python('-m', 'pvt_timm', 'run', 'bad.py', env=client_env, cwd=tmp_path)
+    assert done.returncode == 1
+    assert 'bad.py", line 3, in <module>' in done.stderr and done.stderr.endswith("KeyError: 'mine'\n")
 
 
 def test_run_under_torchrun(tmp_path, client_env):
@@ -380,8 +461,24 @@ dist.destroy_process_group()
     assert [(tmp_path / f'rank{i}').read_text() for i in range(2)] == ['hello 2', 'hello 2']
 
 
+def test_process(tmp_path, client_env):
+    """The real process: exit code, one line on stderr and nothing else, also before any option is read."""
+    done = python('-m', 'pvt_timm', 'predict', 'nope.png', env=client_env, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == 'pvt-timm: error: No such file or directory: nope.png\n'
+
+
+def test_file_name_that_the_terminal_cannot_show(tmp_path, client_env):
+    name = tmp_path / 'drei \udcff\u4e09.png'
+    name.write_bytes(DIGIT.read_bytes())
+    env = {**client_env, 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0', 'LC_ALL': 'C'}
+    done = python('-m', 'pvt_timm', 'predict', name.name, '--model', 'test_pvt', '--topk', 1, env=env, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith('drei ')
+
+
 def test_closed_pipe(tmp_path, client_env):
+    env = {**os.environ, **client_env}
     done = subprocess.run(
-        f'"{sys.executable}" -m pvt_timm list --json | head -1', shell=True, cwd=tmp_path, env=client_env,
-        capture_output=True, text=True, timeout=300)
+        f'"{sys.executable}" -m pvt_timm list --json | head -1', shell=True, cwd=tmp_path, env=env, capture_output=True,
+        text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, '[\n', '')
