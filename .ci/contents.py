@@ -1,32 +1,25 @@
-""" Lists what a wheel and a source distribution hold, and fails if the wheel holds anything but the package. """
-import re
+""" Lists what a wheel holds. Fails unless that is the packages, whole and alone; a source distribution holds more. """
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
-WHEEL = (  # everything in the wheel, and how many files
-    (r'(pvt_timm|weights_conversion)/([a-z_]+/)?\w+\.py', None),
-    (r'(pvt_timm|weights_conversion)/py\.typed', 2),
-    (r'pvt_timm/data/digits/\d_\d{4}\.png', 40),
-    (r'pvt_timm/recipes/\w+\.yaml', 6),
-    (r'pvt_timm/weights/test_pvt_digits\.safetensors', 1),
-    (r'pvt_timm-[^/]+\.dist-info/(licenses/LICENSE|METADATA|RECORD|WHEEL|entry_points\.txt|top_level\.txt)', 6),
-)
-SDIST = ('CHANGELOG.md', 'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'README.md', 'SECURITY.md', 'hubconf.py',
-         'pyproject.toml', '.ci/run', '.github/workflows/ci.yml', 'benchmarks/README.md', 'tests/conftest.py')
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [file for name in ('pvt_timm', 'weights_conversion') for file in (ROOT / name).rglob('*') if file.is_file()]
+PACKAGES = [file.relative_to(ROOT).as_posix() for file in FILES if file.suffix not in ('.md', '.pyc')]
+BESIDES = ['CHANGELOG.md', 'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'README.md', 'SECURITY.md', 'hubconf.py',
+           'pyproject.toml', '.ci/run', '.github/workflows/ci.yml', 'benchmarks/README.md', 'tests/conftest.py']
 
 for path in map(Path, sys.argv[1:]):
     if path.suffix == '.whl':
-        names = zipfile.ZipFile(path).namelist()
-        for pattern, count in WHEEL:
-            found = [name for name in names if re.fullmatch(pattern, name)]
-            assert found and count in (None, len(found)), f'Expected {count} of {pattern}, got {found}.'
-        strange = [name for name in names if not any(re.fullmatch(pattern, name) for pattern, _ in WHEEL)]
-        assert not strange, f'Expected nothing else in the wheel, got {strange}.'
-        print('\n'.join(name for name in names if not name.endswith('.png')))
+        names = [name for name in zipfile.ZipFile(path).namelist() if '.dist-info/' not in name]
+        differ = set(names) ^ set(PACKAGES)
+        assert not differ, f'Expected in {path.name} what the packages hold, got a difference in {differ}.'
+        pictures = [name for name in names if name.endswith('.png')]
+        assert len(pictures) == 40 and all(name.startswith('pvt_timm/data/digits/') for name in pictures), pictures
+        print('\n'.join(name for name in names if name not in pictures))
     else:
         names = [name.partition('/')[2] for name in tarfile.open(path).getnames()]
-        missing = [name for name in SDIST if name not in names]
+        missing = [name for name in PACKAGES + BESIDES if name not in names]
         assert not missing, f'Expected {missing} in {path.name}.'
     print(f'{path.name}: {len(names)} files, {path.stat().st_size:,} bytes')

@@ -43,4 +43,4 @@ def _fuse_stage(self: PyramidVisionTransformerStage) -> nn.Module:
 
 
 # timm's `reparameterize_model` and the `--reparam` of its scripts call `fuse` of the modules inside a model
-PyramidVisionTransformerStage.fuse = _fuse_stage
+PyramidVisionTransformerStage.fuse = _fuse_stage  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.models import generate_default_cfgs, register_model
 
@@ -37,26 +37,25 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def test_pvt(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+def test_pvt(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
     model_args = dict(img_size=32, sr_ratios=(4, 2, 1, 1), mlp_ratios=(4., 4., 4., 4.))
     return _create_pvt('test_pvt', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
-test_pvt.__test__ = False  # pytest takes it for a test where it is imported
+test_pvt.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a test where it is imported
 
 
-def upscale(image):
+def upscale(image: Any) -> Any:
     """Enlarge grey levels 0..16 (H, W) four times to 0..255 (4 * H, 4 * W).
 
     Bilinear with pixel centres at halves, in integers, so that the result does not depend on any library.
     """
     import numpy as np
 
-    def lines(x, axis):
+    def lines(x: Any, axis: int) -> Any:
         before, after = np.roll(x, 1, axis), np.roll(x, -1, axis)
-        first, last = [slice(None)] * 2, [slice(None)] * 2
-        first[axis], last[axis] = 0, -1
-        before[tuple(first)], after[tuple(last)] = x[tuple(first)], x[tuple(last)]
+        first, last = ((0,), (-1,)) if axis == 0 else ((slice(None), 0), (slice(None), -1))
+        before[first], after[last] = x[first], x[last]
         phases = [5 * x + 3 * before, 7 * x + before, 7 * x + after, 5 * x + 3 * after]
         shape = list(x.shape)
         shape[axis] *= 4
@@ -70,7 +69,7 @@ def split_indices(labels: Sequence[int]) -> Dict[str, List[int]]:
     """Indices of the images in each split, drawn per label with a fixed seed."""
     import numpy as np
     rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
-    splits = {'train': [], 'validation': []}
+    splits: Dict[str, List[int]] = {'train': [], 'validation': []}
     for label in sorted(set(int(i) for i in labels)):
         indices = rng.permutation([i for i, other in enumerate(labels) if other == label]).tolist()
         splits['validation'] += sorted(indices[:HELD_OUT_PER_LABEL])

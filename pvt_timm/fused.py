@@ -123,7 +123,7 @@ def _pack_conv(conv: nn.Conv2d) -> Linear:
     return _pack_linear(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
-def _pack_block(blk: Block) -> _PackedBlock:
+def _pack_block(blk: Any) -> _PackedBlock:
     attn, mlp = blk.attn, blk.mlp
     return _PackedBlock(
         q=_pack_linear(attn.q.weight, attn.q.bias),
@@ -143,7 +143,7 @@ def _patches(x: torch.Tensor, size: int) -> torch.Tensor:
     return x.transpose(2, 3).reshape(B, h * w, size * size * C)
 
 
-def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
@@ -153,7 +153,7 @@ def _slices(x: torch.Tensor) -> Iterator[torch.Tensor]:
     return iter(tokens.chunk(math.ceil(tokens.shape[1] / SLICE_TOKENS), dim=1))
 
 
-def _block(blk: Block, packed: _PackedBlock, x: torch.Tensor, size: Tuple[int, int]) -> None:
+def _block(blk: Any, packed: _PackedBlock, x: torch.Tensor, size: Tuple[int, int]) -> None:
     """`Block.forward` on tokens x (B, N, C), written into them."""
     B, N, C = x.shape
     attn = blk.attn
@@ -219,7 +219,7 @@ class FusedStage(PyramidVisionTransformerStage):
             return _State('oneDNN is disabled')
         dtype = self.pos_embed.dtype
         key, requires_grad = [], False
-        parameters = [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
+        parameters: List[Any] = [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
         modules = list(self._modules.values())
         while modules:
             m = modules.pop()
@@ -269,7 +269,7 @@ class FusedStage(PyramidVisionTransformerStage):
 
     def _get_packed(self, key: tuple) -> _Packed:
         """Packed weights of the parameters that `key` stands for."""
-        packed = self._packed
+        packed: Any = self._packed
         if packed is None or packed.key != key:
             with _lock:
                 packed = self._packed

@@ -30,7 +30,7 @@ from timm.models._registry import generate_default_cfgs, register_model
 try:  # timm >= 1.0.29 keeps construction arguments in step with `set_input_size`, for `save_for_hf`
     from timm.models._input import update_model_input_size
 except ImportError:
-    update_model_input_size = None
+    update_model_input_size = None  # type: ignore[assignment]
 
 from .checkpoints import check_keys, fit_to_model, stage_grids
 from .sliced_mlp import SlicedMlp
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             # a channels_last view, no copy; by way of NHWC its strides say so at batch size 1 too
             x = x.reshape(B, size[0], size[1], C).permute(0, 3, 1, 2)
             x = self.sr(x).flatten(2).transpose(1, 2)
-            x = self.norm(x)
+            x = self.norm(x)  # type: ignore[misc]
         kv = self.kv(x).reshape(B, x.shape[1], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)
 
@@ -340,7 +340,7 @@ class PyramidVisionTransformer(nn.Module):
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
         elif needs_reset and hasattr(m, 'reset_parameters'):
-            m.reset_parameters()
+            m.reset_parameters()  # type: ignore[operator]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -359,7 +359,7 @@ class PyramidVisionTransformer(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -380,7 +380,7 @@ class PyramidVisionTransformer(nn.Module):
         assert patch_size is None or to_2tuple(patch_size) == to_2tuple(self.reductions[0]), 'not resized'
         if img_size is not None:
             for stage, grid_size in zip(self.stages, self._grid_sizes(img_size)):
-                stage.set_grid_size(grid_size)
+                stage.set_grid_size(grid_size)  # type: ignore[operator]
             if update_model_input_size is not None:
                 update_model_input_size(self, to_2tuple(img_size))
 
@@ -418,7 +418,7 @@ class PyramidVisionTransformer(nn.Module):
                 x = self.norm(x)
                 feat = x if norm else feat
                 if not self.output_nchw:
-                    patch_size = stage.patch_embed.patch_size
+                    patch_size: int = stage.patch_embed.patch_size  # type: ignore[union-attr, assignment]
                     feat = feat[:, self.num_prefix_tokens:].transpose(1, 2)
                     feat = feat.reshape(B, feat.shape[1], H // patch_size, W // patch_size)
             if i in take_indices:
@@ -436,7 +436,7 @@ class PyramidVisionTransformer(nn.Module):
         self.stages = self.stages[:max_index + 1]
         if prune_end:  # what is left ends in a feature map without class token
             self.class_token, self.num_prefix_tokens = False, 0
-            self.output_fmt, self.output_nchw = 'NCHW', True
+            self.output_fmt, self.output_nchw = 'NCHW', True  # type: ignore[misc]
             self.depths = self.depths[:max_index + 1]
             self.embed_dims = self.embed_dims[:max_index + 1]
             self.reductions = self.reductions[:max_index + 1]
@@ -479,7 +479,7 @@ def resize_pos_embeds(
 
 
 def checkpoint_filter_fn(
-        state_dict: Mapping[str, Any], model: nn.Module, prefix: Optional[str] = None) -> Dict[str, torch.Tensor]:
+        state_dict: Mapping[str, Any], model: Any, prefix: Optional[str] = None) -> Dict[str, torch.Tensor]:
     """ Map a PVT v1 checkpoint of any known format to `model`.
 
     Its classes and channels, not those of the tag, go into the `pretrained_cfg` that timm compares with the model, so

@@ -6,7 +6,7 @@ import io
 import os
 import pickle
 import sys
-from typing import Callable, NoReturn, Optional
+from typing import Callable, NoReturn, Optional, Tuple, Type
 
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 # What files, networks and arguments make the libraries raise. The hub's error derives from that of the HTTP client
 # in use, which changes with its version and is the base of the transport errors too.
-EXPECTED = (
+EXPECTED: Tuple[Type[BaseException], ...] = (
     UserError, ValueError, OSError, RuntimeError, AssertionError, MemoryError, ImportError,
     SafetensorError, pickle.UnpicklingError, http.client.HTTPException,
     *(kind for kind in HfHubHTTPError.__mro__ if kind not in (Exception, BaseException, object)),

@@ -112,6 +112,7 @@ def draw_pyramid(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
         raise UserError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
 
@@ -130,9 +131,8 @@ def draw_pyramid(
     panel = (12.8 if len(rows[0]) > 2 else 7.2) / len(rows[0])  # inches
     panel = min(panel, 6 * aspect)
     size = max(panel, 2.5) * len(rows[0]), (panel / aspect + .33) * len(rows) + .7
-    figure = Figure(figsize=size, dpi=150, layout='constrained')
+    figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=.08, h_pad=.06))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=.08, h_pad=.06)
     for key, axes in figure.subplot_mosaic('\n'.join(rows)).items():
         name, caption, pixels = panels[key]
         axes.imshow(pixels, interpolation='nearest', extent=(0, width, height, 0))

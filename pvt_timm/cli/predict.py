@@ -41,12 +41,12 @@ class Classifier:
         model: In evaluation mode.
         name: Model and tag, or model and name of the file or folder.
         data: timm's data config (input_size, mean, std, interpolation, crop_pct...).
-        labels: Name of every class, None for a backbone without a head.
+        labels: Name of every class, none for a backbone without a head.
     """
     model: PyramidVisionTransformer
     name: str
     data: Dict[str, Any]
-    labels: Optional[List[str]]
+    labels: List[str]
 
 
 def load_model(
@@ -101,18 +101,19 @@ def load_model(
     if names is None or len(names) != count:
         names = labels_in(network.pretrained_cfg)
     if count and (names is None or len(names) != count):
-        names = ImageNetInfo().label_descriptions() if count == 1000 else [f'class {i}' for i in range(count)]
-    return Classifier(network.eval(), name, data, names if count else None)
+        names = list(ImageNetInfo().label_descriptions()) if count == 1000 else [f'class {i}' for i in range(count)]
+    return Classifier(network.eval(), name, data, names if count and names else [])
 
 
 def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, torch.nn.Module, Dict[str, Any]]:
     if ':' not in name:
         cfg = get_pretrained_cfg(name)
+        assert cfg is not None, 'a name that is registered has one'
         if not kwargs and cfg.num_classes == 0:  # before it is downloaded
             raise UserError(f'{name} {_NO_HEAD}')
         name = f'{split_model_name_tag(name)[0]}.{cfg.tag}'
     try:
-        network = timm.create_model(name, pretrained=True, **kwargs)
+        network: Any = timm.create_model(name, pretrained=True, **kwargs)
     except KeyError as e:
         raise UserError(f'{name} is no repository of timm: its config.json has no {e}') from e
     except EXPECTED as e:
@@ -166,7 +167,7 @@ def _load_checkpoint(
     model_args = dict(
         num_classes=info.num_classes, class_token=info.class_token, in_chans=info.in_chans, img_size=info.img_size,
         global_pool=pool)
-    network = timm.create_model(variant, **{**model_args, **kwargs})
+    network: Any = timm.create_model(variant, **{**model_args, **kwargs})
     network.load_state_dict(checkpoint_filter_fn(checkpoint, network, prefix), strict=True)
 
     names = labels_in(said.get('label_names')) or labels_beside(file) or labels_in(config)

@@ -249,4 +249,4 @@ def _allow_cpu_processes() -> None:
             device_ids = None
         original(self, module, device_ids, *args, **kwargs)
 
-    ddp.__init__ = init
+    ddp.__init__ = init  # type: ignore[method-assign]

@@ -77,7 +77,7 @@ def test_anomalib(layers):
 
 
 def openmmlab_model(tmp_path, package):
-    """Built from the config that README.md shows for mmsegmentation, or that with its changes for mmdetection."""
+    """Built from recipes/README.md's config for mmsegmentation, or that with its changes for mmdetection."""
     pytest.importorskip('mmcv')
     pytest.importorskip('mmengine')
     from mmdet_reference import do_without_compiled_parts
@@ -86,7 +86,7 @@ def openmmlab_model(tmp_path, package):
     # its multimodal models, imported where their packages are there, fail with transformers 5
     importlib.import_module('mmpretrain.utils.dependency').WITH_MULTIMODAL = False
     root = Path(pytest.importorskip(package).__file__).parent / '.mim' / 'configs'
-    readme = (Path(__file__).resolve().parents[2] / 'README.md').read_text(encoding='utf-8')
+    readme = (Path(__file__).resolve().parents[2] / 'pvt_timm' / 'recipes' / 'README.md').read_text(encoding='utf-8')
     text = re.search(r"^```python\n(_base_ = .*?)^```", readme, re.MULTILINE | re.DOTALL)[1]
     if package == 'mmdet':
         text = re.search(r"^    backbone=.*\n^    neck=.*\]\)", text, re.MULTILINE)[0]
