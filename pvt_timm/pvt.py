@@ -418,7 +418,7 @@ class PyramidVisionTransformer(nn.Module):
                 x = self.norm(x)
                 feat = x if norm else feat
                 if not self.output_nchw:
-                    patch_size: int = stage.patch_embed.patch_size  # type: ignore[union-attr, assignment]
+                    patch_size: Any = stage.patch_embed.patch_size  # type: ignore[union-attr]
                     feat = feat[:, self.num_prefix_tokens:].transpose(1, 2)
                     feat = feat.reshape(B, feat.shape[1], H // patch_size, W // patch_size)
             if i in take_indices:
