@@ -4,7 +4,7 @@
 
 Heights and widths are drawn from 32 to 1024 pixels (evenly on a log scale), batches from 1 to 4, classification and
 dense features in turn, `test_pvt` with its digits weights and, for one request in 25, `pvt_tiny` with random ones;
-plain models and, where they have `fuse`, fused ones. Every 100th output is compared with that of a model made for it
+plain and fused models. Every 100th output is compared with that of a model made for it
 alone. Before that 8 threads share the models. Writes results/NAME.json and results/NAME.png. Exit code 1 if a check
 fails.
 
@@ -13,7 +13,6 @@ for the last 1,024 shapes of products. So the script starts itself with MALLOC_M
 ONEDNN_PRIMITIVE_CACHE_CAPACITY set, as a server should; --default-allocator does not.
 """
 import argparse
-import copy
 import ctypes
 import gc
 import json
@@ -30,7 +29,6 @@ import numpy as np
 import psutil
 import timm
 import torch
-from timm.utils import reparameterize_model
 
 import pvt_timm
 from pvt_timm.files import save_atomically
@@ -61,8 +59,7 @@ def make_models(tiny: bool = True) -> Dict[Key, torch.nn.Module]:
         dense.load_state_dict({k: weights[k] for k in dense.state_dict()})
         for mode, model in (('classify', whole), ('dense', dense)):
             models[name, mode, 'plain'] = model
-            if hasattr(pvt_timm.PyramidVisionTransformer, 'fuse'):
-                models[name, mode, 'fused'] = reparameterize_model(copy.deepcopy(model))
+            models[name, mode, 'fused'] = pvt_timm.fuse(model)
     return models
 
 
