@@ -117,7 +117,7 @@ def test_list(cli):
         assert text in out
     code, out, err = cli('list', '--json')
     rows = {f'{r["model"]}.{r["tag"]}': r for r in json.loads(out)}
-    assert {r['model'] for r in rows.values()} == set(VARIANTS)
+    assert {r['model'] for r in rows.values()} == set(VARIANTS) - {'test_pvt_owl'}  # another test's
     expected = dict(tiny=(13229288, 1.93, 75.1), small=(24485864, 3.82, 79.8), medium=(44208104, 6.66, 81.2),
                     large=(61369320, 9.81, 81.7))
     for variant, (params, gmacs, top1) in expected.items():
