@@ -1,5 +1,6 @@
 """ The commands `predict`, `features`, `demo` and `list`, and their models: with weights, labels and preprocessing. """
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -369,6 +370,9 @@ def run_demo(args: argparse.Namespace) -> None:
         rows.append((digit, ' '.join(names), ' '.join(f'{probability:4.0%}' for _, probability in top)))
     print(_table(rows, '<<<'))
     print(f'\n{right} of {count} right')
+    if importlib.util.find_spec('matplotlib') is None:
+        print("Their features are drawn with the `draw` extra: pip install 'pvt-timm[draw]'")
+        return
 
     # One sheet, a column per digit: an image of another size and shape than the model was trained on.
     side, deep = by_digit['0'][0].width, len(by_digit['0'])
