@@ -163,8 +163,10 @@ def _block(blk: Any, packed: _PackedBlock, x: torch.Tensor, size: Tuple[int, int
         kv = _norm(attn.norm, packed.sr(_patches(y.view(B, size[0], size[1], C), attn.sr_ratio)))
     q = packed.q(y).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
     k, v = packed.kv(kv).unflatten(2, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)
-    x += packed.proj(y)
+    y = F.scaled_dot_product_attention(q, k, v)
+    del q  # as large as x
+    x += packed.proj(y.transpose(1, 2).reshape(B, N, C))
+    del y
     for part in _slices(x):
         part += packed.fc2(packed.fc1(_norm(blk.norm2, part)))
 
