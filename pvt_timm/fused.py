@@ -342,7 +342,9 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     Returns:
         The model with fused stages.
     """
-    model = model if inplace else copy.deepcopy(model)
+    if not inplace:
+        with torch.inference_mode(False):  # otherwise the copies of the parameters would end on the plain path
+            model = copy.deepcopy(model)
     if isinstance(model, PyramidVisionTransformerStage):
         return FusedStage.from_stage(model)
     for module in list(model.modules()):

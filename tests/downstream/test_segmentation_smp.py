@@ -1,4 +1,4 @@
-"""segmentation_models_pytorch decoders on PVT: training, export, script and compile as its own tests do."""
+""" segmentation_models_pytorch decoders on PVT: training, export, script and compile as its own tests do. """
 import pytest
 import torch
 
@@ -9,41 +9,33 @@ smp = pytest.importorskip('segmentation_models_pytorch', reason='needs segmentat
 DECODERS = ('FPN', 'Unet', 'UPerNet', 'Segformer', 'DPT')
 
 
-def build(decoder, encoder='tu-pvt_tiny', **kwargs):
+def build(decoder, encoder='tu-test_pvt'):
     torch.manual_seed(0)
+    kwargs = {}
     if decoder == 'DPT':  # takes a whole model, not a features_only one
-        kwargs = dict(class_token=False, num_classes=0, decoder_readout='ignore', **kwargs)
+        kwargs = dict(class_token=False, num_classes=0, decoder_readout='ignore')
     return getattr(smp, decoder)(encoder, encoder_weights=None, classes=3, **kwargs)
-
-
-def train_steps(model, size, steps=2):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(2, 3, *size, generator=generator)
-    y = (x.mean(1) > 0.5).long()
-    optimizer = torch.optim.SGD(model.parameters(), 3e-5)  # small enough to follow the gradient
-    losses = []
-    for _ in range(steps):
-        torch.manual_seed(0)  # the same dropout in every step
-        out = model(x)
-        assert out.shape == (2, 3, *size)
-        loss = torch.nn.functional.cross_entropy(out, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize('decoder', DECODERS)
 def test_trains_at_64(decoder):
-    model = build(decoder, 'tu-test_pvt')
-    losses = train_steps(model, (64, 64), 6)
+    model = build(decoder)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    y = (x.mean(1) > 0.5).long()
+    optimizer = torch.optim.SGD(model.parameters(), 3e-5)  # small enough to follow the gradient
+    losses = []
+    for _ in range(6):
+        torch.manual_seed(0)  # the same dropout in every step
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(p.grad is not None for p in model.encoder.parameters())
 
 
-@pytest.mark.parametrize('in_channels', [1, 4])
-@pytest.mark.parametrize('depth', [3, 4, 5])
+@pytest.mark.parametrize('in_channels, depth', [(3, 3), (1, 4), (4, 5)])
 def test_encoder(in_channels, depth):
     encoder = smp.encoders.get_encoder('tu-test_pvt', in_channels=in_channels, depth=depth, weights=None)
     features = encoder(torch.rand(1, in_channels, 64, 96))
@@ -54,49 +46,33 @@ def test_encoder(in_channels, depth):
 
 @pytest.mark.parametrize('encoder', ['tu-test_pvt', pytest.param('tu-pvt_tiny', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('decoder', DECODERS)
-def test_strict_export(decoder, encoder):
-    model = build(decoder, encoder).eval()
-    x = torch.rand(1, 3, 64, 64)
-    exported = torch.export.export(model, args=(x,), strict=True)
+@pytest.mark.parametrize('form', ['export', 'compile', 'script'])
+def test_forms(form, decoder, encoder):
+    model, x = build(decoder, encoder).eval(), torch.rand(1, 3, 64, 64)
+    inputs = [x]
+    if form == 'export':
+        other = torch.export.export(model, args=(x,), strict=True).module()
+    elif form == 'compile':
+        if not model._is_torch_compilable:
+            pytest.skip(f'segmentation_models_pytorch marks {decoder} as not compilable')
+        torch.compiler.reset()
+        other = torch.compile(model, fullgraph=True, dynamic=True, backend='eager')
+        inputs.append(torch.rand(1, 3, 96, 64))
+    else:
+        if not model._is_torch_scriptable:
+            pytest.skip(f'segmentation_models_pytorch marks {decoder} as not scriptable')
+        other = torch.jit.script(model)
     with torch.inference_mode():
-        torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize('encoder', ['tu-test_pvt', pytest.param('tu-pvt_tiny', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('decoder', DECODERS)
-def test_compile_full_graph_dynamic(decoder, encoder):
-    model = build(decoder, encoder).eval()
-    if not model._is_torch_compilable:
-        pytest.skip(f'segmentation_models_pytorch marks {decoder} as not compilable')
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='eager')
-    with torch.inference_mode():
-        for size in ((64, 64), (96, 64)):
-            x = torch.rand(1, 3, *size)
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize('encoder', ['tu-test_pvt', pytest.param('tu-pvt_tiny', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('decoder', DECODERS)
-def test_script(decoder, encoder):
-    model = build(decoder, encoder).eval()
-    if not model._is_torch_scriptable:
-        pytest.skip(f'segmentation_models_pytorch marks {decoder} as not scriptable')
-    x = torch.rand(1, 3, 64, 64)
-    scripted = torch.jit.script(model)
-    with torch.inference_mode():
-        torch.testing.assert_close(scripted(x), model(x), rtol=1e-3, atol=1e-3)
+        for x in inputs:
+            torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('build_model, accepted', [
-    (lambda: smp.DeepLabV3('tu-pvt_tiny', encoder_weights=None), 'output_stride 32'),
-    (lambda: smp.DeepLabV3Plus('tu-pvt_tiny', encoder_weights=None), 'output_stride 32'),
-    (lambda: smp.PAN('tu-pvt_tiny', encoder_weights=None), 'output_stride 32'),
-    (lambda: smp.encoders.get_encoder('tu-pvt_tiny', weights=None, output_stride=16), 'output_stride 32'),
-    (lambda: smp.FPN('tu-pvt_tiny', encoder_weights=None, encoder_depth=6), r'range \[1, 5\]'),
+    (lambda: smp.DeepLabV3('tu-test_pvt', encoder_weights=None), 'output_stride 32.*FPN or UPerNet'),
+    (lambda: smp.DeepLabV3Plus('tu-test_pvt', encoder_weights=None), 'output_stride 32.*FPN or UPerNet'),
+    (lambda: smp.PAN('tu-test_pvt', encoder_weights=None), 'output_stride 32.*FPN or UPerNet'),
+    (lambda: smp.FPN('tu-test_pvt', encoder_weights=None, encoder_depth=6), r'range \[1, 5\]'),
 ])
 def test_dilated_decoders_are_refused(build_model, accepted):
-    with pytest.raises(ValueError, match=accepted) as error:
+    with pytest.raises(ValueError, match=accepted):
         build_model()
-    if 'stride' in accepted:
-        assert 'FPN or UPerNet' in str(error.value)

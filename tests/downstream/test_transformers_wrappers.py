@@ -1,4 +1,4 @@
-"""transformers' TimmWrapper and TimmBackbone on PVT, from a folder that timm saved."""
+""" transformers' TimmWrapper and TimmBackbone on PVT, from a folder that timm saved. """
 import json
 
 import pytest
@@ -8,9 +8,7 @@ from timm.models import save_for_hf
 
 import pvt_timm  # noqa: F401
 
-transformers = pytest.importorskip('transformers', reason='needs transformers')
-if not hasattr(transformers, 'TimmWrapperForImageClassification'):
-    pytest.skip('needs transformers 4.48 or later for TimmWrapper', allow_module_level=True)
+transformers = pytest.importorskip('transformers', minversion='4.48', reason='needs the TimmWrapper of transformers')
 
 
 @pytest.fixture(scope='module')
@@ -44,14 +42,9 @@ def test_classification(folder):
         assert len(out.hidden_states) == 4 and out.loss.isfinite()
         for a, b in zip(out.hidden_states, features):
             torch.testing.assert_close(a, b)
-    with torch.no_grad():
-        some = model(pixels(), output_hidden_states=[1, -1]).hidden_states
-    assert [x.shape[1] for x in some] == [32, 64]
-    with pytest.raises(ValueError, match='output_attentions'):  # of all timm models
-        model(pixels(), output_attentions=True)
 
 
-def test_base_model_new_head_and_round_trip(folder, tmp_path):
+def test_base_model_and_new_head(folder):
     path, plain = folder
     base = transformers.AutoModel.from_pretrained(path).eval()
     with torch.no_grad():
@@ -66,26 +59,21 @@ def test_base_model_new_head_and_round_trip(folder, tmp_path):
     model.gradient_checkpointing_enable()
     model.train()(pixels(), labels=torch.tensor([0, 1])).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-    model.gradient_checkpointing_disable()
-    model.eval().save_pretrained(tmp_path / 'again')
-    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'again').eval()
-    torch.testing.assert_close(again(pixels()).logits, model(pixels()).logits)
 
 
 def test_image_processor(folder):
     from PIL import Image
     path, plain = folder
-    processor = transformers.AutoImageProcessor.from_pretrained(path)
-    batch = processor(Image.new('RGB', (100, 80), (255, 0, 0)), return_tensors='pt')
+    image = Image.new('RGB', (100, 80), (255, 0, 0))
+    batch = transformers.AutoImageProcessor.from_pretrained(path)(image, return_tensors='pt')
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
-    torch.testing.assert_close(batch['pixel_values'][0], transform(Image.new('RGB', (100, 80), (255, 0, 0))))
+    torch.testing.assert_close(batch['pixel_values'][0], transform(image))
 
 
 def test_backbone_equals_features_only():
     torch.manual_seed(0)
     config = transformers.TimmBackboneConfig(backbone='test_pvt', out_indices=[0, 1, 2, 3])
     model = transformers.AutoBackbone.from_config(config).eval()
-    assert type(model).__name__ == 'TimmBackbone'
     assert model.channels == [16, 32, 40, 64]
     plain = timm.create_model('test_pvt', features_only=True).eval()
     plain.load_state_dict(model._backbone.state_dict())
@@ -93,8 +81,6 @@ def test_backbone_equals_features_only():
         with torch.no_grad():
             for a, b in zip(model(pixels(size)).feature_maps, plain(pixels(size)), strict=True):
                 torch.testing.assert_close(a, b)
-    with pytest.raises(ValueError, match='attentions'):  # of all timm backbones
-        model(pixels(), output_attentions=True)
 
 
 def test_trainer_step(folder, tmp_path):
@@ -111,6 +97,5 @@ def test_trainer_step(folder, tmp_path):
     assert trainer.evaluate()['eval_loss'] > 0
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v.cpu(), before[k])]
     assert len(changed) > 0.9 * len(before)
-    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'checkpoint-2')
-    torch.testing.assert_close(
-        again.eval()(data[0]['pixel_values'][None]).logits, model.eval()(data[0]['pixel_values'][None]).logits)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'checkpoint-2').eval()
+    torch.testing.assert_close(again(pixels()).logits, model.eval()(pixels()).logits)

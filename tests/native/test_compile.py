@@ -1,10 +1,9 @@
 """ torch.compile: one graph, and one compilation for all sizes. """
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from forms import SIZES, assert_equal_at, assert_equal_outputs, make_input, make_model
-
-KINDS = [pytest.param({}, id='classification'), pytest.param(dict(features_only=True), id='features')]
+from forms import KINDS, SIZES, assert_equal_at, assert_equal_outputs, gradients, loss_of, make_input, make_model
 
 
 @pytest.fixture(autouse=True)
@@ -12,11 +11,6 @@ def fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def counter(backend):
-    from torch._dynamo.testing import CompileCounterWithBackend
-    return CompileCounterWithBackend(backend)
 
 
 @pytest.mark.parametrize('kwargs', KINDS)
@@ -29,7 +23,7 @@ def test_full_graph(kwargs):
 @pytest.mark.parametrize('kwargs', KINDS)
 def test_all_sizes_with_one_compilation(kwargs):
     model = make_model(**kwargs)
-    backend = counter('eager')
+    backend = CompileCounterWithBackend('eager')
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     # odd sizes too, and one with as many tokens as the stored grid of stage 1 but another shape
     assert_equal_at(compiled, model, ((2, 256, 320), *SIZES[1:], (4, 113, 227), (5, 64, 96), (2, 64, 64)))
@@ -38,7 +32,7 @@ def test_all_sizes_with_one_compilation(kwargs):
 
 def test_dynamic_batch_with_one_compilation():
     model = make_model()
-    backend = counter('eager')
+    backend = CompileCounterWithBackend('eager')
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for batch in (2, 3, 5):
         x = make_input(batch, 64, 96)
@@ -51,13 +45,10 @@ def test_dynamic_batch_with_one_compilation():
 @pytest.mark.parametrize('kwargs', KINDS)
 def test_gradients(kwargs):
     model, other = make_model(**kwargs), make_model(**kwargs)
-    compiled = torch.compile(other, fullgraph=True, backend='aot_eager')
     x = make_input(2, 64, 96)
-    for m in (model, compiled):
-        outputs = m(x)
-        sum(o.square().mean() for o in (outputs if isinstance(outputs, list) else [outputs])).backward()
-    for (name, p), q in zip(model.named_parameters(), other.parameters()):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f'{n}: {m}')
+    for m in (model, torch.compile(other, fullgraph=True, backend='aot_eager')):
+        loss_of(m(x)).backward()
+    torch.testing.assert_close(gradients(other), gradients(model), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-""" What the tests of compiled and exported forms have in common: models, inputs, comparing. """
+""" What the tests of fused, compiled and exported forms have in common: models, inputs, comparing. """
+import pytest
 import timm
 import torch
 
@@ -7,6 +8,7 @@ import pvt_timm  # noqa: F401  registers the models
 TOLERANCE = 1e-4
 # (batch, height, width). The last one is never used for compiling or exporting.
 SIZES = ((1, 224, 224), (2, 256, 320), (3, 160, 288))
+KINDS = [pytest.param({}, id='classification'), pytest.param(dict(features_only=True), id='features')]
 
 
 def make_model(name='test_pvt', **kwargs):
@@ -49,3 +51,11 @@ def assert_equal_at(form, model, sizes=SIZES, tolerance=TOLERANCE):
         x = make_input(*size)
         with torch.no_grad():
             assert_equal_outputs(form(x), model(x), tolerance)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def loss_of(output):
+    return sum(o.float().square().mean() for o in as_list(output))
