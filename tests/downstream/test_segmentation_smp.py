@@ -49,19 +49,15 @@ def test_encoder(in_channels, depth):
 @pytest.mark.parametrize('form', ['export', 'compile', 'script'])
 def test_forms(form, decoder, encoder):
     model, x = build(decoder, encoder).eval(), torch.rand(1, 3, 64, 64)
-    inputs = [x]
-    if form == 'export':
-        other = torch.export.export(model, args=(x,), strict=True).module()
-    elif form == 'compile':
-        if not model._is_torch_compilable:
-            pytest.skip(f'segmentation_models_pytorch marks {decoder} as not compilable')
-        torch.compiler.reset()
-        other = torch.compile(model, fullgraph=True, dynamic=True, backend='eager')
-        inputs.append(torch.rand(1, 3, 96, 64))
-    else:
-        if not model._is_torch_scriptable:
-            pytest.skip(f'segmentation_models_pytorch marks {decoder} as not scriptable')
-        other = torch.jit.script(model)
+    if not dict(compile=model._is_torch_compilable, script=model._is_torch_scriptable).get(form, True):
+        pytest.skip(f'segmentation_models_pytorch marks {decoder} as not fit to {form}')
+    torch.compiler.reset()
+    other = dict(
+        export=lambda: torch.export.export(model, args=(x,), strict=True).module(),
+        compile=lambda: torch.compile(model, fullgraph=True, dynamic=True, backend='eager'),
+        script=lambda: torch.jit.script(model),
+    )[form]()
+    inputs = [x, torch.rand(1, 3, 96, 64)] if form == 'compile' else [x]
     with torch.inference_mode():
         for x in inputs:
             torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
