@@ -45,7 +45,8 @@ def original(weights, dense):
     weights = {k: v.double() for k, v in weights.items()}
     if not os.environ.get('PVT_CHECKOUT'):
         return reference.features(weights, X) if dense else reference.tokens(weights, X)
-    model = reference.load_original('detection' if dense else 'classification').pvt_tiny(num_classes=10).double().eval()
+    module, kwargs = ('detection', dict(pretrained=None)) if dense else ('classification', dict(num_classes=10))
+    model = reference.load_original(module).pvt_tiny(**kwargs).double().eval()
     model.load_state_dict({k: weights[k] for k in model.state_dict()})
     seen = []
     if not dense:
