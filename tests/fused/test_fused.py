@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
+from torch.utils._pytree import tree_leaves
 
 from forms import as_list, gradients, loss_of, make_input, make_model
 from pvt_timm import PyramidVisionTransformerStage, fuse, fused as fast
@@ -35,7 +36,9 @@ def fast_calls(monkeypatch):
 
 
 def assert_same(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, rtol=tolerance / 2, atol=tolerance / 2)
+    """Tensors, or any nesting of them, differ by at most `tolerance` of the largest value of each, or of 1."""
+    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=tolerance * max(1., e.abs().max().item()))
 
 
 # --- The same numbers on the fast path ---
@@ -180,9 +183,8 @@ def test_copies(fast_calls, copy_):
     with torch.no_grad():
         fused(x)
         other = copy_(fused)
-        del fast_calls[:]
         assert_same(other(x), model(x))
-        assert len(fast_calls) == 4
+        assert len(fast_calls) == 8
         for p in other.parameters():
             p.zero_()
         assert_same(fused(x), model(x))
@@ -309,14 +311,12 @@ def test_frozen_model_needs_no_no_grad(fast_calls):
 
 
 def test_hooks_see_what_they_see_in_the_plain_model():
-    seen = []
-    for model in (make_model(), fuse(make_model())):
-        shapes = []
+    seen = [], []
+    for model, shapes in zip((make_model(), fuse(make_model())), seen):
         for module in (model.stages, model.stages[0], model.stages[0].blocks[0].attn, model.stages[3], model.norm):
             module.register_forward_hook(lambda m, i, o, shapes=shapes: shapes.append((i[0].shape, o.shape)))
         with torch.no_grad():
             model(make_input(1, 32, 32))
-        seen.append(shapes)
     assert seen[0] == seen[1] and len(seen[0]) == 5
 
 
