@@ -63,7 +63,7 @@ def draw_masks(samples, predicted, path: Path, title: str) -> None:
 
 
 def main() -> None:
-    args = parser(__doc__, steps=1000, batch_size=16, lr=3e-3, eval_every=100).parse_args()
+    args = parser(__doc__, steps=4000, batch_size=16, lr=3e-3, eval_every=200).parse_args()
 
     torch.manual_seed(args.seed)
     model = semantic_fpn(
