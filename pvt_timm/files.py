@@ -2,16 +2,16 @@
 import argparse
 import os
 import re
-import tempfile
+import uuid
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, List, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Tuple, Union
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 __all__ = ['MAX_BYTES', 'CheckpointError', 'find_checkpoint', 'read_checkpoint', 'save_atomically']
 
@@ -23,10 +23,10 @@ MAX_BYTES = 32 * 245_574_528
 
 _FILES = ('model.safetensors', 'pytorch_model.bin', 'model.pth', 'model.pt')
 _SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.tar')
-_NO_CHECKPOINTS = (
-    (b'<', 'a web page, so the download went wrong'),
-    (b'version https://', 'a Git LFS pointer, so run `git lfs pull` or download the file itself'),
-)
+_NO_CHECKPOINTS = {
+    b'<': 'a web page, so the download went wrong',
+    b'version https://': 'a Git LFS pointer, so run `git lfs pull` or download the file itself',
+}
 
 
 class CheckpointError(ValueError):
@@ -34,10 +34,7 @@ class CheckpointError(ValueError):
 
 
 def find_checkpoint(path: PathLike) -> Path:
-    """The checkpoint file that `path` means.
-
-    Args:
-        path: A file, which is returned, or a folder with one checkpoint in it.
+    """The checkpoint that `path` means: the file itself, or the one in a folder.
 
     Raises:
         FileNotFoundError: No such file or folder.
@@ -45,14 +42,12 @@ def find_checkpoint(path: PathLike) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        for name in _FILES:
-            if (path / name).is_file():
-                return path / name
-        found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
-        if len(found) == 1:
-            return found[0]
-        have = ', '.join(p.name for p in found[:4]) if found else 'none'
-        raise CheckpointError(f'Expected one checkpoint file ({", ".join(_FILES[:2])}) in {path}, found {have}.')
+        usual = [path / name for name in _FILES if (path / name).is_file()]
+        found = usual[:1] or sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+        if len(found) != 1:
+            have = ', '.join(p.name for p in found[:4]) or 'none'
+            raise CheckpointError(f'Expected one checkpoint file ({", ".join(_FILES[:2])}) in {path}, found {have}.')
+        return found[0]
     if not path.exists():
         raise FileNotFoundError(f'No such file or folder: {path}')
     if not path.is_file():
@@ -69,9 +64,6 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
         path: A safetensors file, a file written by `torch.save`, or a folder with one of them.
         max_bytes: Refuse a file that is larger.
 
-    Returns:
-        What the file holds: a state dict, or a dict with one in it.
-
     Raises:
         FileNotFoundError: No such file or folder.
         CheckpointError: Not a checkpoint, damaged, too large, or with anything but tensors, plain values, numpy's
@@ -86,13 +78,12 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
     kind = _kind(path)
     try:
         if kind == 'safetensors':
-            with safe_open(path, framework='pt') as f:
-                checkpoint = {k: f.get_tensor(k) for k in f.keys()}
+            checkpoint: Any = load_file(path)
         else:
             if kind == 'zip':
                 _check_zip(path, size)
             with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # the error that follows says it all
+                warnings.simplefilter('ignore')  # an error follows
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=kind == 'zip')
         if not isinstance(checkpoint, dict):
             raise ValueError(f'Expected a dict of tensors, got {type(checkpoint).__name__}')
@@ -104,30 +95,24 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
 
 
 def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file aside and move it in place, so that it is there completely or not at all.
+    """Let `write` fill a file aside and move it in place, so that it is there completely or not at all.
 
-    Args:
-        path: File to write or to replace. A device or pipe is written to.
-        write: Called with the open file.
+    What a link points to is replaced, not the link. A device or pipe is written to.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if path.exists() and not path.is_file():
         with open(path, 'wb') as f:
             write(f)
         return
-    path = path.resolve()  # what a link points to is replaced, not the link
     if not path.parent.is_dir():
         raise FileNotFoundError(f'No such folder: {path.parent}')
-    handle, name = tempfile.mkstemp(prefix=f'.{path.name}-', dir=path.parent)
+    aside = path.with_name(f'.{path.name}-{uuid.uuid4().hex}')
     try:
-        with os.fdopen(handle, 'wb') as f:
+        with open(aside, 'xb') as f:
             write(f)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
+        aside.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
 
 
@@ -141,7 +126,7 @@ def _kind(path: Path) -> str:
         return 'safetensors'
     if start[:1] == b'\x80':
         return 'pickle'
-    got = next((what for magic, what in _NO_CHECKPOINTS if start.lstrip().startswith(magic)), None)
+    got = next((what for magic, what in _NO_CHECKPOINTS.items() if start.lstrip().startswith(magic)), None)
     got = got or (f'a file that starts with {start[:8]!r}' if start else 'an empty file')
     raise CheckpointError(f'Expected a checkpoint (safetensors, or written by torch.save), {path.name} is {got}.')
 
@@ -179,52 +164,52 @@ def _what_is_wrong(e: Exception) -> str:
     return f'damaged or no checkpoint: {" ".join(reason.split())[:200] or type(e).__name__}'
 
 
-# ---- numpy ----------------------------------------------------------------------------------------------------------
+# ---- what a pickle may name beside tensors and plain values ----------------------------------------------------------
 # Trainers keep numpy's numbers and small arrays beside the weights. numpy's own unpickling takes flags and object
-# pointers from the file, so here stands what it is allowed to do: plain numbers and text.
+# pointers from the file, so these stand in for it: they rebuild plain numbers and text.
 
 class _Dtype:
-    order: Any = '='
-
     def __init__(self, name: str, *_: Any):
-        self.name = name
+        if not re.fullmatch(r'[biufcSU]\d+', name):
+            raise ValueError(f'numpy values of type {name!r} are not read')
+        self.plain = np.dtype(name)
 
     def __setstate__(self, state: Tuple[Any, ...]) -> None:
-        self.order = state[1]
-
-    def plain(self) -> np.dtype:
-        if not re.fullmatch(r'[biufcSU]\d+', self.name):
-            raise ValueError(f'numpy values of type {self.name!r} are not read')
-        return np.dtype(self.name).newbyteorder(self.order)
+        self.plain = self.plain.newbyteorder(state[1])
 
 
 class _Array(np.ndarray):
+    def __new__(cls, *_: Any) -> '_Array':
+        return super().__new__(cls, 0)
+
     def __setstate__(self, state: Tuple[Any, ...]) -> None:
         version, shape, dtype, fortran, data = state
-        super().__setstate__((version, shape, dtype.plain(), fortran, data))
-
-
-def _new_array(*_: Any) -> np.ndarray:
-    return np.ndarray.__new__(_Array, 0)
+        super().__setstate__((version, shape, dtype.plain, fortran, data))
 
 
 def _scalar(dtype: _Dtype, data: bytes) -> Any:
-    return np.frombuffer(data, dtype.plain(), 1)[0]
+    return np.frombuffer(data, dtype.plain, 1)[0]
 
 
 class _TrainingLog:
-    """In place of the logs that OpenMMLab's training saves beside the weights. They name their functions by getattr."""
+    """In place of the logs that OpenMMLab's training saves beside the weights, and of their functions."""
+
+    def __init__(self, owner: Any = None, *_: Any):
+        if owner not in (None, _TrainingLog):
+            raise ValueError('GLOBAL builtins.getattr')
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-def _log_function(owner: Any, name: str) -> None:
-    if owner is not _TrainingLog:
-        raise ValueError('GLOBAL builtins.getattr')
-
-
-_ALLOWED: List[Any] = [argparse.Namespace, _Array, (_Array, 'numpy.ndarray'), (_Dtype, 'numpy.dtype')]
-for _core in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # before numpy 2 and since
-    _ALLOWED += [(_new_array, f'{_core}._reconstruct'), (_scalar, f'{_core}.scalar')]
-_ALLOWED += [(_TrainingLog, 'mmengine.logging.history_buffer.HistoryBuffer'), (_log_function, 'builtins.getattr')]
+_ALLOWED: Any = [
+    argparse.Namespace,
+    (_Dtype, 'numpy.dtype'),
+    (_Array, 'numpy.ndarray'),
+    (_Array, 'numpy.core.multiarray._reconstruct'),
+    (_Array, 'numpy._core.multiarray._reconstruct'),  # since numpy 2
+    (_scalar, 'numpy.core.multiarray.scalar'),
+    (_scalar, 'numpy._core.multiarray.scalar'),
+    (_TrainingLog, 'mmengine.logging.history_buffer.HistoryBuffer'),
+    (_TrainingLog, 'builtins.getattr'),  # of a log
+]
