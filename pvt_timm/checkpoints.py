@@ -3,7 +3,8 @@
 Pure functions on dicts of tensors, no files, no network. There is one table per source. A row says which timm
 parameters and which source parameters hold the same numbers, so the same row serves both directions.
 
-Placeholders: {i} stage and {j} block counted from 0, {s} stage and {b} block counted from 1, {p} weight or bias.
+Placeholders: {i} stage and {j} block counted from 0, {s} stage and {b} block counted from 1, {p} weight or bias,
+{layer} what timm and the original code name alike in a block.
 """
 import argparse
 import logging
@@ -15,8 +16,8 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 import torch
 
 __all__ = [
-    'FORMATS', 'Converted', 'Description', 'check_keys', 'describe', 'detect', 'drop_parts', 'fit_to_model',
-    'from_timm', 'map_to_timm', 'remap', 'stage_grids', 'to_timm', 'training_config', 'unwrap',
+    'FORMATS', 'Converted', 'Description', 'check_keys', 'describe', 'drop_parts', 'fit_to_model', 'from_timm',
+    'map_to_timm', 'remap', 'stage_grids', 'to_timm', 'training_config', 'unwrap',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ _logger = logging.getLogger(__name__)
 StateDict = Dict[str, torch.Tensor]
 Pairs = List[Tuple[Tuple[str, ...], Tuple[str, ...]]]
 Table = Tuple[Tuple[Any, ...], ...]
+Grid = Tuple[int, int]  # height, width
 
 # A row is (timm parameters, source parameters[, 'conv1x1']). Where a side has several parameters they are stacked along
 # dim 0 in the order given, `*2` is twice the rows of its neighbour. 'conv1x1' is a linear weight kept as a convolution.
@@ -33,15 +35,7 @@ _ORIGINAL = (
     ('stages.3.cls_token',                   'cls_token'),
     ('stages.{i}.patch_embed.proj.{p}',      'patch_embed{s}.proj.{p}'),
     ('stages.{i}.patch_embed.norm.{p}',      'patch_embed{s}.norm.{p}'),
-    ('stages.{i}.blocks.{j}.norm1.{p}',      'block{s}.{j}.norm1.{p}'),
-    ('stages.{i}.blocks.{j}.attn.q.{p}',     'block{s}.{j}.attn.q.{p}'),
-    ('stages.{i}.blocks.{j}.attn.kv.{p}',    'block{s}.{j}.attn.kv.{p}'),
-    ('stages.{i}.blocks.{j}.attn.sr.{p}',    'block{s}.{j}.attn.sr.{p}'),
-    ('stages.{i}.blocks.{j}.attn.norm.{p}',  'block{s}.{j}.attn.norm.{p}'),
-    ('stages.{i}.blocks.{j}.attn.proj.{p}',  'block{s}.{j}.attn.proj.{p}'),
-    ('stages.{i}.blocks.{j}.norm2.{p}',      'block{s}.{j}.norm2.{p}'),
-    ('stages.{i}.blocks.{j}.mlp.fc1.{p}',    'block{s}.{j}.mlp.fc1.{p}'),
-    ('stages.{i}.blocks.{j}.mlp.fc2.{p}',    'block{s}.{j}.mlp.fc2.{p}'),
+    ('stages.{i}.blocks.{j}.{layer}.{p}',    'block{s}.{j}.{layer}.{p}'),
     ('norm.{p}',                             'norm.{p}'),
     ('head.{p}',                             'head.{p}'),
 )
@@ -111,15 +105,17 @@ _OTHER_FAMILIES = (
     (r'layer1\.0\.conv1\.', 'ResNet'),
 )
 
-# timm's order: averaged weights are preferred
-_EMA_WRAPPERS = ('state_dict_ema', 'model_ema')
-_WRAPPERS = ('state_dict', 'model')
+_WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # in timm's order: averaged weights are preferred
 _USUAL_PREFIX = re.compile(
     r'(?:(?:module|_orig_mod|model|net|timm_model|encoder\.model|backbone|body|model_state_dict)\.)*')
-_COUNT = r'0|[1-9]\d{0,3}'  # as it is written: no '01'
 _PLACEHOLDERS = {
-    'i': _COUNT, 'j': _COUNT, 's': r'[1-9]\d{0,3}', 'b': r'[1-9]\d{0,3}', 'p': 'weight|bias',
+    'i': r'0|[1-9]\d{0,3}',  # as it is written: no '01'
+    'j': r'0|[1-9]\d{0,3}',
+    's': r'[1-9]\d{0,3}',
+    'b': r'[1-9]\d{0,3}',
+    'p': 'weight|bias',
     'n': 'weight|bias|running_mean|running_var|num_batches_tracked',
+    'layer': r'norm[12]|attn\.(?:q|kv|sr|norm|proj)|mlp\.fc[12]',
 }
 
 
@@ -147,43 +143,38 @@ class Description:
     class_token: bool
     class_row: bool  # the last position embedding starts with a row for the class token
     norm: bool  # the final norm is there
-    grid_size: Tuple[int, int]  # height and width of the first stage's position embedding
+    grid_size: Grid  # of the first stage's position embedding
     dtype: torch.dtype  # of the first weight
 
     @property
-    def img_size(self) -> Tuple[int, int]:
+    def img_size(self) -> Grid:
         """Smallest height and width in pixels that give `grid_size`."""
         return self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size
 
 
-def stage_grids(grid_size: Tuple[int, int], num_stages: int = 4) -> List[Tuple[int, int]]:
+def stage_grids(grid_size: Grid, num_stages: int = 4) -> List[Grid]:
     """Grids (height, width) of all stages, from that of the first one. Every stage halves and floors."""
     return [(grid_size[0] // 2 ** i, grid_size[1] // 2 ** i) for i in range(num_stages)]
 
 
-def _source_grid(
-        counts: Sequence[int],
-        hint: Optional[Tuple[int, int]],
-        class_rows: Sequence[int],
-) -> Tuple[Tuple[int, int], int]:
+def _source_grid(counts: Sequence[int], hint: Optional[Grid], class_rows: Sequence[int]) -> Tuple[Grid, int]:
     """Tell the grid (height, width) of the first stage from the rows of all position embeddings, and how many of them
     are the class token's. `hint` is taken if it fits, else a square one is."""
-    fits = []
+    fits = {}
     for h in range(1, counts[0] + 1) if counts[0] <= 2 ** 22 else ():
-        if counts[0] % h:
-            continue
-        grids = [h_ * w_ for h_, w_ in stage_grids((h, counts[0] // h), len(counts))]
-        rows = counts[-1] - grids[-1]
-        if 0 not in grids and grids[:-1] == list(counts[:-1]) and rows in class_rows:
-            fits.append(((h, counts[0] // h), rows))
-    best = [x for x in fits if x[0] == hint] or [x for x in fits if x[0][0] == x[0][1]]
-    if best:
-        return best[0]
-    if fits:
+        if counts[0] % h == 0:
+            *grids, last = (h_ * w_ for h_, w_ in stage_grids((h, counts[0] // h), len(counts)))
+            if last and grids == list(counts[:-1]) and counts[-1] - last in class_rows:
+                fits[h, counts[0] // h] = counts[-1] - last
+    if not fits:
+        raise ValueError(
+            f'Expected position embeddings that halve in height and width per stage, got {list(counts)} rows.')
+    grid = hint if hint in fits else next((grid for grid in fits if grid[0] == grid[1]), None)
+    if grid is None:
         raise ValueError(
             f'Expected to know the image size of position embeddings with {list(counts)} rows: the grids '
-            f'{[grid for grid, _ in fits[:4]]} fit. Pass img_size.')
-    raise ValueError(f'Expected position embeddings that halve in height and width per stage, got {list(counts)} rows.')
+            f'{list(fits)[:4]} fit. Pass img_size.')
+    return grid, fits[grid]
 
 
 def _some(names: Iterable[str], limit: int = 6) -> str:
@@ -192,16 +183,19 @@ def _some(names: Iterable[str], limit: int = 6) -> str:
     return ', '.join(map(str, names[:limit])) + more
 
 
-def detect(keys: Iterable[Any], prefix: Optional[str] = None) -> Tuple[str, str]:
-    """Find a PVT by keys that only it has, whatever stands before them.
+def _find(keys: Iterable[Any]) -> List[Tuple[str, str]]:
+    """Formats and prefixes of all PVTs among the keys, by one that only they have, whatever stands before it."""
+    found = set()
+    for key in keys:
+        anchors = [x for x in _ANCHORS if isinstance(key, str) and f'.{key}'.endswith(f'.{x}')]
+        if anchors:
+            anchor = max(anchors, key=len)  # one is the end of another
+            found.add((_ANCHORS[anchor], key[:-len(anchor)]))
+    return sorted(found)
 
-    Args:
-        keys: Names in the state dict.
-        prefix: What stands before the names of the one to take, needed where there are several.
 
-    Returns:
-        Format (key of `FORMATS`) and the prefix before every name. What there is, is named if it is not one PVT.
-    """
+def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[str, str]:
+    """Format and prefix of the one PVT among the keys, or of the one under `prefix`. Else what there is, is named."""
     keys = [k for k in keys if isinstance(k, str)]
     found = _find(keys)
     if not found:
@@ -215,17 +209,6 @@ def detect(keys: Iterable[Any], prefix: Optional[str] = None) -> Tuple[str, str]
         what = 'one PVT in the checkpoint, got several' if prefix is None else f'a PVT under prefix {prefix!r}, got'
         raise ValueError(f'Expected {what}: {there}. Say with prefix which one to take.')
     return wanted[0]
-
-
-def _find(keys: Iterable[Any]) -> List[Tuple[str, str]]:
-    """Formats and prefixes of all PVTs among the keys."""
-    found = set()
-    for key in keys:
-        anchors = [x for x in _ANCHORS if isinstance(key, str) and f'.{key}'.endswith(f'.{x}')]
-        if anchors:
-            anchor = max(anchors, key=len)  # one is the end of another
-            found.add((_ANCHORS[anchor], key[:-len(anchor)]))
-    return sorted(found)
 
 
 def unwrap(
@@ -244,7 +227,7 @@ def unwrap(
     """
     wrappers: List[str] = []
     left: Dict[str, str] = {}
-    order = _EMA_WRAPPERS + _WRAPPERS if use_ema else _WRAPPERS + _EMA_WRAPPERS
+    order = _WRAPPERS if use_ema else _WRAPPERS[2:] + _WRAPPERS[:2]
     while True:
         if not isinstance(checkpoint, Mapping):
             raise ValueError(f'Expected a state dict, got {type(checkpoint).__name__}.')
@@ -264,7 +247,7 @@ def unwrap(
 
 def _regex(template: str) -> 're.Pattern[str]':
     text = re.escape(template.partition('*')[0])
-    return re.compile(re.sub(r'\\\{(\w)\\\}', lambda m: f'(?P<{m[1]}>{_PLACEHOLDERS[m[1]]})', text))
+    return re.compile(re.sub(r'\\\{(\w+)\\\}', lambda m: f'(?P<{m[1]}>{_PLACEHOLDERS[m[1]]})', text))
 
 
 def _fill(template: str, fields: Mapping[str, Any]) -> str:
@@ -278,27 +261,21 @@ def _restack(
         want: Sequence[str],
 ) -> List[torch.Tensor]:
     """Join `tensors` along dim 0 and cut the result by the row shares of the templates."""
-    shares = [[int(t.partition('*')[2] or 1) for t in side] for side in (have, want)]
-    if len({(x.dtype, x.ndim, x.shape[1:], x.ndim and x.shape[0] / n) for x, n in zip(tensors, shares[0])}) > 1:
+    if len(have) == len(want) == 1:
+        return tensors
+    rows, parts = ([int(t.partition('*')[2] or 1) for t in side] for side in (have, want))
+    like = {(x.dtype, x.ndim, x.shape[1:], x.ndim and x.shape[0] / n) for x, n in zip(tensors, rows)}
+    total = sum(x.shape[0] for x in tensors if x.ndim)
+    if len(like) > 1 or not tensors[0].ndim or total % sum(parts):
         raise ValueError(
-            f'Expected like types and shapes for {_some(names)}, got {[(x.dtype, list(x.shape)) for x in tensors]}.')
-    x = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    if len(want) == 1:
-        return [x]
-    unit, rest = divmod(x.shape[0], sum(shares[1])) if x.ndim else (0, 1)
-    if rest:
-        raise ValueError(
-            f'Expected rows in multiples of {sum(shares[1])} in {_some(names)}, got shape {list(x.shape)}.')
-    return [y.clone() for y in x.split([unit * n for n in shares[1]])]
+            f'Expected types and shapes that fit together for {_some(names)}, got '
+            f'{[(x.dtype, list(x.shape)) for x in tensors]}.')
+    x = torch.cat(tensors)
+    return [x] if len(want) == 1 else [y.clone() for y in x.split([total // sum(parts) * n for n in parts])]
 
 
 def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> Tuple[StateDict, Pairs, List[str]]:
-    """Apply a table of names in one direction.
-
-    Args:
-        state_dict: Tensors.
-        table: Rows as above: (our names, their names[, 'conv1x1']).
-        to_timm: From their names to ours, else from ours to theirs.
+    """Apply a table of names in one direction, to our names or from them.
 
     Returns:
         The tensors, pairs of (new names, old names), and the keys that no row has.
@@ -314,7 +291,7 @@ def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> 
         for n, part, regex in regexes:
             if m := regex.fullmatch(key):
                 fields = {
-                    {'s': 'i', 'b': 'j'}.get(k, k): v if k in 'pn' else int(v) - (k in 'sb')
+                    {'s': 'i', 'b': 'j'}.get(k, k): int(v) - (k in 'sb') if k in 'ijsb' else v
                     for k, v in m.groupdict().items()}
                 found.setdefault((n, *fields.items()), {})[part] = key
                 break
@@ -334,11 +311,9 @@ def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> 
             if not isinstance(x, torch.Tensor):
                 cure = ' (make it one with torch.from_numpy)' if hasattr(x, '__array__') else ''
                 raise ValueError(f'Expected a tensor for {k}, got {type(x).__name__}{cure}.')
-        conv1x1 = 'conv1x1' in table[n][2:]
+        conv1x1 = 'conv1x1' in table[n][2:]  # other kernels stay, to be refused by their shape
         if conv1x1 and to_timm:
-            if any(x.ndim != 1 and (x.ndim != 4 or x.shape[2:] != (1, 1)) for x in tensors):
-                raise ValueError(f'Expected a 1x1 convolution for {old[0]}, got shape {list(tensors[0].shape)}.')
-            tensors = [x.flatten(1) if x.ndim == 4 else x for x in tensors]
+            tensors = [x[:, :, 0, 0] if x.shape[2:] == (1, 1) else x for x in tensors]
         tensors = _restack(tensors, old, have, want)
         if conv1x1 and not to_timm:
             tensors = [x[:, :, None, None] if x.ndim == 2 else x for x in tensors]
@@ -389,22 +364,21 @@ def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Opt
         ValueError: Not a PVT v1 checkpoint. The message names what is wrong.
     """
     state_dict, wrappers, dropped = unwrap(checkpoint, use_ema)
-    asked = prefix is not None
-    fmt, prefix = detect(state_dict, prefix)
-    inner = {k[len(prefix):]: k for k in state_dict if isinstance(k, str) and k.startswith(prefix)}
+    fmt, before = _choose(state_dict, prefix)
+    inner = {k[len(before):]: k for k in state_dict if isinstance(k, str) and k.startswith(before)}
     parts = {name: key for name, key in inner.items() if re.match(FORMATS[fmt][2], name)}
-    groups = Counter(_group(str(k), prefix) for k in state_dict.keys() - set(parts.values()))
-    dropped.update({'.'.join((*wrappers, group)): f'{n} beside the PVT' for group, n in sorted(groups.items())})
-    usual = asked or not groups or _USUAL_PREFIX.fullmatch(prefix) and len(parts) == len(inner)
-    left = ', '.join(f'{group}: {n}' for group, n in sorted(groups.items())) or 'nothing'
+    groups = sorted(Counter(_group(str(k), before) for k in state_dict.keys() - set(parts.values())).items())
+    dropped.update({'.'.join((*wrappers, group)): f'{n} beside the PVT' for group, n in groups})
+    usual = prefix is not None or not groups or _USUAL_PREFIX.fullmatch(before) and len(parts) == len(inner)
     _logger.log(
         logging.INFO if usual else logging.WARNING,
-        f'Taken from the checkpoint: a PVT in {fmt} format under prefix {prefix!r}. Left out: {left}.')
+        f'Taken from the checkpoint: a PVT in {fmt} format under prefix {before!r}. Left out: '
+        f'{", ".join(f"{group}: {n}" for group, n in groups) or "nothing"}.')
     tensors = {name: state_dict[key] for name, key in parts.items()}
     if fmt == 'transformers' and _TRANSFORMERS_BASE in parts:
         tensors = {f'pvt.{k}' if k.startswith('encoder.') else k: v for k, v in tensors.items()}
     out, pairs = to_timm(tensors, fmt)
-    return Converted(out, fmt, wrappers, prefix, pairs, dropped)
+    return Converted(out, fmt, wrappers, before, pairs, dropped)
 
 
 def _group(key: str, prefix: str) -> str:
@@ -416,24 +390,21 @@ def _group(key: str, prefix: str) -> str:
 
 
 def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
-    """What a training script's checkpoint says about itself beside the weights.
-
-    Args:
-        checkpoint: What a file of timm's train.py, of Lightning or of OpenMMLab holds.
+    """What a checkpoint of timm's train.py, of Lightning or of OpenMMLab says about its training.
 
     Returns:
         Those of these that it says: 'architecture' (str), 'img_size' ((height, width)), 'mean' and 'std' (a number per
         channel), 'crop_pct' (float), 'interpolation' and 'global_pool' (str), 'num_classes' (int), 'label_names' (list
         of str).
     """
+    def settings(x: Any) -> Mapping[Any, Any]:
+        x = vars(x) if isinstance(x, argparse.Namespace) else x
+        return x if isinstance(x, Mapping) else {}
+
+    groups = [settings(checkpoint.get(k)) for k in ('meta', 'hyper_parameters', 'args')]
+    inner = [settings(v) for group in groups for v in group.values()]
     said: Dict[Any, Any] = {'arch': checkpoint.get('arch')}
-    todo = [checkpoint.get(k) for k in ('meta', 'hyper_parameters', 'args')]
-    for depth in range(2):  # settings may stand in groups
-        todo = [vars(x) if isinstance(x, argparse.Namespace) else x for x in todo]
-        groups: List[Mapping[Any, Any]] = [x for x in todo if isinstance(x, Mapping)]
-        for group in groups:
-            said.update({k: v for k, v in group.items() if v is not None and not (depth and k in said)})
-        todo = [v for group in groups for v in group.values()]
+    said.update({k: v for group in (*reversed(inner), *groups) for k, v in group.items() if v is not None})
 
     def numbers(*names: str, low: float = 1e-9) -> Tuple[Any, ...]:
         x: Any = next((said[name] for name in names if name in said), ())
@@ -446,18 +417,18 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     def text(*names: str) -> Optional[str]:
         return next((x for k in names if isinstance(x := said.get(k), str)), None)
 
-    size, classes = (tuple(map(int, numbers(*names, low=1))) for names in (
-        ('input_size', 'img_size', 'image_size'), ('num_classes',)))
+    size = numbers('input_size', 'img_size', 'image_size', low=1)
+    classes = numbers('num_classes', low=1)
     labels = next((said[k] for k in ('label_names', 'class_names', 'classes', 'CLASSES') if k in said), None)
     found = {
         'architecture': text('model', 'architecture', 'arch'),
-        'img_size': (size * 2)[-2:],
+        'img_size': tuple(map(int, (size * 2)[-2:])),
         'mean': numbers('mean', low=0.),
         'std': numbers('std'),
         'crop_pct': next(iter(numbers('crop_pct')), None),
         'interpolation': text('interpolation'),
         'global_pool': text('global_pool', 'gp'),
-        'num_classes': classes[0] if classes else None,
+        'num_classes': int(classes[0]) if classes else None,
         'label_names': [str(x) for x in labels] if isinstance(labels, (list, tuple)) else None,
     }
     return {k: v for k, v in found.items() if v}
@@ -472,27 +443,26 @@ def _need(state_dict: Mapping[str, torch.Tensor], key: str, ndim: int) -> torch.
     return x
 
 
-def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Tuple[int, int]] = None) -> Description:
+def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Grid] = None) -> Description:
     """Read the architecture off a state dict under timm's names.
 
     Args:
-        state_dict: Tensors under timm's names.
         img_size: Image size of the position embeddings, taken if it fits them, else a square one is.
 
     Raises:
         ValueError: A parameter that this needs is missing or has the wrong number of dimensions, or the sizes of the
             position embeddings belong to no image size.
     """
-    found: Dict[int, set] = {}
-    for m in filter(None, (re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k) for k in state_dict)):
-        found.setdefault(int(m[1]), set()).add(int(m[2]))
-    stages = range(max(found, default=3) + 1)
-    for i in stages:
-        gap = next(j for j in range(len(found.get(i, ())) + 1) if j not in found.get(i, ()))
-        if not gap or gap < len(found[i]):
-            raise ValueError(f'Missing in the checkpoint: stages.{i}.blocks.{gap}.')
+    matches = filter(None, (re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k) for k in state_dict))
+    blocks = {(int(m[1]), int(m[2])) for m in matches}
+    last: Dict[int, int] = {}
+    for i, j in blocks:
+        last[i] = max(last.get(i, 0), j)
+    stages = range(max(last, default=3) + 1)
+    gap = next(((i, j) for i in stages for j in range(last.get(i, 0) + 1) if (i, j) not in blocks), None)
+    if gap:
+        raise ValueError('Missing in the checkpoint: stages.{}.blocks.{}.'.format(*gap))
     projs = [_need(state_dict, f'stages.{i}.patch_embed.proj.weight', 4) for i in stages]
-    dims = tuple(x.shape[0] for x in projs)
     fc1s = [_need(state_dict, f'stages.{i}.blocks.0.mlp.fc1.weight', 2) for i in stages]
     sr_ratios = tuple(
         _need(state_dict, key, 4).shape[-1] if (key := f'stages.{i}.blocks.0.attn.sr.weight') in state_dict else 1
@@ -501,18 +471,18 @@ def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Tuple[in
     class_token = f'stages.{stages[-1]}.cls_token' in state_dict
     patch_size = projs[0].shape[-1]
     hint = (img_size[0] // patch_size, img_size[1] // patch_size) if img_size else None
-    grid_size, prefix = _source_grid(counts, hint, (1,) if class_token else (0, 1))
+    grid_size, class_rows = _source_grid(counts, hint, (1,) if class_token else (0, 1))
     head = any(k.startswith('head.') for k in state_dict)
     return Description(
-        depths=tuple(len(found[i]) for i in stages),
-        embed_dims=dims,
+        depths=tuple(last[i] + 1 for i in stages),
+        embed_dims=tuple(x.shape[0] for x in projs),
         sr_ratios=sr_ratios,
-        mlp_ratios=tuple(x.shape[0] / d for x, d in zip(fc1s, dims)),
+        mlp_ratios=tuple(fc1.shape[0] / proj.shape[0] for fc1, proj in zip(fc1s, projs)),
         patch_size=patch_size,
         in_chans=projs[0].shape[1],
         num_classes=_need(state_dict, 'head.weight', 2).shape[0] if head else 0,
         class_token=class_token,
-        class_row=bool(prefix),
+        class_row=bool(class_rows),
         norm='norm.weight' in state_dict,
         grid_size=grid_size,
         dtype=projs[0].dtype,
@@ -520,35 +490,28 @@ def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Tuple[in
 
 
 def drop_parts(state_dict: Mapping[str, torch.Tensor], parts: Iterable[str], class_row: bool = True) -> StateDict:
-    """Leave out named parts of a state dict under timm's names.
+    """Leave out parts of a state dict under timm's names.
 
     Args:
-        state_dict: Tensors under timm's names.
         parts: Any of 'class_token' (with its row of the position embedding), 'norm', 'head'.
         class_row: Whether the last position embedding has a row for the class token (see `describe`).
     """
     out = dict(state_dict)
     for part in parts:
+        if part not in ('class_token', 'norm', 'head'):
+            raise ValueError(f"Expected 'class_token', 'norm' or 'head', got {part!r}.")
+        out = {k: v for k, v in out.items() if not k.startswith(f'{part}.')}
         if part == 'class_token':
             out = {k: v for k, v in out.items() if not k.endswith('.cls_token')}
-            last = max((k for k in out if k.endswith('.pos_embed')), default='')
             if class_row:
+                last = max(k for k in out if k.endswith('.pos_embed'))
                 out[last] = out[last][:, 1:]
-        elif part in ('norm', 'head'):
-            out = {k: v for k, v in out.items() if not k.startswith(f'{part}.')}
-        else:
-            raise ValueError(f"Expected 'class_token', 'norm' or 'head', got {part!r}.")
     return out
 
 
 def fit_to_model(
         checkpoint: Mapping[str, Any], model: Any, prefix: Optional[str] = None) -> Tuple[StateDict, Description]:
     """Map any PVT v1 checkpoint to the names of a `PyramidVisionTransformer`, without the parts that it does not have.
-
-    Args:
-        checkpoint: What a checkpoint file holds.
-        model: Its class token, norm and head are looked at.
-        prefix: See `map_to_timm`.
 
     Returns:
         The state dict, its position embeddings on their own grid, and what it says about its model.
@@ -578,20 +541,19 @@ def fit_to_model(
     return drop_parts(state_dict, parts, info.class_row), info
 
 
-def check_keys(
-        state_dict: StateDict, reference: StateDict, ignore: Iterable[str] = (), what: str = 'the checkpoint') -> None:
+def check_keys(state_dict: StateDict, reference: StateDict, ignore: Iterable[str] = ()) -> None:
     """Refuse a state dict that does not have the names and shapes of `reference`, but for the names in `ignore`.
 
     Raises:
-        ValueError: Names are missing in `what` or extra, or shapes differ. The first ones are named.
+        ValueError: Names are missing or extra, or shapes differ. The first ones are named.
     """
     missing = [k for k in reference if k not in state_dict and k not in ignore]
     if missing:
-        raise ValueError(f'Missing in {what}: {_some(missing)}.')
+        raise ValueError(f'Missing in the checkpoint: {_some(missing)}.')
     extra = [k for k in state_dict if k not in reference and k not in ignore]
     if extra:
-        raise ValueError(f'Not part of the model, in {what}: {_some(extra)}.')
+        raise ValueError(f'Not part of the model, in the checkpoint: {_some(extra)}.')
     wrong = [f'{k} {list(state_dict[k].shape)} instead of {list(v.shape)}'
              for k, v in reference.items() if k not in ignore and state_dict[k].shape != v.shape]
     if wrong:
-        raise ValueError(f'Wrong shape in {what}: {_some(wrong)}.')
+        raise ValueError(f'Wrong shape in the checkpoint: {_some(wrong)}.')
