@@ -17,9 +17,8 @@ import torch.nn.functional as F
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .checkpoints import remap
 from .detection.fpn import PvtFpnBackbone, pvt_fpn_backbone
-from .detection.openmmlab import FPN, Checkpoint, OpenMMLabCheckpoint, backbone_to_mmdet
+from .detection.openmmlab import FPN, Checkpoint, from_openmmlab, to_openmmlab
 
 __all__ = ['SemanticFpn', 'ade20k_classes', 'semantic_fpn', 'semantic_fpn_from_mmseg', 'segmenter_to_mmseg']
 
@@ -82,8 +81,8 @@ class SemanticFpn(nn.Module):
         palette: Their colours (red, green, blue), empty if not known.
         min_size: Shorter side that `segment` resizes to.
         max_size: Longest side after that.
-        mean: Of the images that it is trained on, from 0 to 1.
-        std: Their standard deviation.
+        mean: Mean per channel of images from 0 to 1.
+        std: Standard deviation per channel.
     """
 
     def __init__(
@@ -100,13 +99,8 @@ class SemanticFpn(nn.Module):
         """
         Args:
             backbone: Levels with strides 4 to 32.
-            num_classes: Number of classes.
             channels: Channels of the head.
             drop_rate: Dropout of channels before the classifier.
-            min_size: See the attributes.
-            max_size: See the attributes.
-            mean: See the attributes.
-            std: See the attributes.
         """
         super().__init__()
         self.backbone = backbone
@@ -148,7 +142,6 @@ def semantic_fpn(
     Args:
         model_name: Name of a timm model, with or without a tag.
         pretrained_backbone: Load its weights.
-        num_classes: Number of classes.
         out_channels: Channels of the pyramid.
         model_args: Arguments for `timm.create_model`, such as `drop_path_rate`.
         kwargs: Arguments for `SemanticFpn`.
@@ -160,13 +153,7 @@ def semantic_fpn(
 
 def segmenter_to_mmseg(model: SemanticFpn, fmt: str = 'mmdet') -> Dict[str, torch.Tensor]:
     """Weights of a segmenter as mmsegmentation names them, with a backbone in format 'mmdet' or 'original'."""
-    state_dict = model.state_dict()
-    return {**backbone_to_mmdet(state_dict, fmt), **_heads_to_mmseg(state_dict)}
-
-
-def _heads_to_mmseg(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    heads = {k: v for k, v in state_dict.items() if not k.startswith('backbone.body.')}
-    return remap(heads, _TABLE, to_timm=False)[0]
+    return to_openmmlab(model, _TABLE, fmt)
 
 
 def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> SemanticFpn:
@@ -185,13 +172,8 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
     Raises:
         ValueError: Not such a checkpoint. The message names what is wrong.
     """
-    source = OpenMMLabCheckpoint(checkpoint, 'Semantic FPN', prefix)
-    model = semantic_fpn(
-        source.variant, source.num_classes, out_channels=source.width('neck.lateral_convs.0.conv.weight'),
-        channels=source.width('decode_head.conv_seg.weight', 1), model_args=source.model_args,
-        **{**source.image_size, **kwargs})
-    source.load(model, _heads_to_mmseg(model.state_dict()), remap(source.heads, _TABLE)[0])
-    names, palette = ade20k_classes() if source.num_classes == 150 else ([], [])
-    model.categories = [str(name) for name in source.dataset('classes') or names]
-    model.palette = [tuple(color) for color in source.dataset('palette') or palette]
-    return model.eval()
+    model, dataset = from_openmmlab(checkpoint, 'Semantic FPN', semantic_fpn, _TABLE, prefix, **kwargs)
+    names, palette = ade20k_classes() if model.num_classes == 150 else ([], [])
+    model.categories = [str(name) for name in dataset.get('classes') or names]
+    model.palette = [tuple(color) for color in dataset.get('palette') or palette]
+    return model

@@ -15,10 +15,7 @@ class LastLevelsOnInput(LastLevelP6P7):
     """P6 and P7 from the last backbone feature, without an activation between them."""
 
     def forward(
-            self,
-            p: List[torch.Tensor],
-            c: List[torch.Tensor],
-            names: List[str],
+            self, p: List[torch.Tensor], c: List[torch.Tensor], names: List[str],
     ) -> Tuple[List[torch.Tensor], List[str]]:
         p6 = self.p6(c[-1])
         p7 = self.p7(p6)

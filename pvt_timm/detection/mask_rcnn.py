@@ -19,7 +19,7 @@ mask of the background, never looked at) are 0. Left as torchvision has them: th
 The paper trains for 12 epochs of COCO with 16 images per step: `AdamW(lr=2e-4, weight_decay=1e-4)`, 500 steps of linear
 warm-up, a tenth of the rate after epochs 8 and 11, `model_args=dict(drop_path_rate=0.1)`.
 """
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -28,10 +28,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops._utils import convert_boxes_to_roi_format
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from .fpn import PvtFpnBackbone, pvt_fpn_backbone
-from .parts import ClippedBoxCoder, FixedStrideAnchors, PublishedDetector, RoundingTransform, check_keywords
+from .parts import ClippedBoxCoder, FixedStrideAnchors, PublishedDetector, check_keywords
 
 
 class AlignedRoIAlign(MultiScaleRoIAlign):
@@ -45,11 +43,8 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         self.strides = tuple(strides)
 
     def forward(
-            self,
-            x: Dict[str, torch.Tensor],
-            boxes: List[torch.Tensor],
-            image_shapes: List[Tuple[int, int]],
-    ) -> torch.Tensor:
+            self, x: Dict[str, torch.Tensor], boxes: List[torch.Tensor],
+            image_shapes: List[Tuple[int, int]]) -> torch.Tensor:
         maps = [x[name] for name in self.featmap_names]
         rois = convert_boxes_to_roi_format(boxes).to(maps[0].dtype)
         side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
@@ -70,32 +65,16 @@ class _TwoStageDetector(PublishedDetector):
     roi_heads: Any
 
     def __init__(
-            self,
-            backbone: PvtFpnBackbone,
-            num_classes: int = 80,
-            min_size: Union[int, Tuple[int, ...]] = 800,
-            max_size: int = 1333,
-            image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-            image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
-            size_divisible: int = 32,
-            fixed_size: Optional[Tuple[int, int]] = None,
-            box_channels: int = 1024,
-            mask_channels: int = 256,
-            **kwargs: Any,
-    ):
+            self, backbone: PvtFpnBackbone, num_classes: int = 80, box_channels: int = 1024, mask_channels: int = 256,
+            **kwargs: Any):
         """
         Args:
             backbone: Five levels with strides 4 to 64.
             num_classes: Number of classes, without the background.
-            min_size: Shorter side that images are resized to, several to choose from in training.
-            max_size: Longest side after that.
-            image_mean: Mean per channel of images from 0 to 1.
-            image_std: Standard deviation per channel.
-            size_divisible: Sides of a batch are padded to multiples of it.
-            fixed_size: Width and height to resize all images to, instead of the above.
             box_channels: Width of the two layers of the box head.
             mask_channels: Width of the layers of the mask head, if there is one.
-            kwargs: More arguments for torchvision's class, such as `box_score_thresh`.
+            kwargs: Arguments for torchvision's class, such as `min_size` (shorter side that images are resized to, 800,
+                several to choose from in training), `max_size` (longest side after that, 1333), `box_score_thresh`.
         """
         base: Type[FasterRCNN] = MaskRCNN if isinstance(self, MaskRCNN) else FasterRCNN
         check_keywords(kwargs, base)
@@ -114,9 +93,7 @@ class _TwoStageDetector(PublishedDetector):
                 mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
             )
         super().__init__(backbone, **{**settings, **kwargs})
-        self._name_classes(num_classes)
-        self.transform = RoundingTransform(
-            min_size, max_size, list(image_mean), list(image_std), size_divisible, fixed_size)
+        self._publish(num_classes)
         self.rpn.box_coder = ClippedBoxCoder()
         self.roi_heads.box_coder = ClippedBoxCoder(self.roi_heads.box_coder.weights)
 

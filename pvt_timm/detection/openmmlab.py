@@ -3,23 +3,20 @@
 mmdetection 2 and 3 and the original code (which is mmdetection 2.13 with a backbone of its own) name neck and heads
 alike. A row of a table says which parameters hold the same numbers, as in `checkpoints.py`.
 """
-import logging
 import re
 from os import PathLike
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 from torch.hub import load_state_dict_from_url
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
-from ..checkpoints import Description, check_keys, describe, drop_parts, from_timm, map_to_timm, remap, to_timm, unwrap
+from ..checkpoints import Table, check_keys, describe, drop_parts, from_timm, map_to_timm, remap, to_timm, unwrap
 from ..files import read_checkpoint
 from ..pvt import default_cfgs, find_variant
 from .mask_rcnn import PvtFasterRCNN, PvtMaskRCNN, pvt_faster_rcnn, pvt_mask_rcnn
 from .retinanet import PvtRetinaNet, pvt_retinanet
-
-_logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, torch.Tensor]
 Checkpoint = Union[str, 'PathLike[str]', Mapping[str, Any]]
@@ -54,8 +51,6 @@ _MASK_RCNN = (
     ('roi_heads.mask_predictor.conv5_mask.{p}',        'roi_head.mask_head.upsample.{p}'),
     ('roi_heads.mask_predictor.mask_fcn_logits.{p}',   'roi_head.mask_head.conv_logits.{p}'),
 )
-_TABLES = {PvtRetinaNet: _RETINANET, PvtFasterRCNN: _FASTER_RCNN, PvtMaskRCNN: _MASK_RCNN}
-
 # Kind of model -> a parameter with rows per class, rows for one class, rows for the background
 _HEADS = {
     'RetinaNet': ('bbox_head.retina_cls.weight', 9, 0),  # 3 scales x 3 aspect ratios
@@ -63,7 +58,18 @@ _HEADS = {
     'Faster R-CNN': ('roi_head.bbox_head.fc_cls.weight', 1, 1),
     'Semantic FPN': ('decode_head.conv_seg.weight', 1, 0),
 }
-_MMDET_EPS = 1e-6
+# Kind of model -> argument for a width, the parameter and the dimension that have it
+_BOX = ('roi_head.bbox_head.fc_cls.weight', 1)
+_WIDTHS = {
+    'RetinaNet': dict(out_channels=('bbox_head.retina_cls.weight', 1)),
+    'Mask R-CNN': dict(
+        out_channels=('rpn_head.rpn_conv.weight', 0), box_channels=_BOX,
+        mask_channels=('roi_head.mask_head.convs.0.conv.weight', 0)),
+    'Faster R-CNN': dict(out_channels=('rpn_head.rpn_conv.weight', 0), box_channels=_BOX),
+    'Semantic FPN': dict(
+        out_channels=('neck.lateral_convs.0.conv.weight', 0), channels=('decode_head.conv_seg.weight', 1)),
+}
+_BODY = 'backbone.body.'
 
 
 def coco_categories() -> Dict[int, str]:
@@ -82,121 +88,118 @@ def describe_heads(state_dict: Mapping[str, Any]) -> Optional[Tuple[str, int]]:
         'RetinaNet', 'Mask R-CNN', 'Faster R-CNN' or 'Semantic FPN' and its number of classes. None if none of these.
     """
     for kind, (anchor, per_class, background) in _HEADS.items():
-        for key, value in state_dict.items():
-            if f'.{key}'.endswith(f'.{anchor}') and isinstance(value, torch.Tensor) and value.ndim:
-                if kind == 'Semantic FPN' and not any('decode_head.scale_heads.' in k for k in state_dict):
-                    continue
-                return kind, value.shape[0] // per_class - background
+        weight = next((v for k, v in state_dict.items() if f'.{k}'.endswith(f'.{anchor}')), None)
+        if kind == 'Semantic FPN' and not any('decode_head.scale_heads.' in str(k) for k in state_dict):
+            continue
+        if isinstance(weight, torch.Tensor) and weight.ndim:
+            return kind, weight.shape[0] // per_class - background
     return None
 
 
-class OpenMMLabCheckpoint:
-    """A whole detector or segmenter of OpenMMLab or of the original code, taken apart.
+def from_openmmlab(
+        checkpoint: Checkpoint,
+        kind: str,
+        build: Callable[..., Any],
+        table: Table,
+        prefix: Optional[str] = None,
+        **kwargs: Any,
+) -> Tuple[Any, Dict[str, List[Any]]]:
+    """Load a whole detector or segmenter of OpenMMLab or of the original code, or nothing of it.
 
-    Attributes:
-        variant: Name of the PVT.
-        info: What its weights say about it.
-        body: Its weights under the names of a `features_only` model.
-        heads: The weights beside it under the names of the file, without what stands before all of them.
-        format: Format of the backbone, 'mmdet' or 'original'.
-        num_classes: Number of classes, without background.
-        meta: What the file says about itself.
+    Args:
+        checkpoint: File, or what it holds.
+        kind: What it is expected to be, as `describe_heads` says it.
+        build: Makes the model, from the name of a PVT and a number of classes.
+        table: Names of what stands beside the backbone.
+        prefix: What stands before the names of the backbone, needed where there are several.
+        kwargs: Arguments for `build`. Widths are read off the weights, the size of images off the config in the file.
+
+    Returns:
+        The model in evaluation mode, and what the file has of 'classes' and 'palette' of its dataset, one per class.
+
+    Raises:
+        ValueError: It is something else, or a part is missing, extra or of another shape. It is named as in the file.
     """
+    if isinstance(checkpoint, (str, PathLike)):
+        checkpoint = read_checkpoint(checkpoint)
+    converted = map_to_timm(checkpoint, prefix=prefix)
+    if converted.format not in ('mmdet', 'original') or not converted.prefix.endswith('backbone.'):
+        raise ValueError(
+            f"Expected a {kind} of OpenMMLab or the original code (keys 'backbone.*', 'neck.*', ...), got a "
+            f'{converted.format} model under {converted.prefix!r}.')
+    root = converted.prefix[:-len('backbone.')]
+    heads: StateDict = {
+        k[len(root):]: v for k, v in unwrap(checkpoint)[0].items()
+        if isinstance(k, str) and k.startswith(root) and not k.startswith(converted.prefix)}
+    found = describe_heads(heads)
+    if found is None or found[0] != kind:
+        parts = ', '.join(sorted({k.partition('.')[0] for k in heads})) or 'nothing'
+        what = f'a {found[0]}' if found else f'a model with {parts} beside its backbone'
+        raise ValueError(f'Expected a {kind}, got {what}.')
 
-    def __init__(self, checkpoint: Checkpoint, kind: str, prefix: Optional[str] = None):
-        """
-        Args:
-            checkpoint: File, or what it holds.
-            kind: Key of `_HEADS`, what it is expected to be.
-            prefix: What stands before the names of the backbone, needed where there are several.
+    info = describe(converted.state_dict)
+    variant = find_variant(info.depths, info.embed_dims)
+    if variant is None:
+        raise ValueError(f'Expected a PVT v1 variant, got depths {info.depths} and channels {info.embed_dims}.')
+    drop = ['norm', 'head'] + (['class_token'] if info.class_token or info.class_row else [])
+    body, _ = from_timm(drop_parts(converted.state_dict, drop, info.class_row), 'timm_features')
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, Mapping) else {}
+    model_args = dict(img_size=info.img_size, in_chans=info.in_chans)
+    widths = {k: _width(heads, *at) for k, at in _WIDTHS[kind].items()}
+    model = build(variant, found[1], model_args=model_args, **{**widths, **_image_size(meta), **kwargs})
 
-        Raises:
-            ValueError: It is something else. The message names what.
-        """
-        if isinstance(checkpoint, (str, PathLike)):
-            checkpoint = read_checkpoint(checkpoint)
-        converted = map_to_timm(checkpoint, prefix=prefix)
-        if converted.format not in ('mmdet', 'original') or not converted.prefix.endswith('backbone.'):
-            raise ValueError(
-                f"Expected a {kind} of OpenMMLab or the original code (keys 'backbone.*', 'neck.*', ...), got a "
-                f'{converted.format} model under {converted.prefix!r}.')
-        state_dict, _, _ = unwrap(checkpoint)
-        root = converted.prefix[:-len('backbone.')]
-        self.heads: StateDict = {
-            k[len(root):]: v for k, v in state_dict.items()
-            if isinstance(k, str) and k.startswith(root) and not k.startswith(converted.prefix)}
-        found = describe_heads(self.heads)
-        if found is None or found[0] != kind:
-            parts = sorted({k.partition('.')[0] for k in self.heads})
-            what = f'a {found[0]}' if found else f'a model with {", ".join(parts) or "nothing"} beside its backbone'
-            raise ValueError(f'Expected a {kind}, got {what}.')
-        self.num_classes = found[1]
-        self.format = converted.format
-        self.info: Description = describe(converted.state_dict)
-        variant = find_variant(self.info.depths, self.info.embed_dims)
-        if variant is None:
-            raise ValueError(
-                f'Expected a PVT v1 variant, got depths {self.info.depths} and channels {self.info.embed_dims}.')
-        self.variant: str = variant
-        parts = ['norm', 'head'] + (['class_token'] if self.info.class_token or self.info.class_row else [])
-        body = drop_parts(converted.state_dict, parts, self.info.class_row)
-        self.body, _ = from_timm(body, 'timm_features')
-        meta = checkpoint.get('meta')
-        self.meta: Mapping[str, Any] = meta if isinstance(meta, Mapping) else {}
-
-    def width(self, name: str, dim: int = 0) -> int:
-        """Size of a parameter beside the backbone."""
-        weight = self.heads.get(name)
-        if not isinstance(weight, torch.Tensor) or weight.ndim <= dim or not weight.shape[dim]:
-            raise ValueError(f'Missing in the checkpoint: {name}.')
-        return weight.shape[dim]
-
-    @property
-    def model_args(self) -> Dict[str, Any]:
-        return dict(img_size=self.info.img_size, in_chans=self.info.in_chans)
-
-    @property
-    def image_size(self) -> Dict[str, int]:
-        """Shorter and longest side that the config in the file resizes images to, nothing if it does not say it."""
-        text = self.meta.get('config') or self.meta.get('cfg')
-        sizes = set(re.findall(r'\b(?:img_)?scale=\((\d+), (\d+)\)', text)) if isinstance(text, str) else set()
-        if len(sizes) != 1:
-            return {}
-        longest, shorter = sizes.pop()
-        return dict(min_size=int(shorter), max_size=int(longest))
-
-    def dataset(self, key: str) -> Optional[List[Any]]:
-        """'classes' or 'palette' of the dataset, None if the file does not have one per class."""
-        inner = self.meta.get('dataset_meta')
-        for source, name in ((inner, key), (inner, key.upper()), (self.meta, key.upper())):
-            values = source.get(name) if isinstance(source, Mapping) else None
-            if isinstance(values, (list, tuple)) and len(values) == self.num_classes:
-                return list(values)
-        return None
-
-    def load(self, model: nn.Module, reference: StateDict, heads: StateDict) -> None:
-        """Load all weights, or none.
-
-        Args:
-            model: The model.
-            reference: What `model` holds beside its backbone, under the names of the file.
-            heads: `self.heads` under the names of the model.
-
-        Raises:
-            ValueError: Something is missing, extra, or of another shape. It is named as in the file.
-        """
-        check_keys(self.heads, reference)
-        weights = {**{f'backbone.body.{k}': v for k, v in self.body.items()}, **heads}
-        check_keys(weights, model.state_dict())
-        model.load_state_dict(weights, strict=True)
-        if self.format == 'mmdet':
-            backbone: Any = model.backbone
-            for m in backbone.body.modules():
-                if isinstance(m, nn.LayerNorm):
-                    m.eps = _MMDET_EPS  # in patch embeddings and spatial reductions too, unlike the original
+    ours, _, _ = remap(heads, table)
+    reference = to_openmmlab(model, table, converted.format)
+    check_keys(heads, {k: v for k, v in reference.items() if not k.startswith('backbone.')})
+    weights = {**{f'{_BODY}{k}': v for k, v in body.items()}, **_move_background(ours, to_torchvision=True)}
+    check_keys(weights, model.state_dict())
+    model.load_state_dict(weights)
+    if converted.format == 'mmdet':
+        for m in model.backbone.body.modules():
+            if isinstance(m, nn.LayerNorm):
+                m.eps = 1e-6  # in patch embeddings and spatial reductions too, unlike the original
+    return model.eval(), _dataset(meta, found[1])
 
 
-def _background_first(heads: StateDict, to_torchvision: bool) -> StateDict:
+def _width(heads: StateDict, name: str, dim: int) -> int:
+    weight = heads.get(name)
+    if not isinstance(weight, torch.Tensor) or weight.ndim <= dim or not weight.shape[dim]:
+        raise ValueError(f'Missing in the checkpoint: {name}.')
+    return weight.shape[dim]
+
+
+def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
+    """Shorter and longest side that the config in the file resizes images to, nothing if it does not say it."""
+    text = meta.get('config') or meta.get('cfg')
+    sizes = set(re.findall(r'\b(?:img_)?scale=\((\d+), (\d+)\)', text)) if isinstance(text, str) else set()
+    if len(sizes) != 1:
+        return {}
+    (longest, shorter), = sizes
+    return dict(min_size=int(shorter), max_size=int(longest))
+
+
+def _dataset(meta: Mapping[str, Any], num_classes: int) -> Dict[str, List[Any]]:
+    """'classes' and 'palette' that the file says, if there is one per class."""
+    inner = meta.get('dataset_meta')
+    said = {str(k).lower(): v for source in (meta, inner) if isinstance(source, Mapping) for k, v in source.items()}
+    return {k: list(v) for k, v in said.items()
+            if k in ('classes', 'palette') and isinstance(v, (list, tuple)) and len(v) == num_classes}
+
+
+def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
+    """Weights as OpenMMLab names and stacks them, with a backbone in format 'mmdet' or 'original'."""
+    state_dict = model.state_dict()
+    features = {k[len(_BODY):]: v for k, v in state_dict.items() if k.startswith(_BODY)}
+    body, _ = from_timm(to_timm(features, 'timm_features')[0], fmt)
+    if fmt == 'original':
+        body['pos_embed4'] = torch.cat([torch.zeros_like(body['pos_embed4'][:, :1]), body['pos_embed4']], dim=1)
+    heads = {k: v for k, v in state_dict.items() if not k.startswith(_BODY)}
+    heads, _, _ = remap(_move_background(heads, to_torchvision=False), table, to_timm=False)
+    return {**{f'backbone.{k}': v for k, v in body.items()}, **heads}
+
+
+def _move_background(heads: StateDict, to_torchvision: bool) -> StateDict:
     """Move the class without objects, in a two-stage detector under torchvision's names."""
     out = dict(heads)
     for key, value in heads.items():
@@ -216,67 +219,28 @@ def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fm
         fmt: 'mmdet', or 'original' for the backbone of the original code (whose position embedding of the last stage
             gets a row of zeros that it never uses).
     """
-    state_dict = model.state_dict()
-    return {**backbone_to_mmdet(state_dict, fmt), **_heads_to_mmdet(model, state_dict)}
+    tables = {PvtRetinaNet: _RETINANET, PvtFasterRCNN: _FASTER_RCNN, PvtMaskRCNN: _MASK_RCNN}
+    return to_openmmlab(model, tables[type(model)], fmt)
 
 
-def backbone_to_mmdet(state_dict: StateDict, fmt: str) -> StateDict:
-    """Backbone of a detector or segmenter in format 'mmdet' or 'original', with 'backbone.' before all names."""
-    features = {k[len('backbone.body.'):]: v for k, v in state_dict.items() if k.startswith('backbone.body.')}
-    body, _ = from_timm(to_timm(features, 'timm_features')[0], fmt)
-    if fmt == 'original':
-        body['pos_embed4'] = torch.cat([torch.zeros_like(body['pos_embed4'][:, :1]), body['pos_embed4']], dim=1)
-    return {f'backbone.{k}': v for k, v in body.items()}
-
-
-def _heads_to_mmdet(model: nn.Module, state_dict: StateDict) -> StateDict:
-    heads = {k: v for k, v in state_dict.items() if not k.startswith('backbone.body.')}
-    return remap(_background_first(heads, to_torchvision=False), _TABLES[type(model)], to_timm=False)[0]
-
-
-def _finish(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], source: OpenMMLabCheckpoint) -> None:
-    """Load the weights into a detector and name its classes."""
-    heads, _, _ = remap(source.heads, _TABLES[type(model)])
-    source.load(model, _heads_to_mmdet(model, model.state_dict()), _background_first(heads, to_torchvision=True))
+def _detector_from_mmdet(*args: Any, **kwargs: Any) -> Any:
+    model, dataset = from_openmmlab(*args, **kwargs)
     coco = coco_categories()
-    names = source.dataset('classes') or (list(coco.values()) if source.num_classes == len(coco) else [])
+    names = dataset.get('classes') or (list(coco.values()) if model.num_classes == len(coco) else [])
     model.categories = [str(name) for name in names]
     model.category_ids = list(coco) if model.categories == list(coco.values()) else []
-    model.eval()
+    return model
 
 
 def retinanet_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtRetinaNet:
     """Whole RetinaNet checkpoint of mmdetection, or of the original PVT code, as a torchvision model.
 
     Args:
-        checkpoint: File, of which nothing is executed, or what it holds: `backbone.*`, `neck.*` and `bbox_head.*`, bare
-            or under 'state_dict'.
+        checkpoint: File, of which nothing is executed, or what it holds, bare or under 'state_dict': `backbone.*`,
+            `neck.*` and `bbox_head.*`, in a two-stage detector `rpn_head.*` and `roi_head.*` instead of the last.
         prefix: What stands before the names of the backbone, needed where there are several.
-        kwargs: Arguments for `PvtRetinaNet`, such as `min_size` (by default that of the config in the file, or 800).
-
-    Returns:
-        The model in evaluation mode. Variant, number of classes and pyramid width are read off the weights.
-
-    Raises:
-        ValueError: Not such a checkpoint. The message names what is wrong.
-    """
-    source = OpenMMLabCheckpoint(checkpoint, 'RetinaNet', prefix)
-    channels = source.width('bbox_head.retina_cls.weight', 1)
-    model = pvt_retinanet(
-        source.variant, source.num_classes, out_channels=channels, model_args=source.model_args,
-        **{**source.image_size, **kwargs})
-    _finish(model, source)
-    return model
-
-
-def mask_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtMaskRCNN:
-    """Whole Mask R-CNN checkpoint of mmdetection, or of the original PVT code, as a torchvision model.
-
-    Args:
-        checkpoint: File, of which nothing is executed, or what it holds: `backbone.*`, `neck.*`, `rpn_head.*` and
-            `roi_head.*`, bare or under 'state_dict'.
-        prefix: What stands before the names of the backbone, needed where there are several.
-        kwargs: Arguments for `PvtMaskRCNN`, such as `min_size` (by default that of the config in the file, or 800).
+        kwargs: Arguments for the class of the model, such as `min_size` (by default that of the config in the file, or
+            800).
 
     Returns:
         The model in evaluation mode. Variant, number of classes and widths are read off the weights.
@@ -284,26 +248,17 @@ def mask_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, *
     Raises:
         ValueError: Not such a checkpoint. The message names what is wrong.
     """
-    source = OpenMMLabCheckpoint(checkpoint, 'Mask R-CNN', prefix)
-    model = pvt_mask_rcnn(
-        source.variant, source.num_classes,
-        mask_channels=source.width('roi_head.mask_head.convs.0.conv.weight'), **_two_stage(source, kwargs))
-    _finish(model, source)
-    return model
+    return _detector_from_mmdet(checkpoint, 'RetinaNet', pvt_retinanet, _RETINANET, prefix, **kwargs)
 
 
 def faster_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtFasterRCNN:
-    """Whole Faster R-CNN checkpoint, otherwise as `mask_rcnn_from_mmdet`."""
-    source = OpenMMLabCheckpoint(checkpoint, 'Faster R-CNN', prefix)
-    model = pvt_faster_rcnn(source.variant, source.num_classes, **_two_stage(source, kwargs))
-    _finish(model, source)
-    return model
+    """Whole Faster R-CNN checkpoint, otherwise as `retinanet_from_mmdet`."""
+    return _detector_from_mmdet(checkpoint, 'Faster R-CNN', pvt_faster_rcnn, _FASTER_RCNN, prefix, **kwargs)
 
 
-def _two_stage(source: OpenMMLabCheckpoint, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    return dict(
-        out_channels=source.width('rpn_head.rpn_conv.weight'), model_args=source.model_args,
-        box_channels=source.width('roi_head.bbox_head.fc_cls.weight', 1), **{**source.image_size, **kwargs})
+def mask_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtMaskRCNN:
+    """Whole Mask R-CNN checkpoint, otherwise as `retinanet_from_mmdet`."""
+    return _detector_from_mmdet(checkpoint, 'Mask R-CNN', pvt_mask_rcnn, _MASK_RCNN, prefix, **kwargs)
 
 
 def retinanet_coco(

@@ -36,12 +36,8 @@ class FixedStrideAnchors(AnchorGenerator):
         )
 
     def generate_anchors(
-            self,
-            scales: List[float],
-            aspect_ratios: List[float],
-            dtype: torch.dtype = torch.float32,
-            device: Any = 'cpu',
-    ) -> torch.Tensor:
+            self, scales: List[float], aspect_ratios: List[float],
+            dtype: torch.dtype = torch.float32, device: Any = 'cpu') -> torch.Tensor:
         sizes = torch.as_tensor(scales, dtype=dtype, device=device)
         h_ratios = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
         w_ratios = 1 / h_ratios
@@ -77,17 +73,9 @@ class ClippedBoxCoder(BoxCoder):
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """Put masks into an image, sampled at the centres of its pixels.
+    """Put masks (N, 1, M, M) that span their boxes (N, 4) into an image of height and width `size`: (N, 1, H, W).
 
-    torchvision resizes a mask to its box rounded to pixels, which moves it by up to one.
-
-    Args:
-        masks: Masks (N, 1, M, M) that span their boxes.
-        boxes: Boxes (N, 4) in pixels of the image.
-        size: Height and width of the image.
-
-    Returns:
-        Masks (N, 1, H, W), 0 outside of the boxes.
+    They are sampled at the centres of its pixels. torchvision rounds a box to pixels, which moves its mask.
     """
     out = masks.new_zeros(len(masks), 1, *size)
     for n, (mask, box) in enumerate(zip(masks, boxes.to(masks.dtype))):
@@ -107,10 +95,7 @@ class RoundingTransform(GeneralizedRCNNTransform):
     """Resizing to rounded instead of floored sides, none of them below 1, and back without rounding boxes of masks."""
 
     def resize(
-            self,
-            image: torch.Tensor,
-            target: Optional[Detection] = None,
-    ) -> Tuple[torch.Tensor, Optional[Detection]]:
+            self, image: torch.Tensor, target: Optional[Detection] = None) -> Tuple[torch.Tensor, Optional[Detection]]:
         if self.fixed_size is not None or (self.training and self._skip_resize):
             return super().resize(image, target)
         h, w = image.shape[-2:]
@@ -127,11 +112,8 @@ class RoundingTransform(GeneralizedRCNNTransform):
         return image, target
 
     def postprocess(
-            self,
-            result: List[Detection],
-            image_shapes: List[Tuple[int, int]],
-            original_image_sizes: List[Tuple[int, int]],
-    ) -> List[Detection]:
+            self, result: List[Detection], image_shapes: List[Tuple[int, int]],
+            original_image_sizes: List[Tuple[int, int]]) -> List[Detection]:
         if self.training:
             return result
         masks = [found.pop('masks', None) for found in result]
@@ -154,15 +136,15 @@ def check_detection_inputs(
     The detectors of this package do this by themselves, call it before others of torchvision.
 
     Args:
-        images: Images (C, H, W), of any sizes.
+        images: Images (in_chans, H, W), of any sizes.
         targets: 'boxes' (N, 4) as x1, y1, x2, y2 and 'labels' (N,) per image.
-        num_classes: Number of classes without background. Labels are not checked against it if None.
+        num_classes: Number of classes without background, None for any.
         first_label: Label of the first class, 1 where label 0 is the background.
-        in_chans: Channels of an image.
 
     Raises:
         ValueError: The first thing that is wrong, and where it is.
     """
+    last_label = first_label + num_classes - 1 if num_classes else float('inf')
     for i, image in enumerate(images):
         if image.ndim != 3 or image.shape[0] != in_chans or 0 in image.shape:
             raise ValueError(f'Expected image {i} as ({in_chans}, height, width), got {list(image.shape)}.')
@@ -176,12 +158,10 @@ def check_detection_inputs(
             raise ValueError(f'Expected one label per box ({len(boxes)}) in target {i}, got {list(labels.shape)}.')
         if not boxes.isfinite().all():
             raise ValueError(f'Expected boxes of numbers in target {i}, got NaN or infinity.')
-        last = first_label + num_classes - 1 if num_classes else None
-        wrong = labels[(labels < first_label) | (labels > (labels if last is None else last))]
+        wrong = labels[(labels < first_label) | (labels > last_label)]
         if len(wrong):
             raise ValueError(
-                f'Expected labels from {first_label}{"" if last is None else f" to {last}"}, got {int(wrong[0])} in '
-                f'target {i}.')
+                f'Expected labels from {first_label} to {last_label}, got {int(wrong[0])} in target {i}.')
 
 
 class PublishedDetector(nn.Module):
@@ -196,15 +176,16 @@ class PublishedDetector(nn.Module):
     first_label = 0
     transform: Any
 
-    def _name_classes(self, num_classes: int) -> None:
+    def _publish(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.categories: List[str] = []
         self.category_ids: List[int] = []
+        t = self.transform
+        self.transform = RoundingTransform(
+            t.min_size, t.max_size, t.image_mean, t.image_std, t.size_divisible, t.fixed_size)
 
     def forward(
-            self,
-            images: Sequence[torch.Tensor],
-            targets: Optional[Sequence[Detection]] = None,
+            self, images: Sequence[torch.Tensor], targets: Optional[Sequence[Detection]] = None,
     ) -> Union[Dict[str, torch.Tensor], List[Detection]]:
         in_chans = len(self.transform.image_mean)
         check_detection_inputs(images, targets, self.num_classes, self.first_label, in_chans)
@@ -217,6 +198,7 @@ class PublishedDetector(nn.Module):
 
 def check_keywords(kwargs: Mapping[str, Any], cls: type) -> None:
     """Refuse keywords that torchvision's `cls` would swallow, as Python does elsewhere."""
-    unknown = [k for k in kwargs if k not in inspect.signature(cls).parameters]
+    known = (*inspect.signature(cls).parameters, 'size_divisible', 'fixed_size')
+    unknown = [k for k in kwargs if k not in known]
     if unknown:
         raise TypeError(f'{cls.__name__} got unexpected keyword arguments: {", ".join(unknown)}')

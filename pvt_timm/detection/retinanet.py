@@ -14,17 +14,14 @@ The rest is a matter of arguments: 80 classes without background, 100 detections
 The paper trains it for 12 epochs of COCO with 16 images per step: `AdamW(lr=1e-4, weight_decay=1e-4)`, 500 steps of
 linear warm-up, a tenth of the rate after epochs 8 and 11, `model_args=dict(drop_path_rate=0.1)`.
 """
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from .fpn import PvtFpnBackbone, pvt_fpn_backbone
-from .parts import (
-    ClippedBoxCoder, Detection, FixedStrideAnchors, PublishedDetector, RoundingTransform, check_keywords)
+from .parts import ClippedBoxCoder, Detection, FixedStrideAnchors, PublishedDetector, check_keywords
 
 
 class PvtRetinaNet(PublishedDetector, RetinaNet):
@@ -38,51 +35,22 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
     topk_candidates: Any
     nms_thresh: Any
 
-    def __init__(
-            self,
-            backbone: PvtFpnBackbone,
-            num_classes: int = 80,
-            min_size: Union[int, Tuple[int, ...]] = 800,
-            max_size: int = 1333,
-            image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-            image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
-            size_divisible: int = 32,
-            fixed_size: Optional[Tuple[int, int]] = None,
-            detections_per_img: int = 100,
-            **kwargs: Any,
-    ):
+    def __init__(self, backbone: PvtFpnBackbone, num_classes: int = 80, **kwargs: Any):
         """
         Args:
             backbone: Five levels with strides 8 to 128.
-            num_classes: Number of classes.
-            min_size: Shorter side that images are resized to, several to choose from in training.
-            max_size: Longest side after that.
-            image_mean: Mean per channel of images from 0 to 1.
-            image_std: Standard deviation per channel.
-            size_divisible: Sides of a batch are padded to multiples of it.
-            fixed_size: Width and height to resize all images to, instead of the above.
-            detections_per_img: Most detections per image.
-            kwargs: More arguments for torchvision's RetinaNet, such as `score_thresh`.
+            kwargs: Arguments for torchvision's RetinaNet, such as `min_size` (shorter side that images are resized to,
+                800, several to choose from in training), `max_size` (longest side after that, 1333), `score_thresh`.
         """
         check_keywords(kwargs, RetinaNet)
-        super().__init__(
-            backbone,
-            num_classes,
-            anchor_generator=FixedStrideAnchors(),
-            detections_per_img=detections_per_img,
-            **kwargs,
-        )
-        self._name_classes(num_classes)
-        self.transform = RoundingTransform(
-            min_size, max_size, list(image_mean), list(image_std), size_divisible, fixed_size)
+        settings = dict(anchor_generator=FixedStrideAnchors(), detections_per_img=100)
+        super().__init__(backbone, num_classes, **{**settings, **kwargs})
+        self._publish(num_classes)
         self.box_coder = ClippedBoxCoder()
 
     def postprocess_detections(
-            self,
-            head_outputs: Dict[str, List[torch.Tensor]],
-            anchors: List[List[torch.Tensor]],
-            image_shapes: List[Tuple[int, int]],
-    ) -> List[Detection]:
+            self, head_outputs: Dict[str, List[torch.Tensor]], anchors: List[List[torch.Tensor]],
+            image_shapes: List[Tuple[int, int]]) -> List[Detection]:
         detections = []
         for i, image_shape in enumerate(image_shapes):
             found: List[Tuple[torch.Tensor, ...]] = []
@@ -125,11 +93,5 @@ def pvt_retinanet(
         kwargs: Arguments for `PvtRetinaNet`, such as `min_size`.
     """
     backbone = pvt_fpn_backbone(
-        model_name,
-        pretrained=pretrained_backbone,
-        out_channels=out_channels,
-        out_indices=(1, 2, 3),
-        extra_levels='p6p7_on_input',
-        **(model_args or {}),
-    )
+        model_name, pretrained_backbone, out_channels, (1, 2, 3), 'p6p7_on_input', **(model_args or {}))
     return PvtRetinaNet(backbone, num_classes, **kwargs)
