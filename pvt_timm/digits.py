@@ -9,7 +9,6 @@ label), 32x32 grey levels. The same files come out every time. Needs scikit-lear
 """
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -70,7 +69,7 @@ def split_indices(labels: Sequence[int]) -> Dict[str, List[int]]:
     import numpy as np
     rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
     splits: Dict[str, List[int]] = {'train': [], 'validation': []}
-    for label in sorted(set(int(i) for i in labels)):
+    for label in range(10):
         indices = rng.permutation([i for i, other in enumerate(labels) if other == label]).tolist()
         splits['validation'] += sorted(indices[:HELD_OUT_PER_LABEL])
         splits['train'] += sorted(indices[HELD_OUT_PER_LABEL:])
@@ -78,14 +77,7 @@ def split_indices(labels: Sequence[int]) -> Dict[str, List[int]]:
 
 
 def write_digits(output: Union[str, Path], splits: Sequence[str] = ('train', 'validation')) -> Path:
-    """Write the image folder.
-
-    Args:
-        output: Folder to write, created if it is not there. It must not hold one of the splits already.
-        splits: Which splits to write.
-
-    Returns:
-        The folder.
+    """Write the image folder `output`, created if it is not there, and return it.
 
     Raises:
         FileExistsError: The folder holds a split already.
@@ -94,25 +86,20 @@ def write_digits(output: Union[str, Path], splits: Sequence[str] = ('train', 'va
     from sklearn.datasets import load_digits
 
     output = Path(output)
+    digits = load_digits()
+    indices = split_indices(digits.target)
     for split in splits:
         if (output / split).exists():
             raise FileExistsError(f'Expected a folder without {split!r}, but {output / split} exists.')
     output.mkdir(parents=True, exist_ok=True)
-    digits = load_digits()
-    indices = split_indices(digits.target)
-    for split in splits:
-        # written aside first, so that a split is there completely or not at all
-        partial = Path(tempfile.mkdtemp(prefix=f'.{split}-', dir=output))
-        try:
+    # written aside first, so that a split is there completely or not at all
+    with tempfile.TemporaryDirectory(prefix='.digits-', dir=output) as aside:
+        for split in splits:
             for i in indices[split]:
-                folder = partial / str(digits.target[i])
-                folder.mkdir(exist_ok=True)
+                folder = Path(aside, split, str(digits.target[i]))
+                folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(upscale(digits.images[i])).save(folder / f'{i:04d}.png')
-            partial.chmod(0o755)
-            os.replace(partial, output / split)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            os.replace(Path(aside, split), output / split)
     return output
 
 
@@ -123,10 +110,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         write_digits(args.output)
-    except ImportError as e:
-        print(f'Expected scikit-learn and Pillow: {e}. Run: pip install scikit-learn pillow', file=sys.stderr)
-        return 2
-    except OSError as e:
+    except (ImportError, OSError) as e:
         print(f'Cannot write the digits to {args.output}: {e}', file=sys.stderr)
         return 2
     for split in ('train', 'validation'):

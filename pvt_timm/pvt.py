@@ -296,14 +296,9 @@ class PyramidVisionTransformer(nn.Module):
                 embed_dims[i - 1] if i else in_chans, embed_dims[i], depths[i], grid_sizes[i],
                 patch_size=2 if i else patch_size,
                 min_input_size=self.min_input_size // self.reductions[i - 1] if i else self.min_input_size,
-                class_token=class_token and last,
-                output_fmt=output_fmt if last else 'NCHW',
-                drop_path=dpr[i],
-                num_heads=num_heads[i],
-                sr_ratio=sr_ratios[i],
-                mlp_ratio=mlp_ratios[i],
-                **stage_kwargs,
-            ))
+                class_token=class_token and last, output_fmt=output_fmt if last else 'NCHW',
+                drop_path=dpr[i], num_heads=num_heads[i], sr_ratio=sr_ratios[i], mlp_ratio=mlp_ratios[i],
+                **stage_kwargs))
             self.feature_info += [dict(num_chs=embed_dims[i], reduction=self.reductions[i], module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
 
@@ -468,8 +463,8 @@ class PyramidVisionTransformer(nn.Module):
 
 
 def resize_pos_embeds(
-        state_dict: Mapping[str, torch.Tensor], old: Tuple[int, int], new: Tuple[int, int], class_row: bool,
-) -> Dict[str, torch.Tensor]:
+        state_dict: Mapping[str, torch.Tensor], old: Tuple[int, int], new: Tuple[int, int],
+        class_row: bool) -> Dict[str, torch.Tensor]:
     """Resize all position embeddings, the last one with a `class_row`, from grid `old` (h, w) of stage 1 to `new`."""
     out = dict(state_dict)
     keys = sorted(k for k in out if k.endswith('.pos_embed'))
@@ -534,9 +529,7 @@ def _create_pvt(variant: str, pretrained: bool = False, prefix: Optional[str] = 
     return build_model_with_cfg(
         PyramidVisionTransformer, variant, pretrained,
         pretrained_filter_fn=partial(checkpoint_filter_fn, prefix=prefix),
-        feature_cfg=dict(feature_cfg, flatten_sequential=True),
-        **kwargs,
-    )
+        feature_cfg=dict(feature_cfg, flatten_sequential=True), **kwargs)
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
