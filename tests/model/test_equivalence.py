@@ -14,32 +14,25 @@ SLOW_LARGER = [
     'pvt_tiny', 'pvt_small', *(pytest.param(name, marks=pytest.mark.slow) for name in ('pvt_medium', 'pvt_large'))]
 # the original's position embedding logic holds at these (no stage but the first has 3136 tokens, nor it by chance)
 ORIGINAL_SIZES = [(224, 224), (230, 230), (256, 320), (96, 64)]
-SIZES = [(32, 32), (224, 224), (230, 230), (448, 448), (112, 448), (256, 320)]
+
+
+def dense_of(name, state_dict, **kwargs):
+    return timm.create_model(
+        name, features_only=True, pretrained=True, dtype=torch.float64,
+        pretrained_cfg_overlay=dict(state_dict=state_dict), **kwargs).eval()
 
 
 @pytest.fixture(scope='module')
 def models():
-    """Classifiers with random float64 weights, made on demand."""
+    """Classifiers with random float64 weights, made on demand, and dense backbones with the same weights."""
     made = {}
 
     def get(name):
         if name not in made:
-            made[name] = randomize(timm.create_model(name, dtype=torch.float64)).eval()
-        return made[name]
-
-    return get
-
-
-@pytest.fixture(scope='module')
-def dense_models(models):
-    """Features-only models with the weights of the classifiers."""
-    made = {}
-
-    def get(name, state_dict):
-        if name not in made:
-            made[name] = timm.create_model(
-                name, features_only=True, pretrained=True, dtype=torch.float64,
-                pretrained_cfg_overlay=dict(state_dict=state_dict)).eval()
+            # the widths of huge_v2 with few blocks: its 306 million parameters in float64 are too many for a quick test
+            kwargs = dict(depths=(1, 2, 1, 1)) if name == 'pvt_huge_v2' else {}
+            model = randomize(timm.create_model(name, dtype=torch.float64, **kwargs)).eval()
+            made[name] = model, dense_of(name, model.state_dict(), **kwargs)
         return made[name]
 
     return get
@@ -49,6 +42,13 @@ def original_state(model):
     return from_timm(model.state_dict(), 'original')[0]
 
 
+def assert_equal(got, want, tolerance=1e-10):
+    for a, b in zip(got, want, strict=True):
+        assert max_diff(a, b) <= tolerance
+
+
+# transformers
+
 def transformers_model(model):
     """transformers' PVT with the weights of `model` and the original's eps."""
     transformers = pytest.importorskip('transformers')
@@ -57,12 +57,11 @@ def transformers_model(model):
     hf = transformers.PvtForImageClassification(config)
     hf = hf.to(next(model.parameters()).dtype).eval()
     hf.load_state_dict(from_timm(model.state_dict(), 'transformers')[0])
-    changed = 0
-    for name, m in hf.named_modules():
-        if isinstance(m, torch.nn.LayerNorm) and ('patch_embeddings' in name or name.endswith('self.layer_norm')):
-            m.eps = 1e-5
-            changed += 1
-    assert changed == 4 + sum(model.depths[:3])
+    norms = [m for name, m in hf.named_modules() if isinstance(m, torch.nn.LayerNorm) and (
+        'patch_embeddings' in name or name.endswith('self.layer_norm'))]
+    assert len(norms) == 4 + sum(model.depths[:3])
+    for norm in norms:
+        norm.eps = 1e-5
     return hf
 
 
@@ -75,20 +74,16 @@ def logits_and_tokens(hf, x):
 @torch.no_grad()
 @pytest.mark.parametrize('name', SLOW_LARGER)
 def test_transformers(models, name):
-    model = models(name)
+    model, _ = models(name)
     hf = transformers_model(model)
     x = images(1, 3, 224, 224)
-    want, want_tokens = logits_and_tokens(hf, x)
-    got_tokens = model.forward_features(x)
-    got = model.forward_head(got_tokens)
-    assert got_tokens.shape == (1, 50, 512)
-    assert want.abs().mean() > 0.1  # not the equality of two zeros
-    assert max_diff(got_tokens, want_tokens) <= 1e-10
-    assert max_diff(got, want) <= 1e-10
+    want = logits_and_tokens(hf, x)
+    assert want[1].shape == (1, 50, 512) and want[0].abs().mean() > 0.1  # not the equality of two zeros
+    assert_equal((model(x), model.forward_features(x)), want)
     if name == 'pvt_tiny':
         for norm in (m for m in hf.modules() if isinstance(m, torch.nn.LayerNorm)):
             norm.eps = 1e-6  # as transformers ships it: the test sees this difference
-        assert max_diff(got, hf(x).logits) > 1e-10
+        assert max_diff(model(x), hf(x).logits) > 1e-10
 
 
 @torch.no_grad()
@@ -96,95 +91,38 @@ def test_transformers(models, name):
 def test_transformers_float32(name):
     torch.manual_seed(0)
     model = timm.create_model(name).eval()  # weights of the scale that the original starts with
-    hf = transformers_model(model)
     x = images(1, 3, 224, 224, dtype=torch.float32)
-    want, want_tokens = logits_and_tokens(hf, x)
-    got_tokens = model.forward_features(x)
-    assert max_diff(model.forward_head(got_tokens), want) <= 1e-5
-    assert max_diff(got_tokens, want_tokens) <= 1e-5
+    assert_equal((model(x), model.forward_features(x)), logits_and_tokens(transformers_model(model), x), 1e-5)
 
+
+# A plain reference
 
 @torch.no_grad()
-@pytest.mark.parametrize('size', SIZES, ids=str)
-def test_classifier_reference(models, size):
-    model = models('pvt_tiny')
+@pytest.mark.parametrize('name, size', [
+    *(('pvt_tiny', size) for size in ((32, 32), (224, 224), (230, 230), (448, 448), (112, 448), (256, 320))),
+    *(('test_pvt', size) for size in ((32, 32), (33, 47), (96, 40), (224, 160))),
+    pytest.param('pvt_tiny', (800, 1344), marks=pytest.mark.slow),
+    *((name, (70, 45)) for name in (*PUBLISHED, 'pvt_huge_v2')),
+], ids=str)
+def test_reference(models, name, size):
+    model, dense = models(name)
     sd = original_state(model)
+    kwargs = dict(img_size=(32, 32)) if name == 'test_pvt' else {}
+    kwargs.update(dict(heads=(2, 4, 8, 12)) if name == 'pvt_huge_v2' else {})
     x = images(1, 3, *size)
-    assert max_diff(model.forward_features(x), tokens(sd, x)) <= 1e-10
-    assert max_diff(model(x), logits(sd, x)) <= 1e-10
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('size', SIZES, ids=str)
-def test_dense_reference(models, dense_models, size):
-    sd = original_state(models('pvt_tiny'))
-    x = images(1, 3, *size)
-    want = features(sd, x)
-    got = dense_models('pvt_tiny', models('pvt_tiny').state_dict())(x)
+    assert_equal([model.forward_features(x), model(x)], [tokens(sd, x, **kwargs), logits(sd, x, **kwargs)])
+    got = dense(x)
     assert [tuple(f.shape) for f in got] == [
-        (1, c, size[0] // r, size[1] // r) for c, r in zip((64, 128, 320, 512), (4, 8, 16, 32))]
-    for a, b in zip(got, want, strict=True):
-        assert max_diff(a, b) <= 1e-10
-
-
-@torch.no_grad()
-@pytest.mark.slow
-def test_dense_reference_detection_size(models, dense_models):
-    sd = original_state(models('pvt_tiny'))
-    x = images(1, 3, 800, 1344)
-    for a, b in zip(dense_models('pvt_tiny', models('pvt_tiny').state_dict())(x), features(sd, x), strict=True):
-        assert max_diff(a, b) <= 1e-10
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('name', [*PUBLISHED, 'pvt_huge_v2'])
-def test_all_variants_reference(models, dense_models, name):
-    # the widths of huge_v2 with few blocks: its 306 million parameters in float64 are too many for a quick test
-    kwargs = dict(depths=(1, 2, 1, 1)) if name == 'pvt_huge_v2' else {}
-    heads = (2, 4, 8, 12) if name == 'pvt_huge_v2' else (1, 2, 5, 8)
-    if kwargs:
-        model = randomize(timm.create_model(name, dtype=torch.float64, **kwargs)).eval()
-        dense = timm.create_model(
-            name, features_only=True, pretrained=True, dtype=torch.float64,
-            pretrained_cfg_overlay=dict(state_dict=model.state_dict()), **kwargs).eval()
-    else:
-        model = models(name)
-        dense = dense_models(name, model.state_dict())
-    sd = original_state(model)
-    x = images(2, 3, 70, 45)
-    assert max_diff(model(x), logits(sd, x, heads)) <= 1e-10
-    for a, b in zip(dense(x), features(sd, x, heads), strict=True):
-        assert max_diff(a, b) <= 1e-10
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('size', [(32, 32), (33, 47), (96, 40), (224, 160)], ids=str)
-def test_small_model_reference(models, dense_models, size):
-    model = models('test_pvt')
-    sd = original_state(model)
-    x = images(1, 3, *size)
-    assert max_diff(model(x), logits(sd, x, img_size=(32, 32))) <= 1e-10
-    got = dense_models('test_pvt', model.state_dict())(x)
-    for a, b in zip(got, features(sd, x, img_size=(32, 32)), strict=True):
-        assert max_diff(a, b) <= 1e-10
-
-
-@torch.no_grad()
-def test_non_square_training_grid():
-    model = randomize(timm.create_model('test_pvt', img_size=(64, 160), dtype=torch.float64)).eval()
-    sd = original_state(model)
-    for size in ((64, 160), (160, 64), (70, 50)):
-        x = images(1, 3, *size)
-        assert max_diff(model(x), logits(sd, x, img_size=(64, 160))) <= 1e-10
+        (1, c, size[0] // r, size[1] // r) for c, r in zip(model.embed_dims, (4, 8, 16, 32))]
+    assert_equal(got, features(sd, x, **kwargs))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('size', [(224, 224), (160, 96)], ids=str)
 def test_float32_and_unfused(models, size):
-    model = models('pvt_tiny')
-    sd = original_state(model)
+    model, _ = models('pvt_tiny')
     x = images(1, 3, *size)
-    want = logits(sd, x)
+    want = logits(original_state(model), x)
     unfused = timm.create_model('pvt_tiny', dtype=torch.float64).eval()
     unfused.load_state_dict(model.state_dict())
     for stage in unfused.stages:
@@ -196,96 +134,76 @@ def test_float32_and_unfused(models, size):
     assert (single(x.float()).double() - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-@pytest.mark.parametrize('name', PUBLISHED)
-def test_parameter_counts(name):
-    count = dict(pvt_tiny=13_229_288, pvt_small=24_485_864, pvt_medium=44_208_104, pvt_large=61_369_320)[name]
+@pytest.mark.parametrize('name, count, original, transformers', [
+    ('pvt_tiny', 13_229_288, 161, 177), ('pvt_small', 24_485_864, 301, 333), ('pvt_medium', 44_208_104, 517, 573),
+    ('pvt_large', 61_369_320, 751, 833)])
+def test_parameter_counts(name, count, original, transformers):
     model = timm.create_model(name, device='meta')
     assert sum(p.numel() for p in model.parameters()) == count
-    assert len(original_state(model)) == dict(pvt_tiny=161, pvt_small=301, pvt_medium=517, pvt_large=751)[name]
-    assert len(from_timm(model.state_dict(), 'transformers')[0]) == dict(
-        pvt_tiny=177, pvt_small=333, pvt_medium=573, pvt_large=833)[name]
+    assert len(original_state(model)) == original
+    assert len(from_timm(model.state_dict(), 'transformers')[0]) == transformers
     assert find_variant(model.depths, model.embed_dims) == name
-
-
-# The original code, where there is a checkout of it
-
-@torch.no_grad()
-@pytest.mark.parametrize('size', ORIGINAL_SIZES, ids=str)
-def test_original_classifier(models, size):
-    original = load_original('classification').pvt_tiny().double().eval()
-    sd = original_state(models('pvt_tiny'))
-    original.load_state_dict(sd)
-    x = images(2, 3, *size)
-    assert max_diff(models('pvt_tiny')(x), original(x)) <= 1e-10
-    assert max_diff(logits(sd, x), original(x)) <= 1e-10  # the reference of the other tests is right too
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('name', SLOW_LARGER)
-def test_original_variants(models, name):
-    original = getattr(load_original('classification'), name)().double().eval()
-    original.load_state_dict(original_state(models(name)))
-    x = images(1, 3, 224, 224)
-    assert max_diff(models(name)(x), original(x)) <= 1e-10
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('task', ['detection', 'segmentation'])
-@pytest.mark.parametrize('size', ORIGINAL_SIZES, ids=str)
-def test_original_dense(models, dense_models, task, size):
-    kwargs = dict(pretrained=None) if task == 'detection' else {}
-    original = load_original(task).pvt_tiny(**kwargs).double().eval()
-    state = models('pvt_tiny').state_dict()
-    missing, unexpected = original.load_state_dict(original_state(models('pvt_tiny')), strict=False)
-    assert not missing and {k.split('.')[0] for k in unexpected} == {'cls_token', 'norm', 'head'}
-    x = images(1, 3, *size)
-    for a, b in zip(dense_models('pvt_tiny', state)(x), original(x), strict=True):
-        assert max_diff(a, b) <= 1e-10
-
-
-@torch.no_grad()
-@pytest.mark.slow
-def test_original_dense_detection_size(models, dense_models):
-    original = load_original('detection').pvt_tiny(pretrained=None).double().eval()
-    original.load_state_dict(original_state(models('pvt_tiny')), strict=False)
-    x = images(1, 3, 800, 1344)
-    for a, b in zip(dense_models('pvt_tiny', models('pvt_tiny').state_dict())(x), original(x), strict=True):
-        assert max_diff(a, b) <= 1e-10
-
-
-@torch.no_grad()
-def test_original_fails_where_documented(models):
-    original = load_original('classification').pvt_tiny().double().eval()
-    original.load_state_dict(original_state(models('pvt_tiny')))
-    with pytest.raises(RuntimeError):
-        original(images(1, 3, 448, 448))
-    x = images(1, 3, 112, 448)
-    assert max_diff(models('pvt_tiny')(x), original(x)) > 1e-3  # a square layout laid over another one
 
 
 @torch.no_grad()
 def test_dense_mode_is_the_default_of_features_only(models):
-    model = models('test_pvt')
+    model, _ = models('test_pvt')
     plain = timm.create_model('test_pvt', class_token=False, dtype=torch.float64).eval()
     assert isinstance(plain.norm, torch.nn.Identity) and plain.stages[-1].cls_token is None
     plain.load_state_dict(checkpoint_filter_fn(model.state_dict(), plain))
     x = images(2, 3, 64, 64)
     want = features(original_state(model), x, img_size=(32, 32))[-1]
-    assert max_diff(plain.forward_features(x), want) <= 1e-10
-    assert max_diff(plain(x), plain.head(want.mean((2, 3)))) <= 1e-10
+    assert_equal((plain.forward_features(x), plain(x)), (want, plain.head(want.mean((2, 3)))))
 
 
 @torch.no_grad()
 def test_class_token_in_features_only(models):
-    model = models('test_pvt')
-    net = timm.create_model(
-        'test_pvt', features_only=True, class_token=True, pretrained=True, dtype=torch.float64,
-        pretrained_cfg_overlay=dict(state_dict=model.state_dict())).eval()
+    model, dense = models('test_pvt')
     x = images(2, 3, 64, 96)
-    got = net(x)
-    want = model.forward_intermediates(x, intermediates_only=True)
-    for a, b in zip(got, want, strict=True):
-        assert max_diff(a, b) <= 1e-12
-    sd = original_state(model)
-    dense = features(sd, x, img_size=(32, 32))
-    assert max_diff(got[2], dense[2]) <= 1e-10 < max_diff(got[3], dense[3])  # the token takes part in stage 4
+    got = dense_of('test_pvt', model.state_dict(), class_token=True)(x)
+    assert_equal(got, model.forward_intermediates(x, intermediates_only=True), 1e-12)
+    without = dense(x)
+    assert max_diff(got[2], without[2]) <= 1e-10 < max_diff(got[3], without[3])  # the token takes part in stage 4
+
+
+# The original code, where there is a checkout of it
+
+def original_model(task, name, model):
+    kwargs = dict(pretrained=None) if task == 'detection' else {}
+    original = getattr(load_original(task), name)(**kwargs).double().eval()
+    missing, unexpected = original.load_state_dict(original_state(model), strict=False)
+    left = set() if task == 'classification' else {'cls_token', 'norm', 'head'}
+    assert not missing and {k.split('.')[0] for k in unexpected} == left
+    return original
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name, size', [
+    *(('pvt_tiny', size) for size in ORIGINAL_SIZES), ('pvt_small', (224, 224)),
+    *(pytest.param(name, (224, 224), marks=pytest.mark.slow) for name in ('pvt_medium', 'pvt_large'))], ids=str)
+def test_original_classifier(models, name, size):
+    model, _ = models(name)
+    x = images(2, 3, *size)
+    want = original_model('classification', name, model)(x)
+    assert max_diff(model(x), want) <= 1e-10
+    assert max_diff(logits(original_state(model), x), want) <= 1e-10  # the reference of the other tests is right too
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('task, size', [
+    *((task, size) for task in ('detection', 'segmentation') for size in ORIGINAL_SIZES),
+    pytest.param('detection', (800, 1344), marks=pytest.mark.slow)], ids=str)
+def test_original_dense(models, task, size):
+    model, dense = models('pvt_tiny')
+    x = images(1, 3, *size)
+    assert_equal(dense(x), original_model(task, 'pvt_tiny', model)(x))
+
+
+@torch.no_grad()
+def test_original_fails_where_documented(models):
+    model, _ = models('pvt_tiny')
+    original = original_model('classification', 'pvt_tiny', model)
+    with pytest.raises(RuntimeError):
+        original(images(1, 3, 448, 448))
+    x = images(1, 3, 112, 448)
+    assert max_diff(model(x), original(x)) > 1e-3  # a square layout laid over another one

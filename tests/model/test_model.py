@@ -8,15 +8,16 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings, strategies as st
 from timm.layers import Mlp, set_reentrant_ckpt
+from timm.models import group_parameters
 
 from pvt_timm import PyramidVisionTransformer, checkpoint_filter_fn, pvt
 from pvt_timm.checkpoints import from_timm
 from pvt_timm.sliced_mlp import SLICE_TOKENS, SlicedMlp
-from reference import features, images, logits, max_diff, randomize
+from reference import images, logits, max_diff, randomize
 
 VARIANTS = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large', 'pvt_huge_v2', 'test_pvt')
 DIMS, STRIDES = (16, 32, 40, 64), (4, 8, 16, 32)
-examples = settings(max_examples=30, deadline=None, derandomize=True)
+examples = settings(max_examples=20, deadline=None, derandomize=True)
 sides = st.integers(32, 130)
 
 
@@ -46,65 +47,54 @@ def test_import(client_env):
         "assert 'transformers' not in sys.modules and 'matplotlib' not in sys.modules\n")
     run = subprocess.run(
         [sys.executable, '-c', code], env=client_env, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(sorted(VARIANTS))
+    assert run.returncode == 0 and run.stdout.strip() == str(sorted(VARIANTS)), run.stderr
     assert 'egistry' not in run.stderr and 'verwriting' not in run.stderr, run.stderr
 
 
+RETINANETS = dict(
+    pvt_tiny='20210831_103110-17b566bd', pvt_small='20210906_142921-b6c94a5b', pvt_medium='20210831_103243-55effa1b')
+
+
 def test_registry():
-    assert set(timm.list_models('*pvt_*', module='pvt', include_tags=False)) >= set(VARIANTS) - {'test_pvt'}
-    assert timm.is_model('test_pvt') and timm.is_model('pvt_huge_v2')
-    tags = timm.list_pretrained('pvt_*')
-    for tag in ('pvt_tiny.in1k', 'pvt_small.in1k', 'pvt_medium.in1k', 'pvt_large.in1k', 'pvt_tiny.retinanet_coco',
-                'pvt_small.retinanet_coco', 'pvt_medium.retinanet_coco'):
-        assert tag in tags
-    assert not [t for t in tags if t.startswith('pvt_huge')]
-    for v, file in (('pvt_tiny', '20210831_103110-17b566bd'), ('pvt_small', '20210906_142921-b6c94a5b'),
-                    ('pvt_medium', '20210831_103243-55effa1b')):
+    tags = [f'{v}.in1k' for v in ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large')]
+    assert sorted(timm.list_pretrained('pvt_*', exclude_filters='pvt_v2*')) == sorted(
+        tags + [f'{v}.retinanet_coco' for v in RETINANETS])
+    for v, run in RETINANETS.items():
         cfg = timm.get_pretrained_cfg(f'{v}.retinanet_coco')
         folder = f'retinanet_pvt-{v[4]}_fpn_1x_coco'
-        assert cfg.url == f'https://download.openmmlab.com/mmdetection/v2.0/pvt/{folder}/{folder}_{file}.pth'
+        assert cfg.url == f'https://download.openmmlab.com/mmdetection/v2.0/pvt/{folder}/{folder}_{run}.pth'
         assert cfg.num_classes == 0
-    for v in ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large'):
-        cfg = timm.get_pretrained_cfg(f'{v}.in1k')
-        assert timm.get_pretrained_cfg(v).tag == 'in1k'
-        assert (cfg.crop_pct, cfg.interpolation, cfg.input_size) == (0.875, 'bicubic', (3, 224, 224))
-        assert cfg.mean == (0.485, 0.456, 0.406) and cfg.std == (0.229, 0.224, 0.225)
-        assert cfg.license == 'apache-2.0' and 'whai362/PVT' in cfg.origin_url and cfg.num_classes == 1000
+    for tag in tags:
+        v = tag.partition('.')[0]
+        cfg = timm.get_pretrained_cfg(v)
+        assert (cfg.tag, cfg.num_classes, cfg.license) == ('in1k', 1000, 'apache-2.0')
         assert cfg.url == f'https://github.com/whai362/PVT/releases/download/v2/{v}.pth'
-        assert cfg.hf_hub_id.startswith(f'Zetatech/pvt-{v[4:]}-224')
-
-
-def test_data_config():
-    config = timm.data.resolve_data_config(model=timm.create_model('pvt_tiny', device='meta'))
-    assert (config['crop_pct'], config['interpolation'], config['input_size']) == (0.875, 'bicubic', (3, 224, 224))
+        assert cfg.hf_hub_id.partition('@')[0] == f'Zetatech/pvt-{v[4:]}-224' and 'whai362/PVT' in cfg.origin_url
+        data = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
+        assert (data['crop_pct'], data['interpolation'], data['input_size']) == (0.875, 'bicubic', (3, 224, 224))
+        assert data['mean'] == (0.485, 0.456, 0.406) and data['std'] == (0.229, 0.224, 0.225)
 
 
 # Sizes
 
+def shapes(batch, h, w):
+    return [(batch, c, h // s, w // s) for c, s in zip(DIMS, STRIDES)]
+
+
 @torch.no_grad()
 @examples
-@given(h=sides, w=sides, batch=st.integers(1, 3))
+@given(h=sides, w=sides, batch=st.integers(0, 3))
 def test_any_size(model, net, h, w, batch):
     x = x_of(h, w, batch=batch)
     tokens = model.forward_features(x)
     assert tokens.shape == (batch, 1 + (h // 32) * (w // 32), 64)
     assert model.forward_head(tokens).shape == (batch, 10)
-    maps = net(x)
-    assert [tuple(f.shape) for f in maps] == [(batch, c, h // s, w // s) for c, s in zip(DIMS, STRIDES)]
-    assert all(f.isfinite().all() for f in maps)
-    first = model(x[:1])
-    assert max_diff(model(x)[:1], first) <= 1e-4 * first.abs().max()  # images of a batch do not see each other
-
-
-@torch.no_grad()
-@examples
-@given(h=sides, w=sides, dh=st.integers(0, 3), dw=st.integers(0, 3))
-def test_remainder_is_dropped(model, h, w, dh, dw):
-    """Pixels that fill no patch of the first stage change nothing."""
-    h, w = h // 4 * 4, w // 4 * 4
-    x = x_of(h + dh, w + dw)
-    assert max_diff(model(x), model(x[:, :, :h, :w].contiguous())) <= 1e-4
+    for maps in (net(x), model.forward_intermediates(x, intermediates_only=True)):
+        assert [tuple(f.shape) for f in maps] == shapes(batch, h, w)
+        assert all(f.isfinite().all() for f in maps)
+    if batch:  # images of a batch do not see each other, pixels that fill no patch of the first stage change nothing
+        first = model(x[:1, :, :h // 4 * 4, :w // 4 * 4].contiguous())
+        assert max_diff(model(x)[:1], first) <= 1e-4 * first.abs().max()
 
 
 @torch.no_grad()
@@ -162,45 +152,38 @@ def test_refused_at_construction(kwargs):
         create(**kwargs)
 
 
-@pytest.mark.parametrize('indices', [(4,), (-5,), 5])
-def test_refused_out_indices(indices):
-    with pytest.raises(IndexError):
-        create(features_only=True, out_indices=indices)
-
-
-def test_refused_later():
+@pytest.mark.parametrize('call', [
+    lambda m: m.reset_classifier(3, 'max'),
+    lambda m: m.set_input_size(16),
+    lambda m: m.set_input_size(64, patch_size=8),
+    lambda m: m.forward_intermediates(x_of(32, 32), output_fmt='NLC'),
+    lambda m: m.forward_intermediates(x_of(32, 32), indices=[4]),
+    lambda m: m.prune_intermediate_layers([4]),
+    lambda m: m.init_weights('jax'),
+])
+def test_refused_later(call):
     """Nothing has changed after an error."""
     model = create().eval()
-    x = x_of(32, 32)
-    for call in (
-            lambda: model.reset_classifier(3, 'max'),
-            lambda: model.set_input_size(16),
-            lambda: model.set_input_size(64, patch_size=8),
-            lambda: model.forward_intermediates(x, output_fmt='NLC'),
-            lambda: model.forward_intermediates(x, indices=[4]),
-            lambda: model.prune_intermediate_layers([4]),
-            lambda: model.init_weights('jax'),
-    ):
-        with pytest.raises(AssertionError):
-            call()
+    with pytest.raises(AssertionError):
+        call(model)
     assert (model.global_pool, model.num_classes, len(model.stages)) == ('token', 10, 4)
-    assert model.stages[0].grid_size == (8, 8) and model(x).shape == (1, 10)
+    assert model.stages[0].grid_size == (8, 8) and model(x_of(32, 32)).shape == (1, 10)
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(class_token=False), dict(features_only=True)], ids=str)
 def test_refused_inputs(kwargs):
-    model = create(**kwargs)
+    model = create(output_stride=32, **kwargs)
     for size in ((31, 32), (32, 31), (16, 64)):
         with pytest.raises(AssertionError, match='at least 32'):
             model(x_of(*size))
-    for chans in (1, 4):
-        with pytest.raises(RuntimeError, match='channels'):
-            model(x_of(32, 32, chans=chans))
+    with pytest.raises(RuntimeError, match='channels'):
+        model(x_of(32, 32, chans=4))
     with pytest.raises(TypeError, match='bogus'):
         create(bogus=1, **kwargs)
     with pytest.raises(ValueError, match='output_stride 32 only.* 4, 8, 16, 32'):
         create(output_stride=8, **kwargs)
-    create(output_stride=32, **kwargs)
+    with pytest.raises(IndexError):
+        create(features_only=True, out_indices=(4,))
 
 
 def test_large_patches_have_a_larger_minimum():
@@ -242,28 +225,26 @@ def test_dense_mode():
     assert tokens(x).shape == (2, 10)
 
 
-def test_no_unused_parameters():
-    for kwargs in ({}, dict(class_token=False), dict(features_only=True), dict(features_only=True, class_token=True),
-                   dict(features_only=True, out_indices=(0, 2)), dict(global_pool='avg')):
-        model = create(**kwargs)
-        out = model(x_of(64, 64, batch=2))
-        sum(o.sum() for o in (out if isinstance(out, (list, tuple)) else [out])).backward()
-        unused = [k for k, p in model.named_parameters() if p.grad is None]
-        assert not unused, (kwargs, unused)
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(class_token=False), dict(features_only=True), dict(features_only=True, class_token=True),
+    dict(features_only=True, out_indices=(0, 2)), dict(global_pool='avg')], ids=str)
+def test_no_unused_parameters(kwargs):
+    model = create(**kwargs)
+    out = model(x_of(64, 64, batch=2))
+    sum(o.sum() for o in (out if isinstance(out, list) else [out])).backward()
+    assert [k for k, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_reset_classifier():
     model = create(dtype=torch.float64).eval()
     model.reset_classifier(7)
-    assert model.num_classes == 7 and model.global_pool == 'token'
-    assert model.head.weight.dtype == torch.float64 and not model.head.training
-    assert model(images(2, 3, 32, 32)).shape == (2, 7)
-    assert model.get_classifier() is model.head
+    assert (model.num_classes, model.global_pool) == (7, 'token') and model.get_classifier() is model.head
+    assert model(images(2, 3, 32, 32)).shape == (2, 7) and not model.head.training
     model.reset_classifier(0, 'avg')
-    assert isinstance(model.head, torch.nn.Identity) and model(images(2, 3, 32, 32)).shape == (2, 64)
+    assert model(images(2, 3, 32, 32)).shape == (2, 64)
 
 
-@pytest.mark.parametrize('chans', [1, 4, 13])
+@pytest.mark.parametrize('chans', [1, 13])
 def test_in_chans(chans):
     model = create(in_chans=chans)
     assert model.in_chans == chans and model(x_of(32, 64, chans=chans)).shape == (1, 10)
@@ -290,22 +271,18 @@ def test_layers_are_pluggable():
 def test_feature_cls(net, feature_cls):
     other = create(features_only=True, feature_cls=feature_cls, out_indices=(1, 3)).eval()
     state = net.state_dict()
-    # the wrappers name the same parameters differently
-    def ours(key):
-        return key.removeprefix('model.').removeprefix('graph_module.').replace('stages.', 'stages_')
-
-    other.load_state_dict({k: state[ours(k)] for k in other.state_dict()})
-    x = x_of(64, 96)
+    for key, value in other.state_dict().items():  # the wrappers name the same parameters differently
+        value.copy_(state[key.removeprefix('model.').removeprefix('graph_module.').replace('stages.', 'stages_')])
+    x = x_of(64, 96, batch=2)
     out = other(x)
     out = list(out.values()) if isinstance(out, dict) else out
     for a, b in zip(out, [net(x)[i] for i in (1, 3)], strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) and a.is_contiguous(memory_format=torch.channels_last)  # of tokens, without a copy
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('indices, taken', [
-    (1, (3,)), (2, (2, 3)), (4, (0, 1, 2, 3)), ((0,), (0,)), ((1, 2), (1, 2)), ((-1,), (3,)), ((-3, -1), (1, 3)),
-    ((0, -1), (0, 3)), ([2], (2,)), (range(3), (0, 1, 2)),
+    (1, (3,)), (2, (2, 3)), ((0,), (0,)), ((1, 2), (1, 2)), ((-1,), (3,)), ((-3, -1), (1, 3)), (range(3), (0, 1, 2)),
 ])
 def test_out_indices(net, indices, taken):
     other = create(features_only=True, out_indices=indices).eval()
@@ -320,19 +297,13 @@ def test_out_indices(net, indices, taken):
 
 
 @torch.no_grad()
-def test_feature_memory_format(net):
-    """Feature maps come out of tokens without a copy."""
-    assert all(f.is_contiguous(memory_format=torch.channels_last) for f in net(x_of(64, 96, batch=2)))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize('dense', [False, True])
 def test_forward_intermediates(dense):
     model = randomize(create(class_token=not dense)).eval()
     x = x_of(64, 96, batch=2)
     final, maps = model.forward_intermediates(x)
     assert torch.equal(final, model.forward_features(x))
-    assert [tuple(f.shape) for f in maps] == [(2, c, 64 // s, 96 // s) for c, s in zip(DIMS, STRIDES)]
+    assert [tuple(f.shape) for f in maps] == shapes(2, 64, 96)
     normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(maps[:3], normed[:3]))
     if dense:
@@ -341,9 +312,7 @@ def test_forward_intermediates(dense):
         assert torch.equal(normed[3].flatten(2).transpose(1, 2), final[:, 1:])
         assert not torch.allclose(maps[3], normed[3])
     only = model.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
-    assert len(only) == 2 and torch.equal(only[1], maps[2])
-    assert torch.equal(model.forward_intermediates(x, indices=1, intermediates_only=True)[0], maps[3])
-    assert torch.equal(model.forward_intermediates(x, indices=[-4], intermediates_only=True)[0], maps[0])
+    assert len(only) == 2 and torch.equal(only[0], maps[0]) and torch.equal(only[1], maps[2])
 
 
 @torch.no_grad()
@@ -379,9 +348,7 @@ def test_initialisation():
 def test_init_weights_after_to_empty():
     torch.manual_seed(0)
     want = create()
-    model = create(device='meta')
-    assert all(p.is_meta for p in model.parameters())
-    model.to_empty(device='cpu')
+    model = create(device='meta').to_empty(device='cpu')
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(float('nan'))
@@ -395,16 +362,12 @@ def test_init_weights_after_to_empty():
     assert create(weight_init='skip').state_dict().keys() == want.state_dict().keys()
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(features_only=True), dict(drop_path_rate=0.1, img_size=64)])
+@pytest.mark.parametrize('kwargs', [{}, dict(features_only=True)])
 def test_device_and_dtype(kwargs):
     with torch.device('meta'):
-        model = create(**kwargs)
-    assert all(p.is_meta for p in model.parameters())
+        assert all(p.is_meta for p in create(**kwargs).parameters())
     model = create(device='meta', dtype=torch.bfloat16, **kwargs)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in [*model.parameters(), *model.buffers()])
-    out = model(torch.empty(2, 3, 64, 64, device='meta', dtype=torch.bfloat16))
-    out = out if isinstance(out, torch.Tensor) else out[-1]
-    assert out.is_meta and out.dtype == torch.bfloat16
 
 
 @torch.no_grad()
@@ -472,30 +435,18 @@ def test_weight_decay_and_groups():
     assert create().no_weight_decay() == {'stages.3.cls_token'}  # the position embeddings are decayed, as published
     assert create(class_token=False).no_weight_decay() == set()
     model = timm.create_model('pvt_tiny', device='meta')
-    from timm.models import group_parameters
-
     for coarse, count in ((True, 6), (False, 11)):
         groups = group_parameters(model, model.group_matcher(coarse=coarse))
-        names = [n for g in groups.values() for n in g]
-        assert sorted(names) == sorted(n for n, _ in model.named_parameters())
-        assert 4 <= len(groups) <= count, groups.keys()
+        assert sorted(n for g in groups.values() for n in g) == sorted(n for n, _ in model.named_parameters())
+        assert len(groups) in (count - 1, count), groups.keys()
 
 
 @torch.no_grad()
 def test_inputs_in_any_layout(model):
     x = x_of(64, 96, batch=2)
     want = model(x)
-    for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3),
-                  torch.cat([x, x], 1)[:, :3], x.expand(2, 3, 64, 96)):
+    for other in (x.to(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, :3], x.expand(2, 3, 64, 96)):
         assert max_diff(model(other), want) <= 1e-4 * want.abs().max()
-
-
-@torch.no_grad()
-def test_empty_batch(model, net):
-    x = x_of(64, 96)[:0]
-    assert model(x).shape == (0, 10) and model.forward_features(x).shape == (0, 7, 64)
-    for maps in (net(x), model.forward_intermediates(x, intermediates_only=True)):
-        assert [tuple(f.shape) for f in maps] == [(0, c, 64 // s, 96 // s) for c, s in zip(DIMS, STRIDES)]
 
 
 def test_direct_construction():
@@ -504,21 +455,6 @@ def test_direct_construction():
         mlp_ratios=(2, 2, 2), num_classes=4, class_token=True)
     assert model(x_of(64, 80)).shape == (1, 4) and len(model.feature_info) == 3
     assert model.no_weight_decay() == {'stages.2.cls_token'}
-
-
-@torch.no_grad()
-def test_dense_against_reference_at_random_sizes():
-    net = randomize(create(features_only=True, dtype=torch.float64), seed=9).eval()
-    full = randomize(create(dtype=torch.float64), seed=9)
-    state = {k.replace('stages_', 'stages.', 1): v for k, v in net.state_dict().items()}
-    state['stages.3.pos_embed'] = torch.cat([full.stages[3].pos_embed[:, :1], state['stages.3.pos_embed']], dim=1)
-    sd = from_timm(state, 'original')[0]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(8):
-        h, w = torch.randint(32, 200, (2,), generator=generator).tolist()
-        x = images(1, 3, h, w)
-        for a, b in zip(net(x), features(sd, x, img_size=(32, 32)), strict=True):
-            assert max_diff(a, b) <= 1e-10
 
 
 # MLPs on slices of tokens
