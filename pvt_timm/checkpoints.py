@@ -207,7 +207,7 @@ def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[str, str]:
     if len(wanted) != 1:
         there = ', '.join(f'{before!r} ({fmt})' for fmt, before in found)
         what = 'one PVT in the checkpoint, got several' if prefix is None else f'a PVT under prefix {prefix!r}, got'
-        raise ValueError(f'Expected {what}: {there}. Say with prefix which one to take.')
+        raise ValueError(f'Expected {what}: {there}. Say with prefix= (--prefix) which one to take.')
     return wanted[0]
 
 

@@ -24,46 +24,38 @@ def labels_in(config: Any) -> Optional[List[str]]:
     Raises:
         ValueError: What should be indices are not 0, 1, 2...
     """
-    descriptions: Any = {}
+    descriptions: Any = None
     if isinstance(config, dict) and not all(str(k).isdigit() for k in config):
         inner = config.get('pretrained_cfg')
         config = {**(inner if isinstance(inner, dict) else {}), **config}
-        descriptions = config.get('label_descriptions') or {}
+        descriptions = config.get('label_descriptions')
         config = config.get('label_names') or config.get('id2label')
     if isinstance(config, dict):
         by_index = {str(k): v for k, v in config.items()}
-        missing = next((str(i) for i in range(len(by_index)) if str(i) not in by_index), None)
-        if missing is not None:
-            raise ValueError(f'Expected the indices 0 to {len(by_index) - 1} as keys of the class names, no {missing}.')
-        config = [by_index[str(i)] for i in range(len(by_index))]
+        indices = [str(i) for i in range(len(by_index))]
+        if by_index.keys() != set(indices):
+            raise ValueError(f'Expected the indices 0 to {len(indices) - 1} as keys of the class names.')
+        config = [by_index[i] for i in indices]
     if not isinstance(config, (list, tuple)) or not config:
         return None
     names = [str(name) for name in config]
-    if isinstance(descriptions, (list, tuple)) and len(descriptions) == len(names):
-        names = [str(d) for d in descriptions]
-    elif isinstance(descriptions, dict):
+    if isinstance(descriptions, dict):
         names = [str(descriptions.get(name, name)) for name in names]
     return None if names == [f'LABEL_{i}' for i in range(len(names))] else names
 
 
-def read_labels(path: PathLike) -> List[str]:
-    """The names of classes in a file.
-
-    Args:
-        path: JSON (see `labels_in`), or text with a name a line.
+def read_labels(path: PathLike, count: Optional[int] = None) -> List[str]:
+    """The names of classes in a file: JSON (see `labels_in`), or text with a name a line.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: There are no names in it.
+        ValueError: There are no names in it, or not `count`.
     """
     text = Path(path).read_text(encoding='utf-8')
-    names: Optional[List[str]]
-    if Path(path).suffix == '.json':
-        names = labels_in(json.loads(text))
-    else:
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-    if not names:
-        raise ValueError(f'Expected names of classes in {path}, found none.')
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    names = labels_in(json.loads(text)) if Path(path).suffix == '.json' else lines
+    if not names or count not in (None, len(names)):
+        raise ValueError(f'Expected the names of {count or "some"} classes in {path}, got {len(names or ())}.')
     return names
 
 

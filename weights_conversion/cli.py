@@ -3,8 +3,7 @@ import argparse
 import json
 import signal
 import sys
-from dataclasses import asdict
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 __all__ = ['main']
 
@@ -12,13 +11,6 @@ _EPILOG = '''\
 `pvt-convert inspect SOURCE` shows what a checkpoint is and writes nothing.
 `pvt-convert publish --to OWNER` converts and uploads all public checkpoints.
 '''
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        from pvt_timm.version import __version__
-        print(f'pvt-timm {__version__}')
-        parser.exit()
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -47,7 +39,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
             help='image size (or height and width) of the position embeddings, if they do not tell')
         add('--labels', metavar='FILE', help='names of the classes, one a line or JSON')
         add('--sha256', metavar='HEX', help='refuse a file with another hash (8 to 64 digits)')
-        add('--max-bytes', metavar='N', type=int, help='refuse larger files (default: 7.9 GB)')
+        add('--max-bytes', metavar='N', type=int, default=argparse.SUPPRESS,
+            help='refuse larger files (default: 7.9 GB)')
     if not command:
         add('--output', '-o', metavar='DIR', required=True, help='folder to write')
         add('--to', choices=['timm', 'original', 'transformers', 'mmdet'], default='timm',
@@ -66,7 +59,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add('--dry-run', action='store_true', help='write the output, only show what would be uploaded')
     add('--json', action='store_true', help='print the report as JSON')
     add('--quiet', '-q', action='store_true', help='no progress bar and no report')
-    add('--version', action=_Version, nargs=0, default=argparse.SUPPRESS, help='show the version and exit')
     return parser
 
 
@@ -82,46 +74,38 @@ def main(argv: Optional[List[str]] = None) -> int:
     logging.set_verbosity_error()  # not a line per attempt
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     as_json, quiet = args.pop('json'), args.pop('quiet')
+    args['progress'] = not quiet and sys.stderr.isatty()
     run = {'': _convert, 'inspect': _inspect, 'publish': _publish}[command]
     return run_command('pvt-convert', lambda: run(args, as_json, quiet))
 
 
-def _common(args: dict, quiet: bool) -> dict:
-    """Arguments that have another form on the command line."""
-    for key in ('source_size', 'img_size'):
-        if args.get(key):
-            args[key] = args[key][0] if len(args[key]) == 1 else tuple(args[key])
-    if args['max_bytes'] is None:
-        del args['max_bytes']
-    return {**args, 'progress': not quiet and sys.stderr.isatty()}
-
-
-def _inspect(args: dict, as_json: bool, quiet: bool) -> None:
+def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
     from .converter import inspect
 
-    report = inspect(**_common(args, quiet))
+    report = inspect(**args)
     print(report.to_json() if as_json else report.to_text())
 
 
-def _convert(args: dict, as_json: bool, quiet: bool) -> None:
+def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
     from .converter import VerificationError, convert
-    from .publish import check_repo, push
+    from .publish import push
 
     repo, private, dry_run = (args.pop(key) for key in ('push', 'private', 'dry_run'))
     if repo:
-        check_repo(repo)
+        validate_repo_id(repo)
     elif private or dry_run:
         raise ValueError('Expected --push OWNER/REPO with --private or --dry-run.')
-    args['drop'] = [part for parts in args['drop'] for part in parts.split(',')]
     try:
-        report = convert(**_common(args, quiet))
+        report = convert(**args)
     except VerificationError as e:
         if not quiet:
             print(e.report.to_json() if as_json else e.report.to_text())
         raise
     pushed = push(args['output'], repo, private=private, dry_run=dry_run) if repo else None
     if as_json:
-        print(json.dumps({**asdict(report), 'push': pushed}, indent=2))
+        print(json.dumps({**vars(report), 'push': pushed}, indent=2))
     elif not quiet:
         print(report.to_text())
         if pushed:
@@ -129,13 +113,13 @@ def _convert(args: dict, as_json: bool, quiet: bool) -> None:
             print(f'\n{done} {", ".join(pushed["files"])} to {pushed["url"] or repo}')
 
 
-def _publish(args: dict, as_json: bool, quiet: bool) -> None:
+def _publish(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
     from .publish import publish
 
     def say(line: str) -> None:
         if not quiet and not as_json:
             print(line, flush=True)
 
-    results = publish(args.pop('to'), say=say, progress=not quiet and sys.stderr.isatty(), **args)
+    results = publish(args.pop('to'), say=say, **args)
     if as_json:
         print(json.dumps(results, indent=2))

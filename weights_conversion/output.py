@@ -21,17 +21,14 @@ def check_output(path: Union[str, 'os.PathLike[str]'], force: bool) -> Path:
         ValueError: It is there and not empty without `force`, or it has other files than a conversion writes.
     """
     path = Path(path).resolve()
-    if not path.name:
-        raise ValueError(f'Expected a folder for the output, got {path}.')
-    if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir())
-        if inside and not force:
-            raise ValueError(f'The output folder {path} is not empty: choose another one, or replace it with --force.')
-        others = [n for n in inside if not _OURS.fullmatch(n) or (path / n).is_dir()]
-        if others:
-            raise ValueError(f'The output folder {path} holds other files ({ascii(others[0])}): choose another one.')
-    elif os.path.lexists(path):
-        raise ValueError(f'Expected a folder for the output, {path} is a file.')
+    if not path.name or os.path.lexists(path) and not path.is_dir():
+        raise ValueError(f'Expected a folder for the output, {path} is {"a file" if path.name else "none"}.')
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    if inside and not force:
+        raise ValueError(f'The output folder {path} is not empty: choose another one, or replace it with --force.')
+    others = [p.name for p in inside if not _OURS.fullmatch(p.name) or p.is_dir()]
+    if others:
+        raise ValueError(f'The output folder {path} holds other files ({ascii(others[0])}): choose another one.')
     return path
 
 

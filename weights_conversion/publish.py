@@ -1,21 +1,20 @@
 """ Upload converted folders to the Hugging Face Hub, one's own and all public PVT v1 checkpoints. """
 import json
-import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 
 from pvt_timm.files import save_atomically
 from pvt_timm.pvt import TOP1
 
 from .converter import convert
+from .reading import PathLike, default_cfg
 from .sources import SHA256
-from .targets import default_cfg
-from .verification import NoReferenceError, reference_for
 
-__all__ = ['check_repo', 'publish', 'push']
-
-PathLike = Union[str, 'os.PathLike[str]']
+__all__ = ['publish', 'push']
 
 # Box AP on COCO val2017 as OpenMMLab publishes it with its detectors
 BOX_AP = {'pvt_tiny.retinanet_coco': 36.6, 'pvt_small.retinanet_coco': 40.4, 'pvt_medium.retinanet_coco': 41.7}
@@ -23,30 +22,13 @@ BOX_AP = {'pvt_tiny.retinanet_coco': 36.6, 'pvt_small.retinanet_coco': 40.4, 'pv
 _MEASURED = re.compile(r'(<!-- measured -->).*?(<!-- end -->)', re.DOTALL)
 
 
-def check_repo(repo: str) -> str:
-    """Refuse a name that is no repository, before any work is done."""
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo, re.ASCII) or '..' in repo or '--' in repo:
-        raise ValueError(f'Expected a repository OWNER/REPO, got {ascii(repo)}.')
-    return repo
-
-
-def push(
-        folder: PathLike,
-        repo: str,
-        *,
-        private: bool = False,
-        dry_run: bool = False,
-        message: str = 'Upload converted PVT weights',
-        token: Optional[str] = None,
-) -> Dict[str, Any]:
+def push(folder: PathLike, repo: str, *, private: bool = False, dry_run: bool = False) -> Dict[str, Any]:
     """Upload a folder that `convert` wrote. Files that the repository holds already are not sent again.
 
     Args:
         folder: Folder with the files.
         repo: 'OWNER/REPO', made (private, if so) where it is not there.
         dry_run: Only say what would be uploaded.
-        message: Of the commit. There is none where nothing changes.
-        token: For the hub, None for the one that is logged in or in HF_TOKEN.
 
     Returns:
         'repo', 'url' (None in a dry run), 'files' (name to bytes) and 'dry_run'.
@@ -55,18 +37,16 @@ def push(
         ValueError: No such folder, or a wrong name.
         Exception: What the hub's client raises.
     """
-    check_repo(repo)
+    validate_repo_id(repo)
     folder = Path(folder)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())} if folder.is_dir() else {}
     if not files:
         raise ValueError(f'Expected a folder with files to upload, got {folder}.')
     result: Dict[str, Any] = {'repo': repo, 'url': None, 'files': files, 'dry_run': dry_run}
     if not dry_run:
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
+        api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message='Upload converted PVT weights')
         result['url'] = f'{api.endpoint}/{repo}'
     return result
 
@@ -81,7 +61,6 @@ def publish(
         dry_run: bool = False,
         progress: bool = False,
         say: Callable[[str], None] = lambda line: None,
-        token: Optional[str] = None,
 ) -> List[Dict[str, Any]]:
     """Convert the public PVT v1 checkpoints to timm's format and upload each to 'OWNER/pvt_small.in1k' and so on.
 
@@ -96,7 +75,6 @@ def publish(
         dry_run: Write the folders, upload nothing.
         progress: Show the progress of downloads.
         say: Called with a line per step.
-        token: For the hub, None for the one that is logged in or in HF_TOKEN.
 
     Returns:
         What `push` returns, per tag.
@@ -108,42 +86,29 @@ def publish(
     unknown = [tag for tag in only if tag not in SHA256]
     if unknown:
         raise ValueError(f'Expected names in {", ".join(SHA256)}, got {unknown[0]!r}.')
-    check_repo(f'{owner}/x')
+    validate_repo_id(f'{owner}/x')
     accuracy = json.loads(Path(measured).read_text(encoding='utf-8')) if measured else {}
     results = []
     for tag in only or SHA256:
-        folder = Path(output, tag)
+        folder, repo = Path(output, tag), f'{owner}/{tag}'
         if (folder / 'README.md').is_file():
             say(f'{tag}: {folder} is there')
         else:
             say(f'{tag}: converting')
-            _make(tag, f'{owner}/{tag}', folder, progress)
+            cfg = default_cfg(tag)
+            source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else str(cfg.url)
+            convert(
+                source, folder, model=tag.partition('.')[0], sha256=SHA256[tag], verify=None, progress=progress,
+                keep_source=tag in BOX_AP, about=_about(tag, repo, cfg))
         _fill_in(folder / 'README.md', tag, accuracy)
-        results.append(push(folder, f'{owner}/{tag}', private=private, dry_run=dry_run, token=token))
-        say(f'{tag}: {"would be uploaded to" if dry_run else "is in"} {results[-1]["url"] or results[-1]["repo"]}')
+        results.append(push(folder, repo, private=private, dry_run=dry_run))
+        say(f'{tag}: {"would be uploaded to" if dry_run else "is in"} {results[-1]["url"] or repo}')
     return results
-
-
-def _make(tag: str, repo: str, folder: Path, progress: bool) -> None:
-    """Fetch, check, convert and verify one checkpoint."""
-    cfg = default_cfg(tag)
-    detector = tag in BOX_AP
-    source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else str(cfg.url)
-    try:
-        reference_for('mmdet' if detector else 'transformers', not detector)
-        verify = True
-    except NoReferenceError:
-        verify = False
-    convert(
-        source, folder, model=tag.partition('.')[0], sha256=SHA256[tag], verify=verify, keep_source=detector,
-        about=_about(tag, repo, cfg), progress=progress)
 
 
 def _about(tag: str, repo: str, cfg: Any) -> str:
     """What the card says before the table of provenance."""
-    what, published, use = _CLASSIFIER
-    if tag in BOX_AP:
-        what, published, use = _DETECTOR
+    what, published, use = _DETECTOR if tag in BOX_AP else _CLASSIFIER
     values = dict(
         TAG=tag, REPO=repo, VARIANT=tag.partition('.')[0], SCORE=str(TOP1.get(tag, BOX_AP.get(tag))),
         ORIGIN=cfg.origin_url, LICENSE=cfg.license, FILE=(cfg.url or '').rpartition('/')[2])
@@ -177,6 +142,9 @@ values are those of the source, unchanged.
 License: LICENSE, as ORIGIN. `pip install pvt-timm` first.
 
 ```python
+import timm
+import pvt_timm  # registers the models
+backbone = timm.create_model('hf-hub:REPO', pretrained=True, features_only=True)
 USE
 ```
 '''
@@ -184,10 +152,7 @@ _CLASSIFIER = (
     'ImageNet-1K classifier VARIANT',
     'SCORE% top-1 on the ImageNet-1K validation set, by the authors of the paper (ORIGIN)',
     '''\
-import timm
-import pvt_timm  # registers the models
 model = timm.create_model('hf-hub:REPO', pretrained=True)
-backbone = timm.create_model('hf-hub:REPO', pretrained=True, features_only=True)
 
 # transformers
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -202,9 +167,6 @@ _DETECTOR = (
     'Backbone VARIANT of a RetinaNet trained on COCO',
     'box AP SCORE on COCO val2017 as a whole detector, by OpenMMLab (ORIGIN)',
     '''\
-import timm
-import pvt_timm  # registers the models
-backbone = timm.create_model('hf-hub:REPO', pretrained=True, features_only=True)
 
 # transformers
 from transformers import AutoModel

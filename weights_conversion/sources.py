@@ -1,5 +1,6 @@
 """ Where a checkpoint comes from: a file, a folder, a url or a hub repository. """
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -7,15 +8,14 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Union
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import torch
 
 from pvt_timm.files import find_checkpoint
-from pvt_timm.labels import labels_beside
 
-__all__ = ['SHA256', 'Source', 'check_sha256', 'known_file', 'open_source', 'sha256_of']
+__all__ = ['CLASS_ROW_FILE', 'SHA256', 'Source', 'clean', 'open_source']
 
 CLASS_ROW_FILE = 'class_row.safetensors'
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
@@ -33,15 +33,45 @@ SHA256 = {
 }
 
 
+def clean(text: Any, limit: int = 300) -> str:
+    """Text from elsewhere as one printable line."""
+    text = str(text)[:4 * limit]
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape', 'backslashreplace').decode() for c in text)
+    return text if len(text) <= limit else text[:limit - 3] + '...'
+
+
 @dataclass
 class Source:
     """A checkpoint file on this machine and what lies next to it."""
     name: str  # for reports, without credentials
     file: Path
-    config: Dict[str, Any]  # content of config.json, {} if there is none
-    preprocessor: Dict[str, Any]  # content of preprocessor_config.json, {} if there is none
-    labels: Optional[List[str]] = None  # names of the classes in the file that training keeps
+    config: Dict[str, Any]  # content of config.json and preprocessor_config.json, as far as they are there
     class_row: Optional[Path] = None  # file with the class token row of a dense checkpoint, see the README
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        with open(self.file, 'rb') as f:
+            while chunk := f.read(2 ** 20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    @property
+    def known(self) -> Optional[str]:
+        """Pretrained tag whose public file this is."""
+        return next((tag for tag, known in SHA256.items() if self.sha256.startswith(known)), None)
+
+    def check_sha256(self, expected: str) -> None:
+        """Compare with the hash (or its first 8 or more digits) that the user knows.
+
+        Raises:
+            ValueError: It differs, or `expected` is no hash.
+        """
+        expected = expected.strip().lower()
+        if not re.fullmatch(r'[0-9a-f]{8,64}', expected):
+            raise ValueError(f'Expected a sha256 of 8 to 64 hexadecimal digits, got {ascii(expected)}.')
+        if not self.sha256.startswith(expected):
+            raise ValueError(f'Expected a file with sha256 {expected}, got {self.sha256}: another one, or damaged.')
 
 
 @contextlib.contextmanager
@@ -66,15 +96,14 @@ def open_source(spec: Union[str, 'os.PathLike[str]'], progress: bool = False) ->
             file = Path(folder, name or 'checkpoint')
             torch.hub.download_url_to_file(spec, str(file), progress=progress)
             # user, password, query and fragment may be secrets
-            yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file, {}, {})
+            yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file, {})
     elif spec.startswith('hf-hub:'):
         yield _from_hub(spec)
     elif re.match(r'[A-Za-z][A-Za-z0-9+.-]+://', spec):
         raise ValueError(f"Expected a url with http or https, got {spec.partition(':')[0]}.")
     else:
-        path = Path(spec)
-        file = find_checkpoint(path)
-        has_neighbours = path.is_dir() or file.name in _HUB_FILES
+        file = find_checkpoint(spec)
+        has_neighbours = os.path.isdir(spec) or file.name in _HUB_FILES
         yield _with_neighbours(spec, file, lambda name: file.parent / name if has_neighbours else None)
 
 
@@ -98,25 +127,18 @@ def _from_hub(spec: str) -> Source:
         return None
 
     names = [wanted] if wanted else list(_HUB_FILES)
-    found = next(((name, file) for name in names if (file := fetch(name))), None)
+    found = next(((file, *name.rpartition('/')) for name in names if (file := fetch(name))), None)
     if found is None:
-        raise ValueError(f'Expected {" or ".join(names)} in {spec}, found none of them.')
-    folder, _, name = found[0].rpartition('/')
-    return _with_neighbours(
-        spec, found[1], lambda x: fetch(f'{folder}/{x}'.lstrip('/')) if name in _HUB_FILES else None)
+        raise ValueError(f'Expected {" or ".join(names)} in {spec}, found nothing of that name.')
+    file, folder, slash, name = found
+    return _with_neighbours(spec, file, lambda x: fetch(folder + slash + x) if name in _HUB_FILES else None)
 
 
 def _with_neighbours(name: str, file: Path, find: Callable[[str], Optional[Path]]) -> Source:
     """Read what `find` gives of the files that belong to a checkpoint."""
     row = find(CLASS_ROW_FILE)
-    return Source(
-        name,
-        file,
-        config=_read_json(find('config.json')),
-        preprocessor=_read_json(find('preprocessor_config.json')),
-        labels=labels_beside(file),
-        class_row=row if row is not None and row.is_file() else None,
-    )
+    config = {**_read_json(find('preprocessor_config.json')), **_read_json(find('config.json'))}
+    return Source(name, file, config, row if row is not None and row.is_file() else None)
 
 
 def _read_json(path: Optional[Path]) -> Dict[str, Any]:
@@ -127,38 +149,7 @@ def _read_json(path: Optional[Path]) -> Dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is no valid JSON: remove or repair it.') from e
-    return content if isinstance(content, dict) else {}
-
-
-def sha256_of(file: Path) -> str:
-    """Hash a file in small pieces."""
-    digest = hashlib.sha256()
-    with open(file, 'rb') as f:
-        while chunk := f.read(2 ** 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def check_sha256(found: str, expected: str) -> None:
-    """Compare a hash with the one (or its first 8 or more digits) that the user knows.
-
-    Raises:
-        ValueError: It differs, or `expected` is no hash.
-    """
-    expected = expected.strip().lower()
-    if not re.fullmatch(r'[0-9a-f]{8,64}', expected):
-        raise ValueError(f'Expected a sha256 of 8 to 64 hexadecimal digits, got {ascii(expected)}.')
-    if not found.startswith(expected):
-        raise ValueError(f'Expected a file with sha256 {expected}, got {found}: it is another file or damaged.')
-
-
-def known_file(sha256: str) -> Optional[str]:
-    """Pretrained tag whose public file has this hash."""
-    return next((tag for tag, known in SHA256.items() if sha256.startswith(known)), None)
-
-
-def hash_in_name(file: Path) -> Optional[str]:
-    """First 8 digits of the sha256 that OpenMMLab and torch.hub put at the end of a name."""
-    m = re.search(r'-([0-9a-f]{8})\.\w+$', file.name)
-    return m.group(1) if m else None
+        raise ValueError(f'Cannot read {path}, it is no valid JSON: remove or repair it.') from e
+    if not isinstance(content, dict):
+        raise ValueError(f'Expected a JSON object in {path}, got {type(content).__name__}: remove or repair it.')
+    return content

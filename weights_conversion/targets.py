@@ -1,96 +1,78 @@
-""" What a conversion writes into its folder, one function per target format, which returns an example of use. """
+""" What a conversion writes into its folder, one function per target format. """
 import json
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
-from timm.models import PretrainedCfg, get_pretrained_cfg
 
-from pvt_timm.checkpoints import Description
 from pvt_timm.labels import LABELS_FILE
-from pvt_timm.pvt import VARIANTS, find_variant
+from pvt_timm.pvt import VARIANTS
 from pvt_timm.version import __version__
 
-from .report import Report, clean
-from .sources import CLASS_ROW_FILE
+from .reading import StateDict, Weights, default_cfg
+from .report import Report
+from .sources import CLASS_ROW_FILE, clean
 
-__all__ = ['CLASS_ROW', 'Contents', 'WRITERS', 'default_cfg', 'transformers_config', 'variant_of', 'write_card']
-
-CLASS_ROW = 'pos_embed4.class_row'
-
-
-@dataclass
-class Contents:
-    """What to write."""
-    state_dict: Dict[str, torch.Tensor]  # under the names of the target
-    class_row: Optional[torch.Tensor]  # class token row that timm has no place for, None if there is none
-    info: Description  # architecture of what is written
-    model_args: Dict[str, Any]  # arguments for `timm.create_model` besides the name
-    cfg: Dict[str, Any]  # preprocessing and labels
-    report: Report  # what is known about the source
-    about: Optional[str] = None  # text of the model card before the table, None for an example of use
+__all__ = ['WRITERS', 'save_tensors', 'transformers_config', 'write_card']
 
 
-def variant_of(info: Description) -> str:
-    """Name of the timm model. The caller knows that it is one."""
-    name = find_variant(info.depths, info.embed_dims)
-    assert name is not None
-    return name
+def save_tensors(tensors: StateDict, file: Path) -> None:
+    """Write a safetensors or torch file, as its name says."""
+    # in memory of their own: safetensors refuses parts of other tensors, torch.save would write the whole
+    tensors = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    if file.suffix == '.safetensors':
+        save_file(tensors, file, metadata={'format': 'pt'})
+    else:
+        torch.save(OrderedDict(tensors), file)
 
 
-def default_cfg(name: str) -> PretrainedCfg:
-    """Pretrained config of a timm model, with or without a tag."""
-    cfg = get_pretrained_cfg(name)
-    assert cfg is not None
-    return cfg
-
-
-def write_timm(folder: Path, contents: Contents) -> str:
+def write_timm(folder: Path, weights: Weights, tensors: StateDict) -> None:
     """model.safetensors and config.json in the layout of timm's hub repositories."""
-    _save_safetensors(contents.state_dict, folder / 'model.safetensors')
-    if contents.class_row is not None:
-        _save_safetensors({CLASS_ROW: contents.class_row}, folder / CLASS_ROW_FILE)
-    _write_json(timm_config(contents), folder / 'config.json')
-    use = 'import timm\nimport pvt_timm  # registers the models\n\n'
-    if contents.info.num_classes:
-        use += "model = timm.create_model('local-dir:FOLDER', pretrained=True)  # or hf-hub:OWNER/REPO\n"
-    return use + "backbone = timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True)"
+    save_tensors(tensors, folder / 'model.safetensors')
+    info, cfg = weights.info, dict(weights.cfg)
+    names = cfg.pop('label_names', None)
+    default = default_cfg(weights.variant)
+    _write_json({
+        'architecture': weights.variant,
+        'num_classes': info.num_classes,
+        'num_features': info.embed_dims[-1],
+        'global_pool': weights.model_args.get('global_pool', 'token' if info.class_token and info.norm else 'avg'),
+        'model_args': weights.model_args,
+        **({'label_names': names} if names else {}),
+        'pretrained_cfg': {
+            'custom_load': False,
+            'fixed_input_size': False,
+            'min_input_size': [info.in_chans, 32, 32],
+            'pool_size': [n // 32 for n in cfg['input_size'][1:]],
+            **cfg,
+            'num_classes': info.num_classes,
+            **{k: getattr(default, k) for k in ('first_conv', 'classifier', 'paper_ids', 'paper_name')},
+        },
+    }, folder / 'config.json')
 
 
-def write_original(folder: Path, contents: Contents) -> str:
+def write_original(folder: Path, weights: Weights, tensors: StateDict) -> None:
     """A bare state dict, as whai362/PVT publishes, with the names of the classes beside it."""
-    info, name = contents.info, variant_of(contents.info)
-    _save_torch(contents.state_dict, folder / f'{name}.pth')
-    if contents.cfg.get('label_names'):
-        text = ''.join(f'{label}\n' for label in contents.cfg['label_names'])
-        (folder / LABELS_FILE).write_text(text, encoding='utf-8')
-    if not info.class_token:
-        return ('# in a config of detection/ or segmentation/ of https://github.com/whai362/PVT\n'
-                f"model = dict(pretrained='{name}.pth', backbone=dict(type='{name}'))")
-    return (f'import torch\nfrom pvt import {name}  # classification/pvt.py of https://github.com/whai362/PVT\n\n'
-            f'model = {name}(num_classes={info.num_classes}, in_chans={info.in_chans}, img_size={info.img_size[0]})\n'
-            f"model.load_state_dict(torch.load('{name}.pth', weights_only=True))")
+    save_tensors(tensors, folder / f'{weights.variant}.pth')
+    names = weights.cfg.get('label_names')
+    if names:
+        (folder / LABELS_FILE).write_text(''.join(f'{label}\n' for label in names), encoding='utf-8')
 
 
-def write_mmdet(folder: Path, contents: Contents) -> str:
+def write_mmdet(folder: Path, weights: Weights, tensors: StateDict) -> None:
     """A bare state dict for mmdetection's backbone."""
-    name = variant_of(contents.info)
-    _save_torch(contents.state_dict, folder / f'{name}.pth')
-    return ('# in a config of mmdetection\nmodel = dict(backbone=dict(\n'
-            f"    type='PyramidVisionTransformer', num_layers={list(contents.info.depths)},\n"
-            f"    init_cfg=dict(type='Pretrained', checkpoint='{name}.pth')))")
+    save_tensors(tensors, folder / f'{weights.variant}.pth')
 
 
-def write_transformers(folder: Path, contents: Contents) -> str:
+def write_transformers(folder: Path, weights: Weights, tensors: StateDict) -> None:
     """What `PvtForImageClassification.from_pretrained` and `AutoImageProcessor.from_pretrained` read."""
-    cfg = contents.cfg
-    _save_safetensors(contents.state_dict, folder / 'model.safetensors')
-    _write_json(transformers_config(contents.info, cfg.get('label_names')), folder / 'config.json')
+    cfg = weights.cfg
+    save_tensors(tensors, folder / 'model.safetensors')
+    _write_json(transformers_config(weights), folder / 'config.json')
     _write_json({
         'image_processor_type': 'PvtImageProcessor',
         'do_resize': True,
@@ -99,15 +81,12 @@ def write_transformers(folder: Path, contents: Contents) -> str:
         'do_rescale': True,
         'rescale_factor': 1 / 255,
         'do_normalize': True,
-        'image_mean': list(cfg['mean']),
-        'image_std': list(cfg['std']),
+        'image_mean': cfg['mean'],
+        'image_std': cfg['std'],
     }, folder / 'preprocessor_config.json')
-    return ('from transformers import AutoImageProcessor, PvtForImageClassification\n\n'
-            "processor = AutoImageProcessor.from_pretrained('FOLDER')\n"
-            "model = PvtForImageClassification.from_pretrained('FOLDER')")
 
 
-WRITERS: Dict[str, Callable[[Path, Contents], str]] = {
+WRITERS: Dict[str, Callable[[Path, Weights, StateDict], None]] = {
     'timm': write_timm,
     'original': write_original,
     'transformers': write_transformers,
@@ -115,51 +94,21 @@ WRITERS: Dict[str, Callable[[Path, Contents], str]] = {
 }
 
 
-def timm_config(contents: Contents) -> Dict[str, Any]:
-    """config.json of a timm repository."""
-    info = contents.info
-    default = default_cfg(variant_of(info))
-    config = {
-        'architecture': variant_of(info),
-        'num_classes': info.num_classes,
-        'num_features': info.embed_dims[-1],
-        'global_pool': contents.model_args.get('global_pool', 'token' if info.class_token and info.norm else 'avg'),
-        'model_args': contents.model_args,
-        'pretrained_cfg': {
-            'custom_load': False,
-            'fixed_input_size': False,
-            'min_input_size': [info.in_chans, 32, 32],
-            'pool_size': [n // 32 for n in contents.cfg['input_size'][1:]],
-            **{k: v for k, v in contents.cfg.items() if k != 'label_names'},
-            'num_classes': info.num_classes,
-            'first_conv': default.first_conv,
-            'classifier': default.classifier,
-            'paper_ids': default.paper_ids,
-            'paper_name': default.paper_name,
-        },
-    }
-    if contents.cfg.get('label_names'):
-        config['label_names'] = list(contents.cfg['label_names'])
-    return config
-
-
-def transformers_config(info: Description, labels: Optional[List[str]] = None) -> Dict[str, Any]:
+def transformers_config(weights: Weights) -> Dict[str, Any]:
     """config.json for transformers' PvtForImageClassification."""
-    labels = labels or [f'LABEL_{i}' for i in range(info.num_classes)]
+    info = weights.info
+    labels = weights.cfg.get('label_names') or [f'LABEL_{i}' for i in range(info.num_classes)]
     dtype = str(info.dtype).removeprefix('torch.')
     return {
         'architectures': ['PvtForImageClassification'],
         'model_type': 'pvt',
         'image_size': info.img_size[0],
         'num_channels': info.in_chans,
-        'num_encoder_blocks': 4,
-        'depths': list(info.depths),
-        'hidden_sizes': list(info.embed_dims),
-        'num_attention_heads': list(VARIANTS[variant_of(info)]['num_heads']),
-        'sequence_reduction_ratios': list(info.sr_ratios),
+        'depths': info.depths,
+        'hidden_sizes': info.embed_dims,
+        'num_attention_heads': VARIANTS[weights.variant]['num_heads'],
+        'sequence_reduction_ratios': info.sr_ratios,
         'mlp_ratios': [int(r) if r == int(r) else r for r in info.mlp_ratios],
-        'patch_sizes': [info.patch_size, 2, 2, 2],
-        'strides': [info.patch_size, 2, 2, 2],
         'hidden_act': 'gelu',
         'layer_norm_eps': 1e-6,
         'qkv_bias': True,
@@ -175,23 +124,18 @@ def _write_json(content: Dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
 
 
-def _save_safetensors(tensors: Dict[str, torch.Tensor], file: Path) -> None:
-    save_file(_own_memory(tensors), file, metadata={'format': 'pt'})
-
-
-def _save_torch(tensors: Dict[str, torch.Tensor], file: Path) -> None:
-    torch.save(OrderedDict(_own_memory(tensors)), file)
-
-
-def _own_memory(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Tensors of which none is a part of another: safetensors refuses that, torch.save would write the whole."""
-    return {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-
-
 # ---- model card -----------------------------------------------------------------------------------------------------
 
-# what loads each format; the original's code is no library
-_LIBRARIES = {'timm': 'timm', 'transformers': 'transformers', 'mmdet': 'mmdetection', 'original': None}
+# library (the original's code is none) and what loads the folder there
+_LOADED_BY = {
+    'timm': ('timm', "`timm.create_model('local-dir:FOLDER', pretrained=True)` after `import pvt_timm`, also with "
+             '`features_only=True`, or `hf-hub:OWNER/REPO` in place of the folder'),
+    'transformers': ('transformers', "`PvtForImageClassification.from_pretrained('FOLDER')`"),
+    'mmdet': ('mmdetection', "`backbone=dict(type='PyramidVisionTransformer', num_layers=DEPTHS, "
+              "init_cfg=dict(type='Pretrained', checkpoint='FILE'))` in a config"),
+    'original': (None, '`load_state_dict` of classification/pvt.py, or `pretrained=` in a config of detection/ and '
+                 'segmentation/, of https://github.com/whai362/PVT'),
+}
 
 
 def _code(text: Any) -> str:
@@ -199,61 +143,49 @@ def _code(text: Any) -> str:
     return '`' + re.sub(r'[`|<>]', '?', clean(text, 200)) + '`'
 
 
-def _provenance(contents: Contents) -> str:
+def _provenance(weights: Weights, report: Report) -> str:
     """Table of where the weights come from and what became of them."""
-    info, report = contents.info, contents.report
-    parts = [name for name, there in (
-        ('class token', info.class_token), ('final norm', info.norm), ('head', info.num_classes)) if there]
     rows = [
         ('Source', _code(report.source)),
         ('File', f'{_code(report.file)}, {report.bytes:,} bytes'),
         ('sha256', _code(report.sha256) + (f', the public file of {report.known}' if report.known else '')),
-        ('Source format', report.format + (f' in {_code(" > ".join(report.wrappers))}' if report.wrappers else '')
-         + (f', names start with {_code(report.prefix)}' if report.prefix else '')),
-        ('Weights', report.weights),
+        ('Source format', _code(report.origin())),
         ('Converter', f'pvt-timm {__version__}'),
-        ('Target format', str(report.to)),
-        ('Type', report.dtype),
-        ('Input', 'x'.join(map(str, contents.cfg['input_size']))),
-        ('Parts', ', '.join(parts) or 'backbone'),
-        ('Classes', str(info.num_classes)),
+        ('Target format', f'{report.to}, {report.dtype}'),
+        ('Input', 'x'.join(map(str, weights.cfg['input_size']))),
+        ('Parts', f'{", ".join(weights.parts) or "backbone"}; {weights.info.num_classes} classes'),
     ]
     check = report.verification
     if check:
-        rows.append(('Verified', f'outputs equal those of {check["reference"]} in float64 (tolerance '
-                                 f'{check["tolerance"]:g} {check["measure"]})'))
-    if report.dtype != report.source_dtype:
-        rows.append(('Changed', f'cast from {report.source_dtype} to {report.dtype}'))
-    if info.img_size != report.img_size:
-        rows.append(('Changed', 'position embeddings resized (bilinear) from the grid of {}x{} to that of {}x{} images'
-                     .format(*report.img_size, *info.img_size)))
+        rows.append(('Verified', f'outputs equal those of {check["reference"]} in float64, within '
+                                 f'{check["tolerance"]:g} with the original\'s eps'))
     dropped: Dict[str, List[str]] = {}
     for key, why in report.dropped.items():
         dropped.setdefault(why, []).append(key)
     for why, keys in dropped.items():
         shown = ', '.join(map(_code, keys[:8])) + (f' and {len(keys) - 8} more' if len(keys) > 8 else '')
         rows.append(('Left out', f'{shown} ({_code(why)})'))
-    rows += [('Note', _code(w)) for w in report.warnings]
+    rows += [('Note', _code(note)) for note in report.notes]
     return '\n'.join(['| Provenance | |', '|---|---|', *(f'| {k} | {v} |' for k, v in rows)])
 
 
-def write_card(folder: Path, contents: Contents, use: str) -> None:
-    """README.md with an example of use and the provenance of the weights."""
-    info, report = contents.info, contents.report
-    library = _LIBRARIES[str(report.to)]
-    task = 'image-classification' if info.num_classes else 'image-feature-extraction'
-    licence = contents.cfg.get('license', '')
+def write_card(folder: Path, weights: Weights, report: Report, about: Optional[str]) -> None:
+    """README.md with `about`, by default what loads the weights, and where they come from."""
+    library, use = _LOADED_BY[str(report.to)]
+    use = use.replace('DEPTHS', str(list(weights.info.depths))).replace('FILE', f'{weights.variant}.pth')
+    task = 'image-classification' if weights.info.num_classes else 'image-feature-extraction'
+    licence = weights.cfg.get('license', '')
     data = ModelCardData(
         library_name=library,
         pipeline_tag=task,
         tags=[task, *([library] if library else []), 'pvt'],
         license=licence if re.fullmatch(r'[a-z0-9.-]+', licence) else None,
     )
-    about = contents.about or '\n'.join([
-        f'# {variant_of(info)}', '',
-        'Weights of a [Pyramid Vision Transformer](https://arxiv.org/abs/2102.12122) (v1), converted by pvt-timm. What '
-        'was changed, if anything, is said below.', '', '```python', use, '```'])
-    notes = '' if contents.class_row is None else (
+    about = about or (
+        f'# {weights.variant}\n\nWeights of a [Pyramid Vision Transformer](https://arxiv.org/abs/2102.12122) (v1), '
+        f'converted by pvt-timm. What was changed, if anything, is said below.\n\nTo load them: {use}.')
+    notes = '' if not (folder / CLASS_ROW_FILE).exists() else (
         f'\n\n`{CLASS_ROW_FILE}` holds the one row of the source\'s `pos_embed4` that belongs to the class token. No '
         'dense model uses it. It is kept so that the source can be restored.')
-    ModelCard(f'---\n{data.to_yaml()}\n---\n\n{about}\n\n{_provenance(contents)}{notes}\n').save(folder / 'README.md')
+    card = f'---\n{data.to_yaml()}\n---\n\n{about}\n\n{_provenance(weights, report)}{notes}\n'
+    ModelCard(card).save(folder / 'README.md')

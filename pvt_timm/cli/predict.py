@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 from urllib.parse import urlsplit
 
 import timm
@@ -14,15 +14,13 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
-from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import digits, pvt
-from ..checkpoints import describe, map_to_timm, training_config
-from ..files import find_checkpoint, read_checkpoint, save_atomically
-from ..labels import labels_beside, labels_in, read_labels
-from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, checkpoint_filter_fn, find_variant
+from ..files import save_atomically
+from ..labels import labels_in, read_labels
+from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, checkpoint_filter_fn
 from .errors import EXPECTED, UserError, one_line
 from .pictures import draw_pyramid
 
@@ -36,18 +34,11 @@ DIGITS = Path(__file__).resolve().parents[1] / 'data' / 'digits'
 
 @dataclass
 class Classifier:
-    """A model with weights and what belongs to it.
-
-    Attributes:
-        model: In evaluation mode.
-        name: Model and tag, or model and name of the file or folder.
-        data: timm's data config (input_size, mean, std, interpolation, crop_pct...).
-        labels: Name of every class, none for a backbone without a head.
-    """
-    model: PyramidVisionTransformer
-    name: str
-    data: Dict[str, Any]
-    labels: List[str]
+    """A model with weights and what belongs to it."""
+    model: PyramidVisionTransformer  # in evaluation mode
+    name: str  # model and tag, or model and name of the file or folder
+    data: Dict[str, Any]  # timm's data config (input_size, mean, std, interpolation, crop_pct...)
+    labels: List[str]  # name of every class, none for a backbone without a head
 
 
 def load_model(
@@ -63,7 +54,7 @@ def load_model(
     Args:
         model: Name, with or without a tag, or 'hf-hub:owner/repo'. With a checkpoint it may be left out, as the
             checkpoint says what it is.
-        checkpoint: File in any format that `checkpoints.py` knows, or folder with one (timm's or transformers').
+        checkpoint: File in any known format, folder with one, url, or 'hf-hub:owner/repo[@revision][:file]'.
         dense: For features: without class token, final norm and head.
         img_size: Height and width to prepare images for, by default those that the weights were trained with.
         labels: File with the names of the classes, instead of those that the weights come with.
@@ -73,107 +64,47 @@ def load_model(
         UserError: The model is not known, or has no (fitting) weights. What the libraries raise where weights cannot
             be had or read is left alone.
     """
-    kwargs: Dict[str, Any] = dict(class_token=False, num_classes=0, global_pool='avg') if dense else {}
-    if model is not None and ':' not in model and split_model_name_tag(model)[0] not in VARIANTS:
+    if checkpoint is None and model is not None and model.startswith('hf-hub:'):
+        model, checkpoint = None, model
+    variant = split_model_name_tag(model)[0] if model else None
+    if variant not in (None, *VARIANTS):
         raise UserError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
-    if checkpoint is not None:
-        name, network, cfg, names = _load_checkpoint(Path(checkpoint), model, kwargs, img_size, prefix)
+    kwargs: Dict[str, Any] = dict(class_token=False, num_classes=0, global_pool='avg') if dense else {}
+    if checkpoint is None:
+        name, network = _load_published(model or DEFAULT_MODEL, kwargs)
+        cfg = dict(network.pretrained_cfg, label_names=read_labels(labels, network.num_classes)) if labels else None
     else:
-        name, network, cfg = _load_published(model or DEFAULT_MODEL, kwargs)
-        names = None
+        from weights_conversion.reading import read_weights
+
+        with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
+            network = timm.create_model(
+                weights.variant, **{**weights.model_args, 'num_classes': weights.info.num_classes, **kwargs})
+            network.load_state_dict(checkpoint_filter_fn(weights.state_dict, network))
+            name, cfg = f'{weights.variant} from {os.path.basename(checkpoint)}', weights.cfg
     if not dense and not network.num_classes:
         raise UserError(f'{name} {_NO_HEAD}')
-    if not isinstance(network, PyramidVisionTransformer):
-        raise UserError(f'Expected a PVT v1 model, got {type(network).__name__} from {name}')
 
     data = resolve_model_data_config(network, pretrained_cfg=cfg)
-    channels = network.in_chans
-    if channels not in (1, 3):
-        raise UserError(f'Expected a model for images with 1 or 3 channels, {name} takes {channels}')
-    for key in ('mean', 'std'):
-        values = tuple(data[key])
-        data[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
-    data['input_size'] = (channels, *(img_size or data['input_size'][1:]))
-    count = network.num_classes
-    if labels is not None:
-        names = read_labels(labels)
-        if count and len(names) != count:
-            raise UserError(f'Expected the names of {count} classes in {labels}, got {len(names)}')
-    if names is None or len(names) != count:
-        names = labels_in(network.pretrained_cfg)
-    if count and (names is None or len(names) != count):
-        names = list(ImageNetInfo().label_descriptions()) if count == 1000 else [f'class {i}' for i in range(count)]
-    return Classifier(network.eval(), name, data, names if count and names else [])
+    if network.in_chans not in (1, 3):
+        raise UserError(f'Expected a model for images with 1 or 3 channels, {name} takes {network.in_chans}')
+    data['input_size'] = (network.in_chans, *(img_size or data['input_size'][1:]))
+    names = next((x for x in map(labels_in, (cfg, network.pretrained_cfg)) if x and len(x) == network.num_classes), [])
+    if not names and network.num_classes == 1000:
+        names = list(ImageNetInfo().label_descriptions())
+    return Classifier(network.eval(), name, data, names or [f'class {i}' for i in range(network.num_classes)])
 
 
-def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, torch.nn.Module, Dict[str, Any]]:
-    if ':' not in name:
-        cfg = get_pretrained_cfg(name)
-        assert cfg is not None, 'a name that is registered has one'
-        if not kwargs and cfg.num_classes == 0:  # before it is downloaded
-            raise UserError(f'{name} {_NO_HEAD}')
-        name = f'{split_model_name_tag(name)[0]}.{cfg.tag}'
+def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None, 'a name that is registered has one'
+    name = f'{split_model_name_tag(name)[0]}.{cfg.tag}'
+    if not kwargs and cfg.num_classes == 0:  # before it is downloaded
+        raise UserError(f'{name} {_NO_HEAD}')
     try:
-        network: Any = timm.create_model(name, pretrained=True, **kwargs)
-    except KeyError as e:
-        raise UserError(f'{name} is no repository of timm: its config.json has no {e}') from e
+        return name, timm.create_model(name, pretrained=True, **kwargs)
     except EXPECTED as e:
-        raise UserError(f'Cannot load {name}: {one_line(e)} (--checkpoint FILE takes weights from elsewhere)') from e
-    return name, network, network.pretrained_cfg
-
-
-def _read_json(file: Path) -> Dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise UserError(f'Cannot read {file}: {e}') from e
-    if not isinstance(content, dict):
-        raise UserError(f'Expected a JSON object in {file}, got {type(content).__name__}')
-    return content
-
-
-def _load_checkpoint(
-        path: Path,
-        model: Optional[str],
-        kwargs: Dict[str, Any],
-        img_size: Optional[Tuple[int, int]],
-        prefix: Optional[str],
-) -> Tuple[str, torch.nn.Module, Dict[str, Any], Optional[List[str]]]:
-    """A checkpoint file, or a folder with one: name, model, its pretrained config, and the names of its classes."""
-    file = find_checkpoint(path)
-    checkpoint = read_checkpoint(file)
-    config = _read_json(file.parent / 'config.json')
-    preprocessor = _read_json(file.parent / 'preprocessor_config.json')
-    inner = config.get('pretrained_cfg', {})
-    if not isinstance(inner, dict):
-        raise UserError(f"Expected a JSON object as 'pretrained_cfg' in {file.parent / 'config.json'}, got {inner}")
-
-    # what is said of the weights: by their training, else by the config beside them
-    said = training_config(checkpoint)
-    cfg = {**inner, **{ours: preprocessor[theirs] for ours, theirs in (('mean', 'image_mean'), ('std', 'image_std'))
-                       if theirs in preprocessor}, **said}
-    size = cfg.pop('img_size', None)
-    if size is None and 'input_size' in cfg:
-        size = cfg['input_size'][1:]
-    info = describe(map_to_timm(checkpoint, prefix=prefix).state_dict, to_2tuple(size) if size else img_size)
-    variant = find_variant(info.depths, info.embed_dims)
-    if variant is None:
-        raise UserError(f'{file} holds none of {", ".join(VARIANTS)}: depths {info.depths}, channels {info.embed_dims}')
-    wanted = split_model_name_tag(model)[0] if model else config.get('architecture', variant)
-    if wanted != variant:
-        raise UserError(f'Expected a checkpoint of {wanted}, but {file} holds {variant}')
-    pool = config.get('global_pool') or cfg.pop('global_pool', None) or ('token' if info.class_token else 'avg')
-    model_args = dict(
-        num_classes=info.num_classes, class_token=info.class_token, in_chans=info.in_chans, img_size=info.img_size,
-        global_pool=pool)
-    network: Any = timm.create_model(variant, **{**model_args, **kwargs})
-    network.load_state_dict(checkpoint_filter_fn(checkpoint, network, prefix), strict=True)
-
-    names = labels_in(said.get('label_names')) or labels_beside(file) or labels_in(config)
-    cfg = {**network.pretrained_cfg, **cfg, 'input_size': (info.in_chans, *to_2tuple(size or info.img_size))}
-    return f'{variant} from {path.name}', network, cfg, names
+        cure = f' (--checkpoint FILE takes the file of {cfg.url}, `demo` and --model test_pvt need no network)'
+        raise UserError(f'Cannot load {name}: {one_line(e, 500)}{cure if cfg.url else ""}') from e
 
 
 def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
@@ -239,7 +170,7 @@ def extract(
             longer one keeps the aspect to within 32 pixels.
 
     Returns:
-        The feature map (C, H, W) of every stage, and the height and width that the image was resized to.
+        Feature map (C, H, W) of every stage, and the height and width that the image was resized to.
     """
     model, data = classifier.model, classifier.data
     if img_size is None:
@@ -273,23 +204,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         '--model', help='name with or without tag, see `list`, or hf-hub:OWNER/REPO '
         f'(default {DEFAULT_MODEL}, or what the checkpoint is)')
     parser.add_argument(
-        '--checkpoint', metavar='FILE_OR_DIR', help='weights: a file of any known format, or a folder of timm or '
-        'transformers (default the published ones)')
+        '--checkpoint', metavar='SOURCE', help='weights: a file of any known format, a folder of timm or transformers, '
+        'a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default the published ones)')
     parser.add_argument('--prefix', help='what stands before the names of the weights, if the checkpoint has several')
     parser.add_argument(
         '--img-size', type=image_size, metavar='N | H W',
         help='size that the model sees (default that of its training)')
-
-
-def _load(args: argparse.Namespace, dense: bool = False) -> Classifier:
-    model = args.model or (None if args.checkpoint else DEFAULT_MODEL)
-    return load_model(model, args.checkpoint, dense, args.img_size, getattr(args, 'labels', None), args.prefix)
-
-
-def _table(rows: Sequence[Sequence[str]], align: str) -> str:
-    """Columns of text, each aligned as its letter in `align` says (< or >)."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(f'{cell:{a}{w}}' for cell, a, w in zip(row, align, widths)).rstrip() for row in rows)
 
 
 def add_predict(subparsers: Any) -> None:
@@ -307,7 +227,8 @@ def add_predict(subparsers: Any) -> None:
 def run_predict(args: argparse.Namespace) -> None:
     for path in args.images:  # before weights are downloaded
         os.stat(path)
-    classifier = _load(args)
+    classifier = load_model(
+        args.model, args.checkpoint, img_size=args.img_size, labels=args.labels, prefix=args.prefix)
     results = []
     for path in args.images:
         image = open_image(path, classifier.data['input_size'][0])
@@ -336,7 +257,7 @@ def add_features(subparsers: Any) -> None:
 def run_features(args: argparse.Namespace) -> None:
     for path in (args.image, *(Path(p).absolute().parent for p in (args.output, args.save) if p)):
         os.stat(path)  # before weights are downloaded
-    classifier = _load(args, dense=True)
+    classifier = load_model(args.model, args.checkpoint, dense=True, img_size=args.img_size, prefix=args.prefix)
     image = open_image(args.image, classifier.data['input_size'][0])
     features, size = extract(classifier, image, args.img_size)
     draw_pyramid(image, features, args.output, title=classifier.name, img_size=size)
@@ -362,13 +283,13 @@ def run_demo(args: argparse.Namespace) -> None:
         by_digit.setdefault(file.name.partition('_')[0], []).append(open_image(file))
     count = sum(map(len, by_digit.values()))
     print(f'{classifier.name}: {count} handwritten digits that were held out of its training\n')
-    rows, right = [('digit', 'predicted', 'probability of each')], 0
+    print('digit  predicted  probability of each')
+    right = 0
     for digit, images in by_digit.items():
         top = [predict(classifier, image, 1)[0] for image in images]
         names = [classifier.labels[index] for index, _ in top]
         right += names.count(digit)
-        rows.append((digit, ' '.join(names), ' '.join(f'{probability:4.0%}' for _, probability in top)))
-    print(_table(rows, '<<<'))
+        print(f'{digit:<5}  {" ".join(names):<9}  {" ".join(f"{probability:4.0%}" for _, probability in top)}')
     print(f'\n{right} of {count} right')
     if importlib.util.find_spec('matplotlib') is None:
         print("Their features are drawn with the `draw` extra: pip install 'pvt-timm[draw]'")
@@ -403,23 +324,22 @@ def zoo() -> List[Dict[str, Any]]:
         if not known), classes (0 for a backbone without head), and hf_hub_id, url or file of the weights.
     """
     rows = []
-    for name, default in {**pvt.default_cfgs, **digits.default_cfgs}.items():
-        for tag, cfg in default.cfgs.items():
-            model = timm.create_model(f'{name}.{tag}', num_classes=cfg.num_classes, device='meta', weight_init='skip')
-            with FlopCounterMode(display=False) as counter, torch.inference_mode():
-                model.eval()(torch.empty(1, *cfg.input_size, device='meta'))
-            rows.append(dict(
-                model=name,
-                tag=tag if cfg.has_weights else None,
-                params=sum(p.numel() for p in model.parameters()),
-                macs=counter.get_total_flops() // 2,
-                img_size=cfg.input_size[1:],
-                top1=TOP1.get(f'{name}.{tag}'),
-                classes=cfg.num_classes,
-                hf_hub_id=cfg.hf_hub_id or None,
-                url=str(cfg.url) if cfg.url else None,
-                file=str(cfg.file) if cfg.file else None,
-            ))
+    cfgs = {f'{name}.{tag}': cfg for name, default in {**pvt.default_cfgs, **digits.default_cfgs}.items()
+            for tag, cfg in default.cfgs.items()}
+    for name, cfg in cfgs.items():
+        model = timm.create_model(name, num_classes=cfg.num_classes, device='meta', weight_init='skip')
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model.eval()(torch.empty(1, *cfg.input_size, device='meta'))
+        rows.append(dict(
+            model=name.partition('.')[0],
+            tag=name.partition('.')[2] if cfg.has_weights else None,
+            params=sum(p.numel() for p in model.parameters()),
+            macs=counter.get_total_flops() // 2,
+            img_size=cfg.input_size[1:],
+            top1=TOP1.get(name),
+            classes=cfg.num_classes,
+            **{key: getattr(cfg, key) or None for key in ('hf_hub_id', 'url', 'file')},
+        ))
     return rows
 
 
@@ -434,17 +354,12 @@ def run_list(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    table = [('model', 'params', 'GMACs', 'at', 'top-1', 'weights')]
+    print(f'{"model":<26} {"params":>8} {"GMACs":>7}  {"at":<7} {"top-1":>6}  weights')
     for row in rows:
+        name = '.'.join(filter(None, (row['model'], row['tag'])))
         hosts = [f'hf-hub:{row["hf_hub_id"].partition("@")[0]}'] if row['hf_hub_id'] else []
-        hosts += [urlsplit(row['url']).netloc] if row['url'] else []
-        table.append((
-            f'{row["model"]}.{row["tag"]}' if row['tag'] else row['model'],
-            f'{row["params"] / 1e6:.2f} M',
-            f'{row["macs"] / 1e9:.2f}' if row['macs'] >= 1e7 else f'{row["macs"] / 1e9:.4f}',
-            '{}x{}'.format(*row['img_size']),
-            f'{row["top1"]:.1f}' if row['top1'] else '-',
-            'in the package' if row['file'] else ' or '.join(hosts) or 'none',
-        ))
-    print(_table(table, '<>><><'))
+        hosts += [urlsplit(row['url']).netloc] if row['url'] else ['in the package'] if row['file'] else []
+        digits_of_macs = 2 if row['macs'] >= 1e7 else 4
+        print(f'{name:<26} {row["params"] / 1e6:6.2f} M {row["macs"] / 1e9:7.{digits_of_macs}f}  '
+              f'{"x".join(map(str, row["img_size"])):<7} {row["top1"] or "-":>6}  {" or ".join(hosts) or "none"}')
     print('\ntop-1: ImageNet-1K as published (test_pvt: held-out digits). retinanet_coco: backbones, no classifier.')

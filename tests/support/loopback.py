@@ -1,20 +1,14 @@
 """ A stand-in for the Hugging Face Hub and for plain download hosts, on 127.0.0.1, for the real clients.
 
 It speaks as much of the hub's protocol as `huggingface_hub` needs to download and upload models, and serves plain files
-for `torch.hub`. Faults can be injected. The fixtures that use it are in `conftest.py`:
-
-    def test_something(hub):
-        hub.add_repo('someone/model', {'model.safetensors': data, 'config.json': b'{}'})
-        url = hub.add_file('weights/model.pth', path)
-        hub.fail('truncate', path='model.safetensors')
-        ...
-        assert hub.count('GET', 'model.safetensors') == 1
-
-A client that runs in this process sees the server without any setting. One in a subprocess needs `env=client_env`.
+for `torch.hub`. Faults can be injected. The fixtures that use it are in `conftest.py`: a client that runs in this
+process sees the server without any setting, one in a subprocess needs `env=client_env`.
 """
 import base64
+import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -57,20 +51,12 @@ class _Repo:
         return sha
 
 
-@dataclass
-class _Fault:
-    kind: Union[str, int]
-    path: str
-    left: Optional[int]
-
-
 class LoopbackServer:
     """The server, running in threads of this process until `close`. See the module's docstring."""
 
     TOKEN = 'hf_loopback'  # any other may write too
 
     def __init__(self):
-        self._lock = threading.RLock()
         self.clear()
         handler = type('Handler', (_Handler,), dict(loopback=self))
         # The second one is the host of large files: the client does not follow a redirect to another host by itself.
@@ -87,22 +73,15 @@ class LoopbackServer:
 
     def clear(self) -> None:
         """Forget all repositories, files, faults and requests."""
-        with self._lock:
-            self._repos: Dict[str, _Repo] = {}
-            self._files: Dict[str, Union[_File, str]] = {}
-            self._blobs: Dict[str, _File] = {}
-            self._faults: List[_Fault] = []
-            self.requests: List[Tuple[str, str]] = []
+        self._repos: Dict[str, _Repo] = {}
+        self._files: Dict[str, Union[_File, str]] = {}  # path to a file, or to where it is redirected
+        self._blobs: Dict[str, _File] = {}
+        self._faults: List[list] = []  # kind, path, how often it is left
+        self.requests: List[Tuple[str, str]] = []
 
-    def add_repo(
-            self,
-            repo_id: str,
-            files: Mapping[str, Content],
-            commit: Optional[str] = None,
-            ref: str = 'main',
-            gated: bool = False,
-    ) -> str:
-        """Add a commit with exactly `files` to a (new or present) model repository.
+    def add_repo(self, repo_id: str, files: Mapping[str, Content], commit: Optional[str] = None, ref: str = 'main',
+                 gated: bool = False) -> str:
+        """Add a commit with exactly `files` to a (new or present) model repository, return its hash.
 
         Args:
             repo_id: 'owner/name'.
@@ -110,21 +89,16 @@ class LoopbackServer:
             commit: Full hash of the commit, made up if None.
             ref: Branch or tag that points to it.
             gated: Seen by all, files refused.
-
-        Returns:
-            The hash of the commit.
         """
         files = {name: _File(content) for name, content in files.items()}
-        with self._lock:
-            repo = self._repos.setdefault(repo_id, _Repo(gated=gated))
-            self._blobs.update({f.sha256: f for f in files.values()})
-            return repo.commit(files, sha=commit, ref=ref)
+        repo = self._repos.setdefault(repo_id, _Repo(gated=gated))
+        self._blobs.update({f.sha256: f for f in files.values()})
+        return repo.commit(files, sha=commit, ref=ref)
 
     def repo_files(self, repo_id: str) -> Dict[str, bytes]:
         """Contents of a repository, to look at what was uploaded. Empty if there is none."""
-        with self._lock:
-            repo = self._repos.get(repo_id)
-            return {name: f.read() for name, f in repo.commits[repo.refs['main']].items()} if repo else {}
+        repo = self._repos.get(repo_id)
+        return {name: f.read() for name, f in repo.commits[repo.refs['main']].items()} if repo else {}
 
     def has_repo(self, repo_id: str) -> bool:
         return repo_id in self._repos
@@ -155,23 +129,22 @@ class LoopbackServer:
             times: How often, None for always.
         """
         assert isinstance(kind, int) or kind in ('drop', *BODY_FAULTS)
-        self._faults.append(_Fault(kind, path, times))
+        self._faults.append([kind, path, math.inf if times is None else times])
 
     def heal(self) -> None:
         """Remove all faults."""
         self._faults.clear()
 
     def count(self, method: str, path: str = '') -> int:
-        """Number of requests with this method whose path matches the regular expression."""
+        """Number of requests with this method in whose path the regular expression is found."""
         return sum(m == method and bool(re.search(path, p)) for m, p in self.requests)
 
-    def _fault(self, method: str, path: str) -> Optional[Union[str, int]]:
-        with self._lock:
-            for fault in self._faults:
-                if fault.left != 0 and re.search(fault.path, path) and (
-                        method == 'GET' or fault.kind not in BODY_FAULTS):
-                    fault.left = None if fault.left is None else fault.left - 1
-                    return fault.kind
+    def _fault(self, method: str, path: str) -> Union[str, int, None]:
+        for fault in self._faults:
+            kind, pattern, left = fault
+            if left and re.search(pattern, path) and (method == 'GET' or kind not in BODY_FAULTS):
+                fault[2] -= 1
+                return kind
         return None
 
 
@@ -207,8 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.loopback
         path = urlsplit(self.path).path
         self.body = self.read_body()
-        with server._lock:
-            server.requests.append((self.command, path))
+        server.requests.append((self.command, path))
         self.fault = server._fault(self.command, path)
         if self.fault == 'drop':
             self.drop()
@@ -245,44 +217,32 @@ class _Handler(BaseHTTPRequestHandler):
 
     def drop(self):
         self.close_connection = True
-        try:
+        with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
 
     def send(self, status: int, body: bytes = b'', headers: Mapping[str, str] = {}):
         self.send_response(status)
         for key, value in {'Content-Length': str(len(body)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        try:
-            if self.command != 'HEAD':
-                self.wfile.write(body)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.wfile.write(b'' if self.command == 'HEAD' else body)
 
     def send_json(self, value, status: int = 200, headers: Mapping[str, str] = {}):
         self.send(status, json.dumps(value).encode(), {'Content-Type': 'application/json', **headers})
 
     def send_file(self, file: _File, headers: Mapping[str, str] = {}):
-        body, status = file.read(), 200
+        m = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))  # of a client that goes on after a fault
+        start = int(m[1]) if m else 0
+        body = file.read()[start:]
         headers = {'Accept-Ranges': 'bytes', 'ETag': f'"{file.sha256}"', **headers}
-        half = file.size // 2
-        m = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
-        if m:  # a client that goes on after a fault
-            start = int(m[1])
-            headers['Content-Range'] = f'bytes {start}-{file.size - 1}/{file.size}'
-            body, status, half = body[start:], 206, max(0, half - start)
+        headers.update({'Content-Range': f'bytes {start}-{file.size - 1}/{file.size}'} if m else {})
+        headers.update({'Content-Length': str(len(body))} if self.fault == 'truncate' else {})
+        half = body[:max(0, file.size // 2 - start)]
         if self.fault == 'html':
             body, headers = b'<!DOCTYPE html><html><title>Sign in</title></html>', {'Content-Type': 'text/html'}
-        elif self.fault == 'short':
-            body = body[:half]
-        elif self.fault == 'garbage':
-            body = bytes(len(body))
-        elif self.fault == 'truncate':
-            headers['Content-Length'] = str(len(body))
-            body = body[:half]
-        self.send(status, body, headers)
+        self.send(206 if m else 200, {
+            'short': half, 'truncate': half, 'garbage': bytes(len(body))}.get(self.fault, body), headers)
         if self.fault == 'truncate':
             self.drop()
 
@@ -331,11 +291,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.need_token()
         args = json.loads(self.body)
         repo_id = f'{args["organization"]}/{args["name"]}'
-        with self.loopback._lock:
-            exists = repo_id in self.loopback._repos
-            if not exists:
-                self.loopback._repos[repo_id] = _Repo()
-                self.loopback._repos[repo_id].commit({}, 'initial commit')
+        exists = self.loopback.has_repo(repo_id)
+        if not exists:
+            repo = _Repo()
+            repo.commit({}, 'initial commit')
+            self.loopback._repos[repo_id] = repo
         self.send_json({'url': f'{self.loopback.url}/{repo_id}'}, 409 if exists else 200)
 
     def validate_yaml(self):
@@ -345,12 +305,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.need_token()
         found, sha = self.find(repo, revision)
         answer = []
-        for f in json.loads(self.body)['files']:
-            lfs, there = f['path'].endswith(LFS_SUFFIXES), found.commits[sha].get(f['path'])
-            item = {'path': f['path'], 'shouldIgnore': False, 'uploadMode': 'lfs' if lfs else 'regular'}
+        for path in (f['path'] for f in json.loads(self.body)['files']):
+            lfs, there = path.endswith(LFS_SUFFIXES), found.commits[sha].get(path)
+            answer.append({'path': path, 'shouldIgnore': False, 'uploadMode': 'lfs' if lfs else 'regular'})
             if there:  # by which the client leaves out what has not changed
-                item['oid'] = there.sha256 if lfs else there.git_oid
-            answer.append(item)
+                answer[-1]['oid'] = there.sha256 if lfs else there.git_oid
         self.send_json({'files': answer})
 
     def lfs_batch(self, repo: str):
@@ -374,17 +333,15 @@ class _Handler(BaseHTTPRequestHandler):
         found, sha = self.find(repo, revision)
         files, message = dict(found.commits[sha]), ''
         for line in map(json.loads, self.body.splitlines()):
-            kind, value = line['key'], line['value']
-            if kind == 'header':
+            value = line['value']
+            if line['key'] == 'header':
                 message = value['summary']
-            elif kind == 'file':
+            elif line['key'] == 'file':
                 files[value['path']] = _File(base64.b64decode(value['content']))
-            elif kind == 'lfsFile':
-                files[value['path']] = self.loopback._blobs[value['oid']]
             else:
-                raise _Error(400, f'No {kind} here')
-        with self.loopback._lock:
-            new = found.commit(files, message, ref=revision)
+                assert line['key'] == 'lfsFile'
+                files[value['path']] = self.loopback._blobs[value['oid']]
+        new = found.commit(files, message, ref=revision)
         self.send_json({'success': True, 'commitOid': new, 'commitUrl': f'{self.loopback.url}/{repo}/commit/{new}'})
 
 

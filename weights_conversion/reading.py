@@ -1,0 +1,314 @@
+""" Read a checkpoint with what lies beside it: the weights under timm's names, and all that is known about them. """
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+from timm.models import PretrainedCfg, get_pretrained_cfg
+
+import pvt_timm  # noqa: F401  registers the models
+from pvt_timm.checkpoints import (
+    Converted, Description, check_keys, describe, drop_parts, map_to_timm, training_config, unwrap)
+from pvt_timm.files import MAX_BYTES, read_checkpoint
+from pvt_timm.labels import labels_beside, labels_in, read_labels
+from pvt_timm.pvt import VARIANTS, find_variant
+
+from .sources import Source, clean, open_source
+
+__all__ = ['CLASS_ROW', 'PARTS', 'PathLike', 'Size', 'StateDict', 'Weights', 'check_size', 'default_cfg', 'is_finite',
+           'model_args_of', 'read_weights']
+
+StateDict = Dict[str, torch.Tensor]
+PathLike = Union[str, 'os.PathLike[str]']
+Size = Union[int, Sequence[int], None]
+
+CLASS_ROW = 'pos_embed4.class_row'
+PARTS = ('class_token', 'norm', 'head')
+POS_EMBED = 'stages.3.pos_embed'
+MIN_SIZE, MAX_SIZE = 32, 2048
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class Weights:
+    """A checkpoint under timm's names, and what is known about it."""
+    source: Source
+    converted: Converted  # how it was mapped
+    state_dict: StateDict  # the last position embedding has its class token row where the source has one
+    info: Description
+    variant: str  # name of the timm model
+    model_args: Dict[str, Any]  # for `timm.create_model`, besides the name and num_classes
+    cfg: Dict[str, Any]  # preprocessing and names of the classes, for timm's `pretrained_cfg`
+    notes: List[str]  # what is odd about it
+
+    @property
+    def parts(self) -> List[str]:
+        """Those of `PARTS` that it has."""
+        has = (self.info.class_token, self.info.norm, self.info.num_classes)
+        return [part for part, there in zip(PARTS, has) if there]
+
+    def dtype_name(self) -> str:
+        return ', '.join(dict.fromkeys(str(v.dtype).removeprefix('torch.') for v in self.state_dict.values()))
+
+    def create_model(self, **kwargs: Any) -> Any:
+        """A model that takes the weights, without them."""
+        kwargs = dict(self.model_args, num_classes=self.info.num_classes, weight_init='skip', **kwargs)
+        return timm.create_model(self.variant, **kwargs)
+
+    def for_model(self) -> StateDict:
+        """The state dict without the class token row of dense checkpoints, which no timm model has a place for."""
+        has_row = self.info.class_row and not self.info.class_token
+        return drop_parts(self.state_dict, ['class_token'] if has_row else [])
+
+
+@contextlib.contextmanager
+def read_weights(
+        spec: PathLike,
+        *,
+        model: Optional[str] = None,
+        use_ema: bool = True,
+        prefix: Optional[str] = None,
+        source_size: Size = None,
+        img_size: Optional[Tuple[int, int]] = None,
+        labels: Optional[PathLike] = None,
+        sha256: Optional[str] = None,
+        max_bytes: int = MAX_BYTES,
+        progress: bool = False,
+) -> Iterator[Weights]:
+    """Read a checkpoint in any known format, and what its training and the files beside it say.
+
+    Args:
+        spec: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
+        model: Name of the timm model that it has to be of.
+        use_ema: As timm does, prefer averaged weights where the file holds both.
+        prefix: What stands before the names, where the file holds several PVTs.
+        source_size: Image size of the position embeddings, where only non-square ones fit.
+        img_size: Height and width to try where nothing else tells.
+        labels: File with the names of the classes, instead of those that come with the checkpoint.
+        sha256: Hash (or its first 8 or more digits) that the file must have.
+        max_bytes: Refuse a file that is larger.
+        progress: Show how far a download from a url is.
+
+    Raises:
+        ValueError: It is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for.
+        OSError: Something cannot be read.
+        Exception: What the clients raise where something cannot be downloaded.
+    """
+    told = check_size(source_size, 'source_size')
+    if model is not None and model not in VARIANTS:
+        raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
+    with open_source(spec, progress) as source:
+        if sha256 is not None:
+            source.check_sha256(sha256)
+        checkpoint = read_checkpoint(source.file, max_bytes)
+        converted = map_to_timm(checkpoint, use_ema, prefix)
+        trained = training_config(checkpoint)
+        notes = _notes(converted, unwrap(checkpoint, use_ema)[0])
+        del checkpoint
+
+        state_dict, config = converted.state_dict, source.config
+        args, beside = _object(config, 'model_args'), _object(config, 'pretrained_cfg')
+        stored = _size_in(args.get('img_size', config.get('image_size')))
+        info = describe(state_dict, told or stored or trained.get('img_size') or img_size)
+        if told and info.grid_size != (told[0] // 4, told[1] // 4):
+            raise ValueError(
+                f'Expected position embeddings of {told[0]}x{told[1]} images, they have a grid of '
+                f'{info.grid_size[0]}x{info.grid_size[1]} patches.')
+        if not info.class_token and not info.class_row and source.class_row is not None:
+            row = _read_class_row(source.class_row, state_dict[POS_EMBED])
+            state_dict = {**state_dict, POS_EMBED: torch.cat([row, state_dict[POS_EMBED]], 1)}
+            info = describe(state_dict, info.img_size)
+        variant = find_variant(info.depths, info.embed_dims)
+        if variant is None:
+            raise ValueError(
+                f'Expected the depths and channels of one of {", ".join(VARIANTS)}, got '
+                f'{info.depths} and {info.embed_dims}.')
+        wanted = model or config.get('architecture', variant)
+        if wanted != variant:
+            raise ValueError(f'Expected a checkpoint of {clean(wanted, 60)}, but {source.file.name} holds {variant}.')
+        _check_config(config, args, variant)
+        pool = trained.get('global_pool') or args.get('global_pool', config.get('global_pool'))
+
+        beside.update({key: config[f'image_{key}'] for key in ('mean', 'std') if f'image_{key}' in config})
+        cfg = _preprocessing({**beside, **trained}, info, variant, notes)
+        names = _labels(source, trained, labels, info.num_classes, notes)
+        cfg.update({'label_names': names} if names else {})
+        weights = Weights(
+            source, converted, state_dict, info, variant, model_args_of(info, variant, pool), cfg, notes)
+        _check_against_model(weights)
+        yield weights
+
+
+def default_cfg(name: str) -> PretrainedCfg:
+    """Pretrained config of a timm model, with or without a tag."""
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None
+    return cfg
+
+
+def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
+    """Height and width of a size.
+
+    Raises:
+        ValueError: It is not one or two numbers, or they are too small or large.
+    """
+    if size is None:
+        return None
+    pair = (size,) if isinstance(size, int) else tuple(size)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or not all(isinstance(n, int) and MIN_SIZE <= n <= MAX_SIZE for n in pair):
+        raise ValueError(
+            f'Expected {name} to be one or two numbers from {MIN_SIZE} to {MAX_SIZE}, got {" ".join(map(str, pair))}.')
+    return pair
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    return not x.numel() or all(math.isfinite(v) for v in torch.aminmax(x.detach()))
+
+
+def model_args_of(info: Description, variant: str, pool: Any = None) -> Dict[str, Any]:
+    """Arguments for `timm.create_model` that differ from the defaults of the variant.
+
+    Args:
+        info: What the weights have.
+        variant: Name of the model.
+        pool: The pooling that is said to go with them, which no state dict tells.
+    """
+    args: Dict[str, Any] = {}
+    if info.img_size != tuple(default_cfg(variant).input_size[1:]):
+        args['img_size'] = info.img_size[0] if info.img_size[0] == info.img_size[1] else list(info.img_size)
+    if info.in_chans != 3:
+        args['in_chans'] = info.in_chans
+    if not info.class_token:
+        args['class_token'] = False
+    if info.class_token != info.norm:
+        args['output_fmt'] = 'NLC' if info.norm else 'NCHW'
+    if pool == '' or pool == 'avg' and info.class_token and info.norm:
+        args['global_pool'] = pool
+    return args
+
+
+# ---- what is said about the weights: by their training, and by the files next to them --------------------------------
+
+def _notes(converted: Converted, content: Mapping[str, Any]) -> List[str]:
+    notes = []
+    if converted.dropped:
+        from pvt_timm.detection.openmmlab import describe_heads  # which needs torchvision's detectors
+
+        heads = describe_heads(content)
+        notes = [f'beside the backbone is the rest of a {heads[0]} for {heads[1]} classes'] if heads else []
+    state_dict = converted.state_dict
+    bad = [k for k, v in state_dict.items() if v.dtype not in _FLOATS or v.layout != torch.strided]
+    if bad:
+        raise ValueError(f'Expected floating point weights, {bad[0]} has type {state_dict[bad[0]].dtype}.')
+    broken = [k for k, v in state_dict.items() if not is_finite(v)]
+    if broken:
+        more = f' and {len(broken) - 3} more' if len(broken) > 3 else ''
+        notes.append(f'values that are not finite, kept as they are: {", ".join(broken[:3])}{more}')
+    return notes
+
+
+def _object(config: Dict[str, Any], key: str) -> Dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f'Expected a JSON object as {key!r} in config.json, got {clean(value, 60)}.')
+    return value
+
+
+def _size_in(size: Any) -> Optional[Tuple[int, int]]:
+    """Image size in a configuration, None if there is none that makes sense."""
+    try:
+        return check_size(size if isinstance(size, (int, list, tuple)) else None)
+    except ValueError:
+        return None
+
+
+def _read_class_row(file: Path, like: torch.Tensor) -> torch.Tensor:
+    row = read_checkpoint(file, 2 ** 20).get(CLASS_ROW)
+    if not isinstance(row, torch.Tensor) or row.shape != (1, 1, like.shape[2]) or row.dtype != like.dtype:
+        raise ValueError(f'Expected {CLASS_ROW} of type {like.dtype} and width {like.shape[2]} in {file.name}: remove '
+                         f'or replace that file.')
+    return row
+
+
+def _check_config(config: Dict[str, Any], args: Dict[str, Any], variant: str) -> None:
+    """Refuse an architecture that differs from the known one in what no state dict tells."""
+    usual = list(VARIANTS[variant]['num_heads'])
+    for name, expected, said in (
+            ('attention heads', usual, args.get('num_heads', config.get('num_attention_heads'))),
+            ('activation', 'gelu', config.get('hidden_act'))):
+        if said not in (None, expected):
+            raise ValueError(
+                f'Expected the {name} {expected}, as {variant} has, config.json says {clean(said, 60)}.')
+
+
+def _numbers(x: Any) -> bool:
+    return isinstance(x, (list, tuple)) and len(x) > 0 and all(map(_number, x))
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+_SOUND: Dict[str, Callable[[Any], bool]] = {
+    'mean': _numbers,
+    'std': _numbers,
+    'crop_pct': lambda x: _number(x) and 0 < x <= 1,
+    'crop_mode': ('center', 'squash', 'border').__contains__,
+    'interpolation': ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random').__contains__,
+    'license': lambda x: isinstance(x, str),
+    'origin_url': lambda x: isinstance(x, str),
+}
+
+
+def _preprocessing(said: Dict[str, Any], info: Description, variant: str, notes: List[str]) -> Dict[str, Any]:
+    """What is said, where it makes sense, else the model's default."""
+    default = default_cfg(variant).to_dict()
+    cfg = {key: default[key] for key in ('mean', 'std', 'crop_pct', 'interpolation')}
+    for key, fits in _SOUND.items():
+        if fits(said.get(key)):
+            cfg[key] = clean(said[key], 200) if isinstance(said[key], str) else said[key]
+        elif said.get(key) is not None:
+            notes.append(f'left out the {key} that is said to go with the weights: {clean(said[key], 60)}')
+    if any(len(cfg[key]) not in (1, info.in_chans) for key in ('mean', 'std')):
+        notes.append(f'mean and std of {info.in_chans} channels are not known: took the average of the usual ones')
+    for key in ('mean', 'std'):
+        values = tuple(cfg[key])
+        average = round(sum(values) / len(values), 6)
+        cfg[key] = values if len(values) == info.in_chans else (average,) * info.in_chans
+    size = said.get('img_size') or said.get('input_size')
+    cfg['input_size'] = (info.in_chans, *(_size_in(size[-2:] if isinstance(size, (list, tuple)) else None) or
+                                          info.img_size))
+    return cfg
+
+
+def _labels(
+        source: Source,
+        trained: Dict[str, Any],
+        file: Optional[PathLike],
+        count: int,
+        notes: List[str],
+) -> Optional[List[str]]:
+    """Names of the classes: from `file`, else what training keeps, else what config.json says."""
+    if file is not None:
+        return read_labels(file, count)
+    try:
+        names = labels_in(trained.get('label_names')) or labels_beside(source.file) or labels_in(source.config)
+    except ValueError as e:
+        notes.append(f'left out the label names in config.json: {clean(e)}')
+        return None
+    if names and count and len(names) != count:
+        notes.append(f'left out {len(names)} label names, the head has {count} classes')
+    return names if names and len(names) == count else None
+
+
+def _check_against_model(weights: Weights) -> None:
+    """Compare names and shapes with the model that the checkpoint claims to be of."""
+    if weights.info.patch_size != 4:
+        raise ValueError(f'Expected patches of 4 pixels, got {weights.info.patch_size}.')
+    check_keys(weights.for_model(), weights.create_model(device='meta').state_dict())
