@@ -103,7 +103,7 @@ def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
     try:
         return name, timm.create_model(name, pretrained=True, **kwargs)
     except EXPECTED as e:
-        cure = f' (--checkpoint FILE takes the file of {cfg.url}, `demo` and --model test_pvt need no network)'
+        cure = f' (--checkpoint FILE takes a download of {cfg.url}, `pvt-timm demo` and --model test_pvt need none)'
         raise UserError(f'Cannot load {name}: {one_line(e, 500)}{cure if cfg.url else ""}') from e
 
 
