@@ -23,7 +23,7 @@ CPU = ('original', 'transformers', 'eager', 'fused', 'onnxruntime', 'openvino')
 CUDA = (
     'original', 'transformers', 'eager', 'channels_last', 'compiled', 'cuda_graph', 'sdpa_flash', 'sdpa_efficient',
     'sdpa_math', 'pvt_v2', 'resnet50')
-TRAIN = ('original', 'transformers', 'eager', 'checkpointed')
+TRAIN = ('original', 'transformers', 'eager', 'unfused_attention', 'checkpointed')
 NOT_PVT = ('pvt_v2', 'resnet50')
 PVT_V2 = {'tiny': 'pvt_v2_b1', 'small': 'pvt_v2_b2', 'medium': 'pvt_v2_b3', 'large': 'pvt_v2_b4'}
 
@@ -90,6 +90,10 @@ def module(name: str, variant: str) -> torch.nn.Module:
     model = reference(variant)
     if name == 'checkpointed':
         model.set_grad_checkpointing()
+    if name == 'unfused_attention':  # as after `timm.layers.set_fused_attn(False)`
+        for m in model.modules():
+            if hasattr(m, 'fused_attn'):
+                m.fused_attn = False
     return model
 
 

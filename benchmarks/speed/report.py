@@ -5,14 +5,14 @@ from pathlib import Path
 
 LABELS = dict(
     original='original code', transformers='transformers', eager='ours', fused='ours, fused',
-    checkpointed='ours, checkpointing', compiled='ours, compiled', pvt_v2='timm pvt_v2 (like size)',
-    resnet50='torchvision ResNet-50', onnxruntime='onnxruntime', openvino='OpenVINO',
+    unfused_attention='ours, attention not fused', checkpointed='ours, checkpointing', compiled='ours, compiled',
+    pvt_v2='timm pvt_v2 (like size)', resnet50='torchvision ResNet-50', onnxruntime='onnxruntime', openvino='OpenVINO',
     channels_last='ours, channels_last', cuda_graph='ours, CUDA graph', sdpa_flash='ours, flash attention',
     sdpa_efficient='ours, efficient attention', sdpa_math='ours, plain attention')
 COLOURS = dict(
     original='#999999', transformers='#e69f00', eager='#56b4e9', fused='#d62728', compiled='#0072b2',
     checkpointed='#0072b2', pvt_v2='#cc79a7', resnet50='#b8860b', onnxruntime='#009e73', openvino='#111111',
-    channels_last='#7f7fff', cuda_graph='#d62728',
+    channels_last='#7f7fff', cuda_graph='#d62728', unfused_attention='#009e73',
     sdpa_flash='#2ca02c', sdpa_efficient='#98df8a', sdpa_math='#bcbd22')
 
 
@@ -53,7 +53,9 @@ def ratios(results) -> list:
     """How many times faster (or smaller) the first is than the second, by medians of the same run."""
     found = []
     inference = (('fused', 'eager'), ('fused', 'openvino'), ('fused', 'original'), ('eager', 'transformers'))
-    training = (('eager', 'original'), ('eager', 'transformers'), ('checkpointed', 'eager'))
+    training = (
+        ('eager', 'original'), ('eager', 'transformers'), ('unfused_attention', 'original'),
+        ('unfused_attention', 'transformers'), ('checkpointed', 'eager'))
     wanted = [('throughput', variant, (16, 3, 224, 224), inference) for variant in results['gmacs']]
     wanted += [('latency', variant, (1, 3, *size), inference)
                for size in ((224, 224), (448, 448), (800, 1344)) for variant in results['gmacs']]
