@@ -1,6 +1,5 @@
 """ DistributedDataParallel and FSDP2 over two gloo processes on the CPU, against one process. """
 import datetime
-import os
 
 import pytest
 import timm
@@ -68,7 +67,7 @@ def fsdp2(rank, folder, features_only):
 
     # save: the full state dict on rank 0 is that of an unsharded model
     state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    path = os.path.join(folder, f'features_only={features_only}.pt')
+    path = folder / f'features_only={features_only}.pt'
     if rank == 0:
         torch.save(state_dict, path)
         torch.testing.assert_close(
@@ -91,7 +90,7 @@ def fsdp2(rank, folder, features_only):
 def start(rank, folder, case, kinds):
     torch.set_num_threads(1)
     dist.init_process_group(
-        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=WORLD_SIZE,
+        'gloo', init_method=(folder / 'rendezvous').as_uri(), rank=rank, world_size=WORLD_SIZE,
         timeout=datetime.timedelta(seconds=120))
     for kwargs in kinds:
         case(rank, folder, **kwargs)

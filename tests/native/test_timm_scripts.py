@@ -113,7 +113,7 @@ def test_validate(reparam, run, digits):
 
 
 def test_inference(run, digits, tmp_path):
-    pytest.importorskip('pandas', reason='inference.py needs pandas')
+    pytest.importorskip('pandas')
     run('inference.py', digits / 'validation', *LOADER, '--model', 'test_pvt', '--pretrained', '--topk', 1,
         '--results-dir', tmp_path, '--results-file', 'result', '--results-format', 'csv', '--fullname')
     with open(tmp_path / 'result.csv') as f:
