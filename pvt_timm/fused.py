@@ -16,7 +16,7 @@ from functools import cache
 from itertools import product
 from threading import Lock
 from types import FunctionType
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -102,15 +102,6 @@ def _works(dtype: torch.dtype) -> bool:
 
 # --- The fused forward ---
 
-class _PackedBlock(NamedTuple):
-    q: Linear
-    kv: Linear
-    sr: Optional[Linear]
-    proj: Linear
-    fc1: Linear
-    fc2: Linear
-
-
 class _State(NamedTuple):
     plain: str  # why the stage takes the plain path, '' for the fast one
     requires_grad: bool = False
@@ -120,25 +111,15 @@ class _State(NamedTuple):
 class _Packed(NamedTuple):
     key: tuple  # that of the parameters that were packed
     owners: List[torch.Tensor]  # keeps the storages of the key alive, so that no other one can get their addresses
-    embed: Linear
-    blocks: List[_PackedBlock]
+    linears: Dict[nn.Module, Linear]  # of every linear layer and convolution
 
 
-def _pack_conv(conv: nn.Conv2d) -> Linear:
+def _pack(module: nn.Module, gelu: bool) -> Linear:
     """A convolution whose stride is its kernel is a linear layer on the patches that `_patches` makes."""
-    return _pack_linear(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
-
-
-def _pack_block(blk: Any) -> _PackedBlock:
-    attn, mlp = blk.attn, blk.mlp
-    return _PackedBlock(
-        q=_pack_linear(attn.q.weight, attn.q.bias),
-        kv=_pack_linear(attn.kv.weight, attn.kv.bias),
-        sr=None if attn.sr is None else _pack_conv(attn.sr),
-        proj=_pack_linear(attn.proj.weight, attn.proj.bias),
-        fc1=_pack_linear(mlp.fc1.weight, mlp.fc1.bias, gelu=True),
-        fc2=_pack_linear(mlp.fc2.weight, mlp.fc2.bias),
-    )
+    weight: Any = module.weight
+    if isinstance(module, nn.Conv2d):
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    return _pack_linear(weight, module.bias, gelu)  # type: ignore[arg-type]
 
 
 def _patches(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -151,12 +132,6 @@ def _patches(x: torch.Tensor, size: int) -> torch.Tensor:
 
 def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _slices(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views of tokens (B, N, C) as equal parts (1, n, C) of at most `SLICE_TOKENS`, whichever image they are of."""
-    tokens = x.view(1, -1, x.shape[2])
-    return iter(tokens.chunk(math.ceil(tokens.shape[1] / SLICE_TOKENS), dim=1))
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -172,22 +147,23 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _block(blk: Any, packed: _PackedBlock, x: torch.Tensor, size: Tuple[int, int]) -> None:
+def _block(blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tuple[int, int]) -> None:
     """`Block.forward` on tokens x (B, N, C), written into them."""
     B, N, C = x.shape
-    attn = blk.attn
+    attn, mlp = blk.attn, blk.mlp
     y = _norm(blk.norm1, x)
     kv = y
-    if packed.sr is not None:
-        kv = _norm(attn.norm, packed.sr(_patches(y.view(B, size[0], size[1], C), attn.sr_ratio)))
-    q = packed.q(y).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
-    k, v = packed.kv(kv).unflatten(2, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    if attn.sr is not None:
+        kv = _norm(attn.norm, linears[attn.sr](_patches(y.view(B, size[0], size[1], C), attn.sr_ratio)))
+    q = linears[attn.q](y).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+    k, v = linears[attn.kv](kv).unflatten(2, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
     y = _attend(q, k, v)
     del q  # as large as x
-    x += packed.proj(y.transpose(1, 2).reshape(B, N, C))
+    x += linears[attn.proj](y.transpose(1, 2).reshape(B, N, C))
     del y
-    for part in _slices(x):
-        part += packed.fc2(packed.fc1(_norm(blk.norm2, part)))
+    tokens = x.view(1, B * N, C)  # in equal parts, whichever image they are of
+    for part in tokens.chunk(math.ceil(B * N / SLICE_TOKENS), dim=1):
+        part += linears[mlp.fc2](linears[mlp.fc1](_norm(blk.norm2, part)))
 
 
 _plain = PyramidVisionTransformerStage.forward
@@ -295,12 +271,9 @@ class FusedStage(PyramidVisionTransformerStage):
             with _lock:
                 packed = self._packed
                 if packed is None or packed.key != key:
-                    packed = _Packed(
-                        key=key,
-                        owners=[p.detach() for p in self.parameters()],
-                        embed=_pack_conv(self.patch_embed.proj),
-                        blocks=[_pack_block(blk) for blk in self.blocks],
-                    )
+                    packed = _Packed(key, [p.detach() for p in self.parameters()], {
+                        m: _pack(m, gelu=name.endswith('mlp.fc1')) for name, m in self.named_modules()
+                        if isinstance(m, (nn.Conv2d, nn.Linear))})
                     self.__dict__['_packed'] = packed
         return packed
 
@@ -315,10 +288,10 @@ class FusedStage(PyramidVisionTransformerStage):
         for part, group in zip(tokens.split(images), x.split(images)):
             if self.cls_token is not None:
                 part[:, :prefix] = self.cls_token + pos_embed[:, :prefix]
-            embed = _norm(self.patch_embed.norm, packed.embed(_patches(group, patch_size)))
+            embed = _norm(self.patch_embed.norm, packed.linears[self.patch_embed.proj](_patches(group, patch_size)))
             torch.add(embed, pos_embed[:, prefix:], out=part[:, prefix:])
-            for blk, packed_block in zip(self.blocks, packed.blocks):
-                _block(blk, packed_block, part, size)
+            for blk in self.blocks:
+                _block(blk, packed.linears, part, size)
         if self.output_nchw:
             tokens = tokens[:, prefix:].unflatten(1, size).permute(0, 3, 1, 2)
         return tokens
