@@ -12,14 +12,11 @@ PathLike = Union[str, 'os.PathLike[str]']
 
 
 def labels_in(config: Any) -> Optional[List[str]]:
-    """The names of classes that a config holds.
+    """The names of classes in the order of their indices, None if there are none, or only 'LABEL_0' and so on.
 
     Args:
         config: A list of names, a dict of indices and names, or a config of timm (`label_names`, or the same in
             `pretrained_cfg`, with `label_descriptions`) or transformers (`id2label`).
-
-    Returns:
-        The names in the order of their indices, None if there are none, or only 'LABEL_0' and so on.
 
     Raises:
         ValueError: What should be indices are not 0, 1, 2...

@@ -19,8 +19,8 @@ from pvt_timm.pvt import VARIANTS, find_variant
 
 from .sources import Source, clean, open_source
 
-__all__ = ['CLASS_ROW', 'PARTS', 'PathLike', 'Size', 'StateDict', 'Weights', 'check_size', 'default_cfg', 'is_finite',
-           'model_args_of', 'read_weights']
+__all__ = ['CLASS_ROW', 'PARTS', 'POS_EMBED', 'Weights', 'check_size', 'default_cfg', 'is_finite', 'model_args_of',
+           'read_weights']
 
 StateDict = Dict[str, torch.Tensor]
 PathLike = Union[str, 'os.PathLike[str]']
@@ -282,8 +282,8 @@ def _preprocessing(said: Dict[str, Any], info: Description, variant: str, notes:
         average = round(sum(values) / len(values), 6)
         cfg[key] = values if len(values) == info.in_chans else (average,) * info.in_chans
     size = said.get('img_size') or said.get('input_size')
-    cfg['input_size'] = (info.in_chans, *(_size_in(size[-2:] if isinstance(size, (list, tuple)) else None) or
-                                          info.img_size))
+    size = _size_in(size[-2:]) if isinstance(size, (list, tuple)) else None
+    cfg['input_size'] = (info.in_chans, *(size or info.img_size))
     return cfg
 
 

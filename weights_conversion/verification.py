@@ -168,8 +168,9 @@ def _reference(fmt: str, weights: Weights) -> Reference:
             '--verify compares checkpoints with class token and norm, or with neither (and without head).')
     if not info.norm:
         return _mmdet(weights)
-    return _original(weights, Path(os.environ[CHECKOUT])) if fmt == 'original' and os.environ.get(
-        CHECKOUT) else _transformers(weights)
+    if fmt == 'original' and os.environ.get(CHECKOUT):
+        return _original(weights, Path(os.environ[CHECKOUT]))
+    return _transformers(weights)
 
 
 def _norms(model: nn.Module, *ends: str) -> List[Any]:

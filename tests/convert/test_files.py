@@ -61,20 +61,20 @@ def write(content, path, how):
 
 # ---- nothing is executed --------------------------------------------------------------------------------------------
 
-CALLS = [
-    (os.system, ('touch executed',)), (eval, ('open("executed", "w")',)), (exec, ('open("executed", "w")',)),
-    (open, ('executed', 'w')), (subprocess.Popen, (['touch', 'executed'],)), (getattr, ('x', 'upper')),
-    (torch.load, ('executed',)), (torch.nn.Linear, (10 ** 5, 10 ** 6)),
-    (np.fromfile, ('executed',)), (datetime.date, (2020, 1, 1)), (pathlib.Path, ('/',)),
-]
-
-
-@pytest.mark.parametrize('call', CALLS, ids=lambda c: c[0].__name__)
+@pytest.mark.parametrize('value, name', [
+    (Call(os.system, ('touch executed',)), 'executed: it wants posix.system'), (Call(open, ('executed', 'w')), 'open'),
+    (Call(eval, ('open("executed", "w")',)), 'eval'), (Call(exec, ('open("executed", "w")',)), 'exec'),
+    (Call(subprocess.Popen, (['touch', 'executed'],)), 'Popen'), (Call(getattr, ('x', 'upper')), 'getattr'),
+    (Call(torch.load, ('executed',)), 'load'), (Call(torch.nn.Linear, (10 ** 5, 10 ** 6)), 'Linear'),
+    (Call(np.fromfile, ('executed',)), 'fromfile'), (Call(datetime.date, (2020, 1, 1)), 'date'),
+    (datetime.datetime(2020, 1, 1), 'datetime.datetime'), (pathlib.Path('x'), 'pathlib'),
+    (np.array([None, 1]), "'O8'"), (np.datetime64('2020-01-01'), "'M8'"), (np.float32, 'numpy.float32'),
+    (np.zeros(2, dtype='f4,i4'), "'V8'")], ids=lambda x: x if isinstance(x, str) else '')
 @pytest.mark.parametrize('how', ['zip', 'legacy', 'plain pickle'])
-def test_foreign_objects_are_refused_by_name(call, how, tmp_path, monkeypatch):
+def test_foreign_objects_are_refused_by_name(value, name, how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write({'model': {'x': torch.ones(1)} if how != 'plain pickle' else {}, 'x': Call(*call)}, tmp_path / 'x.pth', how)
-    refusal('x.pth', 'nothing in it was executed', call[0].__name__)
+    write({'model': {'x': torch.ones(1)} if how != 'plain pickle' else {}, 'x': value}, tmp_path / 'x.pth', how)
+    refusal('x.pth', name)
     assert not (tmp_path / 'executed').exists()
 
 
@@ -194,15 +194,6 @@ def test_what_training_snapshots_hold_is_read(how, tmp_path):
             assert found[key] == value
     assert torch.equal(found['model']['weight'], model.weight)
     assert json.dumps(found['optimizer']['param_groups']) == json.dumps(content['optimizer']['param_groups'])
-
-
-@pytest.mark.parametrize('value, name', [
-    (datetime.datetime(2020, 1, 1), 'datetime.datetime'), (pathlib.Path('x'), 'pathlib'),
-    (np.array([None, 1]), "'O8'"), (np.datetime64('2020-01-01'), "'M8'"), (np.float32, 'numpy.float32'),
-    (np.zeros(2, dtype='f4,i4'), "'V8'"), (torch.nn.Linear(1, 1), 'Linear')])
-def test_other_metadata_is_refused_by_name(value, name, tmp_path):
-    torch.save({'model': {}, 'x': value}, tmp_path / 'x.pth')
-    refusal(tmp_path / 'x.pth', name)
 
 
 def test_flags_of_numpy_types_are_not_believed(tmp_path):
