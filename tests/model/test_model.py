@@ -56,7 +56,8 @@ RETINANETS = dict(
 
 
 def test_registry():
-    tags = [f'{v}.in1k' for v in ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large')]
+    top1 = dict(pvt_tiny=75.1, pvt_small=79.8, pvt_medium=81.2, pvt_large=81.7)
+    tags = [f'{v}.in1k' for v in top1]
     assert sorted(timm.list_pretrained('pvt_*', exclude_filters='pvt_v2*')) == sorted(
         tags + [f'{v}.retinanet_coco' for v in RETINANETS])
     for v, run in RETINANETS.items():
@@ -67,7 +68,8 @@ def test_registry():
     for tag in tags:
         v = tag.partition('.')[0]
         cfg = timm.get_pretrained_cfg(v)
-        assert (cfg.tag, cfg.num_classes, cfg.license) == ('in1k', 1000, 'apache-2.0')
+        assert (cfg.tag, cfg.num_classes, cfg.license, pvt.TOP1[tag]) == ('in1k', 1000, 'apache-2.0', top1[v])
+        assert (cfg.pool_size, cfg.min_input_size, cfg.fixed_input_size) == ((7, 7), (3, 32, 32), False)
         assert cfg.url == f'https://github.com/whai362/PVT/releases/download/v2/{v}.pth'
         assert cfg.hf_hub_id.partition('@')[0] == f'Zetatech/pvt-{v[4:]}-224' and 'whai362/PVT' in cfg.origin_url
         data = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
@@ -447,6 +449,19 @@ def test_inputs_in_any_layout(model):
     want = model(x)
     for other in (x.to(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, :3], x.expand(2, 3, 64, 96)):
         assert max_diff(model(other), want) <= 1e-4 * want.abs().max()
+
+
+def test_defaults():
+    """The class without arguments is PVT-Small, a block has a plain MLP and no dropout."""
+    ours, small = PyramidVisionTransformer(device='meta'), timm.create_model('pvt_small', device='meta')
+    for model in (ours, small):
+        model.attention = [(b.attn.num_heads, b.attn.sr_ratio, b.attn.scale) for s in model.stages for b in s.blocks]
+    assert str(ours) == str(small) and ours.attention == small.attention
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
+    block = pvt.Block(32, 2)
+    assert (block.attn.sr_ratio, block.mlp.fc1.out_features, block.norm1.eps) == (1, 128, 1e-6)
+    assert str(pvt.Attention(32)) == str(block.attn) and pvt.Attention(32).num_heads == 8
+    assert all(m.p == 0 for m in block.modules() if isinstance(m, nn.Dropout)) and block.attn.q.bias is not None
 
 
 def test_direct_construction():
