@@ -114,12 +114,12 @@ class _Packed(NamedTuple):
     linears: Dict[nn.Module, Linear]  # of every linear layer and convolution
 
 
-def _pack(module: nn.Module, gelu: bool) -> Linear:
+def _pack(module: Any, gelu: bool) -> Linear:
     """A convolution whose stride is its kernel is a linear layer on the patches that `_patches` makes."""
-    weight: Any = module.weight
+    weight = module.weight
     if isinstance(module, nn.Conv2d):
         weight = weight.permute(0, 2, 3, 1).flatten(1)
-    return _pack_linear(weight, module.bias, gelu)  # type: ignore[arg-type]
+    return _pack_linear(weight, module.bias, gelu)
 
 
 def _patches(x: torch.Tensor, size: int) -> torch.Tensor:
