@@ -10,19 +10,17 @@ import pytest
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # the tests run in parallel, their operators need not
 
-sys.path.insert(0, str(Path(__file__).parent / 'support'))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'tests' / 'support'))
 import loopback  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-
 # huggingface_hub reads its settings when it is imported, so the server has to be there before that.
-if 'huggingface_hub' in sys.modules:
-    raise pytest.UsageError('huggingface_hub was imported before tests/conftest.py: run pytest without that plugin.')
+assert 'huggingface_hub' not in sys.modules, 'run pytest without the plugin that imports huggingface_hub'
 _scratch = tempfile.TemporaryDirectory(prefix='pvt_timm_tests_')
 _server = loopback.LoopbackServer()
-os.environ.update(loopback.isolate(Path(_scratch.name), _server))
-for _name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE'):
-    os.environ.pop(_name, None)
+_env = loopback.isolate(Path(_scratch.name), _server)
+os.environ.clear()
+os.environ.update(_env)
 
 
 def pytest_unconfigure(config):
@@ -38,46 +36,41 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
-    """Ends the run with an error if a skip is not on the list of `--allowed-skips`."""
     path = session.config.getoption('allowed_skips')
     reporter = session.config.pluginmanager.get_plugin('terminalreporter')
     if path is None or reporter is None or hasattr(session.config, 'workerinput'):
         return
-    lines = Path(path).read_text(encoding='utf-8').splitlines()
-    allowed = [line for line in lines if line and not line.startswith('#')]
-    skipped = [report.longrepr[2] for report in reporter.stats.get('skipped', []) if isinstance(report.longrepr, tuple)]
-    for reason in sorted({reason for reason in skipped if not any(re.search(line, reason) for line in allowed)}):
+    allowed = [line for line in Path(path).read_text().splitlines() if line and not line.startswith('#')]
+    skipped = {report.longrepr[2] for report in reporter.stats.get('skipped', []) if isinstance(report.longrepr, tuple)}
+    for reason in sorted(reason for reason in skipped if not any(re.search(line, reason) for line in allowed)):
         reporter.write_line(f'\nNot on {path}: {reason}', red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path_factory, monkeypatch):
-    """Every test has empty hub and torch caches, in this process and, through the environment, in subprocesses."""
+    """Every test has empty hub and torch caches and an empty server, in this process and in subprocesses."""
     import huggingface_hub.file_download  # noqa: F401
-    from huggingface_hub import constants
 
+    _server.clear()
     root = tmp_path_factory.mktemp('caches')
     for name, value in loopback.isolate(root, _server).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, 'HF_HOME', str(root / 'hf'))
-    for name, module in list(sys.modules.items()):  # older clients copy it into the modules that use it
-        if name.startswith('huggingface_hub') and 'HF_HUB_CACHE' in vars(module):
-            monkeypatch.setattr(module, 'HF_HUB_CACHE', str(root / 'hf' / 'hub'))
-    yield root
+    for name, module in list(sys.modules.items()):  # older clients copy the settings into the modules that use them
+        for setting in ('HF_HOME', 'HF_HUB_CACHE'):
+            if name.startswith('huggingface_hub') and setting in vars(module):
+                monkeypatch.setattr(module, setting, os.environ[setting])
+    return root
 
 
 @pytest.fixture
 def hub():
-    """The loopback server, empty. `HF_ENDPOINT` points to it for all tests."""
-    _server.clear()
-    yield _server
-    _server.clear()
+    """The loopback server. `HF_ENDPOINT` points to it for all tests."""
+    return _server
 
 
 @pytest.fixture
 def hub_cache(own_caches):
-    """Folder of the hub's cache of this test."""
     return own_caches / 'hf' / 'hub'
 
 
@@ -98,20 +91,7 @@ def client_env(own_caches):
 @pytest.fixture
 def no_waits(monkeypatch):
     """The hub's client retries without pauses."""
-    import huggingface_hub.file_download
-    import huggingface_hub.utils._http
-    import time
-
-    class Time:
-        def __getattr__(self, name):
-            return getattr(time, name)
-
-        def sleep(self, seconds):
-            pass
-
-    for module in (huggingface_hub.file_download, huggingface_hub.utils._http):
-        if hasattr(module, 'time'):
-            monkeypatch.setattr(module, 'time', Time())
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
 
 
 @pytest.fixture

@@ -2,32 +2,40 @@
 import argparse
 import json
 import os
+from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
+from torchvision.transforms.functional import to_tensor
 
 from ..checkpoints import unwrap
 from ..detection import (
-    PvtMaskRCNN, PvtRetinaNet, describe_heads, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, retinanet_coco,
-    retinanet_from_mmdet)
+    describe_heads, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, retinanet_coco, retinanet_from_mmdet)
 from ..files import read_checkpoint, save_atomically
-from ..segmentation import SemanticFpn, semantic_fpn_from_mmseg
+from ..segmentation import semantic_fpn_from_mmseg
 from .errors import UserError
+from .pictures import new_figure
 from .predict import open_image
 
 __all__ = ['add_detect', 'add_segment', 'draw_detections', 'draw_segments']
 
-_LOADERS = {
-    'RetinaNet': retinanet_from_mmdet,
-    'Faster R-CNN': faster_rcnn_from_mmdet,
-    'Mask R-CNN': mask_rcnn_from_mmdet,
-    'Semantic FPN': semantic_fpn_from_mmseg,
+Rows = List[Dict[str, Any]]
+
+_LOADERS: Dict[str, Dict[str, Any]] = {
+    'detect': {
+        'RetinaNet': retinanet_from_mmdet,
+        'Faster R-CNN': faster_rcnn_from_mmdet,
+        'Mask R-CNN': mask_rcnn_from_mmdet,
+    },
+    'segment': {'Semantic FPN': semantic_fpn_from_mmseg},
 }
 # Told apart by most people with a colour deficiency too, and white text can be read on them
 _COLORS = ('#d1495b', '#1f77b4', '#2a8c55', '#8e5bb5', '#b8741a', '#17808a', '#c2488f', '#5f6b2d', '#4455a8', '#7a4b3a')
+_PUBLISHED = '.retinanet_coco'  # the tag of the models whose detector is published
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +49,13 @@ def add_detect(subparsers: Any) -> None:
     parser = subparsers.add_parser('detect', help='find the objects in images')
     _add_arguments(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument('--model', default='pvt_small', metavar='NAME',
-                       help="OpenMMLab's RetinaNet on pvt_tiny, pvt_small (default) or pvt_medium, trained on COCO")
+    which.add_argument('--model', default='pvt_small', type=lambda name: name.removesuffix(_PUBLISHED),
+                       choices=[name.removesuffix(_PUBLISHED) for name in timm.list_pretrained(f'*{_PUBLISHED}')],
+                       help="OpenMMLab's RetinaNet on this one, trained on COCO (default pvt_small)")
     which.add_argument('--checkpoint', metavar='FILE',
                        help='a RetinaNet, Faster or Mask R-CNN of mmdetection or of the original code')
     parser.add_argument('--threshold', type=float, default=0.5, help='lowest score of an object (default 0.5)')
-    parser.set_defaults(func=run_detect)
+    parser.set_defaults(func=run, find=_detect)
 
 
 def add_segment(subparsers: Any) -> None:
@@ -54,74 +63,61 @@ def add_segment(subparsers: Any) -> None:
     _add_arguments(parser)
     parser.add_argument('--checkpoint', required=True, metavar='FILE',
                         help='a Semantic FPN of mmsegmentation or of the original code')
-    parser.set_defaults(func=run_segment)
+    parser.set_defaults(func=run, find=_segment)
 
 
-def _load(path: str, command: str, prefix: Optional[str]) -> Any:
-    checkpoint = read_checkpoint(path)
-    found = describe_heads(unwrap(checkpoint)[0])
-    wanted = 'segment' if found and found[0] == 'Semantic FPN' else 'detect'
-    if found is None:
-        raise UserError(
-            f'{path} holds no RetinaNet, Faster R-CNN, Mask R-CNN or Semantic FPN of OpenMMLab or the original code')
-    if wanted != command:
-        raise UserError(f'{path} holds a {found[0]}: use `{wanted}`')
-    return _LOADERS[found[0]](checkpoint, prefix=prefix)
-
-
-def _prepare(args: argparse.Namespace) -> None:
-    """Before weights are read or downloaded: the images are there, and so is the folder for pictures."""
-    for path in args.images:
+def run(args: argparse.Namespace) -> None:
+    for path in args.images:  # before weights are read or downloaded
         os.stat(path)
+    pictures = {path: args.output / f'{Path(path).stem}_{args.command}.png' for path in args.images if args.output}
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        names = [_picture(args, path) for path in args.images]
-        if len(set(names)) < len(names):
+        if len(set(pictures.values())) < len(args.images):
             raise UserError('Expected images of different names, as their pictures are called after them')
-
-
-def _picture(args: argparse.Namespace, path: str) -> Path:
-    return args.output / f'{Path(path).stem}_{args.command}.png'
-
-
-def _tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-# detect ---------------------------------------------------------------------------------------------------------------
-
-def run_detect(args: argparse.Namespace) -> None:
-    _prepare(args)
-    model = _load(args.checkpoint, 'detect', args.prefix) if args.checkpoint else retinanet_coco(args.model)
+    model = _load(args)
+    key = 'objects' if args.command == 'detect' else 'classes'
     results = []
     for path in args.images:
         image = open_image(path)
-        with torch.inference_mode():
-            found = model([_tensor(image)])[0]
-        keep = found['scores'] >= args.threshold
-        found = {k: v[keep] for k, v in found.items()}
-        labels = [int(label) - model.first_label for label in found['labels']]
-        names = [model.categories[i] if model.categories else f'class {i}' for i in labels]
-        rows = [
-            dict(label=i, name=name, score=round(score, 4), box=[round(x, 2) for x in box])
-            for i, name, score, box in zip(labels, names, found['scores'].tolist(), found['boxes'].tolist())]
-        for row, mask in zip(rows, found.get('masks', ())):
-            row['mask'] = run_lengths(mask[0] >= 0.5)
-        results.append(dict(image=str(path), width=image.width, height=image.height, objects=rows))
-        if args.output:
-            draw_detections(image, found, names, _picture(args, path))
+        rows = args.find(model, image, args, pictures.get(path))
+        results.append({'image': path, 'width': image.width, 'height': image.height, key: rows})
         if not args.json:
-            print(f'{path}: {len(rows)} objects' + (f', drawn in {_picture(args, path)}' if args.output else ''))
+            print(f'{path}: {len(rows)} {key}' + (f', drawn in {pictures[path]}' if pictures else ''))
             for row in rows:
-                print('  {:6.1%}  {}  at {}'.format(
-                    row['score'], row['name'], ', '.join(f'{x:.0f}' for x in row['box'])), flush=True)
+                at = '  at ' + ', '.join(f'{x:.0f}' for x in row['box']) if 'box' in row else ''
+                print(f'  {row.get("score", row.get("share")):6.1%}  {row["name"]}{at}', flush=True)
     if args.json:
-        print(json.dumps(dict(model=_title(model), threshold=args.threshold, images=results), indent=2))
+        print(json.dumps(dict(model=type(model).__name__.removeprefix('Pvt'), images=results), indent=2))
 
 
-def _title(model: Any) -> str:
-    kinds = ((PvtRetinaNet, 'RetinaNet'), (PvtMaskRCNN, 'Mask R-CNN'), (SemanticFpn, 'Semantic FPN'))
-    return next((name for kind, name in kinds if isinstance(model, kind)), 'Faster R-CNN')
+def _load(args: argparse.Namespace) -> Any:
+    if not args.checkpoint:
+        return retinanet_coco(args.model)
+    checkpoint = read_checkpoint(args.checkpoint)
+    kind, _ = describe_heads(unwrap(checkpoint)[0]) or ('something else', 0)
+    loaders = _LOADERS[args.command]
+    if kind not in loaders:
+        raise UserError(
+            f'Expected a {" or ".join(loaders)} of OpenMMLab or the original code for `{args.command}`, '
+            f'{args.checkpoint} holds: {kind}')
+    return loaders[kind](checkpoint, prefix=args.prefix)
+
+
+def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
+    with torch.inference_mode():
+        found = model([to_tensor(image)])[0]
+    keep = found['scores'] >= args.threshold
+    found = {k: v[keep] for k, v in found.items()}
+    labels = (found['labels'] - model.first_label).tolist()
+    names = [model.categories[i] if model.categories else f'class {i}' for i in labels]
+    if picture:
+        draw_detections(image, found, names, picture)
+    rows: Rows = [
+        dict(label=i, name=name, score=round(score, 4), box=[round(x, 2) for x in box])
+        for i, name, score, box in zip(labels, names, found['scores'].tolist(), found['boxes'].tolist())]
+    for row, mask in zip(rows, found.get('masks', ())):
+        row['mask'] = run_lengths(mask[0] >= 0.5)
+    return rows
 
 
 def run_lengths(mask: torch.Tensor) -> Dict[str, List[int]]:
@@ -131,125 +127,66 @@ def run_lengths(mask: torch.Tensor) -> Dict[str, List[int]]:
     return dict(size=list(mask.shape), counts=[end - start for start, end in zip([0, *ends], ends)])
 
 
-def draw_detections(
-        image: Image.Image,
-        found: Dict[str, torch.Tensor],
-        names: Sequence[str],
-        output: Union[str, Path],
-) -> None:
-    """Draw objects over an image: boxes with names and scores, and masks where there are any.
-
-    Args:
-        image: The image.
-        found: 'boxes' (N, 4), 'scores' (N,) and perhaps 'masks' (N, 1, H, W) from 0 to 1.
-        names: Name of each object.
-        output: File to write.
-    """
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Rectangle
-    kinds = sorted(set(names), key=lambda name: (-list(names).count(name), name))
+def draw_detections(image: Image.Image, found: Dict[str, torch.Tensor], names: Sequence[str], output: Path) -> None:
+    """Draw 'boxes' (N, 4) with names and 'scores' (N,) over an image, and 'masks' (N, 1, H, W) if there are any."""
+    kinds = [name for name, _ in Counter(names).most_common()]
     colors = [_COLORS[kinds.index(name) % len(_COLORS)] for name in names]
-    pixels = np.asarray(image, dtype=np.float32) / 255
+    pixels = np.array(image)
     for mask, color in zip(found.get('masks', ()), colors):
         on = mask[0].numpy() >= 0.5
-        pixels[on] = 0.5 * pixels[on] + 0.5 * np.asarray(to_rgb(color))
-    figure, axes, unit = _canvas(image)
-    axes.imshow(pixels, interpolation='lanczos', extent=(0, image.width, image.height, 0))
+        pixels[on] = (pixels[on] + np.array(ImageColor.getrgb(color))) / 2
+    figure, axes = _show(image, pixels, 'lanczos')
     # the best one on top
     for (x1, y1, x2, y2), score, name, color in reversed(list(zip(
             found['boxes'].tolist(), found['scores'].tolist(), names, colors))):
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2))
-        above = y1 > 18 * unit  # else there is no room for the name above the box
-        right = x1 > image.width - 110 * unit
-        axes.text(
-            x2 - 2 * unit if right else x1 + 2 * unit, y1 if above else y1 + 3 * unit, f'{name} {score:.0%}',
-            fontsize=10, color='white', weight='bold', ha='right' if right else 'left',
-            va='bottom' if above else 'top', clip_on=True,
-            bbox=dict(facecolor=color, edgecolor=color, boxstyle='square,pad=0.2', linewidth=1))
-    axes.set_xlim(0, image.width)
-    axes.set_ylim(image.height, 0)
-    save_atomically(output, lambda f: figure.savefig(f, format='png'))
+        axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=color, linewidth=2)
+        axes.annotate(
+            f'{name} {score:.0%}', (x1, y1), (2, 2), textcoords='offset points', va='bottom', color='white',
+            weight='bold', bbox=dict(color=color, boxstyle='square,pad=0.2'), annotation_clip=False)
+    _save(figure, output)
 
 
-# segment --------------------------------------------------------------------------------------------------------------
-
-def run_segment(args: argparse.Namespace) -> None:
-    _prepare(args)
-    model = _load(args.checkpoint, 'segment', args.prefix)
+def _segment(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
+    labels = model.segment(to_tensor(image))
+    counts = labels.flatten().bincount()
     names = model.categories or [f'class {i}' for i in range(model.num_classes)]
-    palette = model.palette or [_rgb(_COLORS[i % len(_COLORS)]) for i in range(model.num_classes)]
-    results = []
-    for path in args.images:
-        image = open_image(path)
-        labels = model.segment(_tensor(image))
-        share = torch.bincount(labels.flatten(), minlength=model.num_classes) / labels.numel()
-        order = [i for i in share.argsort(descending=True, stable=True).tolist() if share[i]]
-        results.append(dict(image=str(path), width=image.width, height=image.height, classes=[
-            dict(label=i, name=names[i], share=round(share[i].item(), 4)) for i in order]))
-        if args.output:
-            draw_segments(image, labels, names, palette, _picture(args, path))
-        if not args.json:
-            print(f'{path}: {len(order)} classes' + (f', drawn in {_picture(args, path)}' if args.output else ''))
-            for i in order:
-                print(f'  {share[i].item():6.1%}  {names[i]}', flush=True)
-    if args.json:
-        print(json.dumps(dict(model=_title(model), images=results), indent=2))
-
-
-def _rgb(color: str) -> Tuple[int, ...]:
-    return tuple(bytes.fromhex(color[1:]))
+    rows: Rows = [
+        dict(label=i, name=names[i], share=round(counts[i].item() / labels.numel(), 4))
+        for i in counts.argsort(descending=True, stable=True).tolist() if counts[i]]
+    if picture:
+        palette = model.palette or [ImageColor.getrgb(_COLORS[i % len(_COLORS)]) for i in range(model.num_classes)]
+        draw_segments(image, labels, rows, palette, picture)
+    return rows
 
 
 def draw_segments(
         image: Image.Image,
         labels: torch.Tensor,
-        names: Sequence[str],
+        classes: Rows,
         palette: Sequence[Tuple[int, ...]],
-        output: Union[str, Path],
-        most: int = 14,
+        output: Path,
 ) -> None:
-    """Draw classes of pixels over an image, with a legend of the largest ones.
-
-    Args:
-        image: The image.
-        labels: Class (H, W) of every pixel.
-        names: Names of all classes.
-        palette: Their colours, from 0 to 255.
-        output: File to write.
-        most: Most classes in the legend.
-    """
-    from matplotlib.patches import Patch
-    colors = np.asarray(palette, dtype=np.float32) / 255
-    classes, counts = labels.unique(return_counts=True)
-    order = [int(classes[i]) for i in counts.argsort(descending=True)]
-    pixels = 0.4 * np.asarray(image, dtype=np.float32) / 255 + 0.6 * colors[labels.numpy()]
-    figure, axes, _ = _canvas(image, legend=True)
-    axes.imshow(pixels, interpolation='nearest', extent=(0, image.width, image.height, 0))
-    share = {int(c): int(n) / labels.numel() for c, n in zip(classes, counts)}
-    handles = [Patch(facecolor=colors[i], label=f'{names[i].split(";")[0]}  {share[i]:.0%}') for i in order[:most]]
-    if len(order) > most:
-        rest = sum(share[i] for i in order[most:])
-        handles.append(Patch(facecolor='none', label=f'and {len(order) - most} more  {rest:.0%}'))
-    figure.legend(handles=handles, loc='outside right upper', frameon=False, fontsize=11, handlelength=1.2,
-                  handleheight=1.2, labelspacing=0.6)
-    save_atomically(output, lambda f: figure.savefig(f, format='png'))
+    """Draw the class (H, W) of every pixel over an image, with a legend of the first 14 of `classes`."""
+    colors = np.array(palette)
+    figure, axes = _show(image, (0.4 * np.array(image) + 0.6 * colors[labels.numpy()]).astype(np.uint8), 'nearest')
+    for row in classes[:14]:
+        text = f'{row["name"].split(";")[0]}  {row["share"]:.0%}'
+        axes.scatter([], [], s=120, marker='s', color=colors[row['label']] / 255, label=text)
+    if len(classes) > 14:
+        axes.scatter([], [], alpha=0, label=f'and {len(classes) - 14} more')
+    axes.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=11, borderaxespad=0)
+    _save(figure, output)
 
 
-def _canvas(image: Image.Image, legend: bool = False) -> Tuple[Any, Any, float]:
-    """A figure of the image's shape, its axes, and how many pixels of the image a point is."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as e:
-        raise UserError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
-    width, height = image.size
-    inches = 9 / max(width, height)
-    size = max(width * inches, 2.), max(height * inches, 2.)
-    figure = Figure(
-        figsize=(size[0] + (2.4 if legend else 0), size[1]), dpi=150,
-        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+def _show(image: Image.Image, pixels: np.ndarray, interpolation: str) -> Tuple[Any, Any]:
+    """A figure of an image, in whose axes a unit is a pixel of it."""
+    figure = new_figure(figsize=(9, 9))
+    axes = figure.add_axes((0, 0, 1, 1), frameon=False)
+    axes.imshow(pixels, interpolation=interpolation, extent=(0, image.width, image.height, 0))
     axes.set_axis_off()
-    return figure, axes, 1 / (inches * 72)
+    axes.autoscale(False)
+    return figure, axes
+
+
+def _save(figure: Any, output: Path) -> None:
+    save_atomically(output, lambda f: figure.savefig(f, format='png', bbox_inches='tight', pad_inches=0.05))

@@ -1,6 +1,5 @@
 """ The one place that turns an exception into a command's line on stderr and its exit code. """
 import argparse
-import contextlib
 import http.client
 import io
 import os
@@ -34,27 +33,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {message} (see {self.prog} --help)\n')
 
 
-def one_line(error: BaseException, limit: int = 1000) -> str:
+def one_line(error: BaseException) -> str:
     """What an exception says, in one line that a terminal can show whatever a file name or a key in it holds."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f'{error.strerror}: {error.filename}'
-    elif isinstance(error, MemoryError):
-        text = f'out of memory {error}'.strip()
     text = ' '.join(text.split())
     text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
-    return text if len(text) <= limit else f'{text[:limit]} ...'
+    return text if len(text) <= 1000 else f'{text[:1000]} ...'
 
 
 def run_command(prog: str, command: Callable[[], Optional[int]]) -> int:
-    """Run a command of the command line.
-
-    Args:
-        prog: Name of the program, the line on stderr starts with it.
-        command: Returns an exit code, None for 0. An error of the package itself passes through, with its traceback.
+    """Run a command of the program `prog`. An error of the package itself passes through, with its traceback.
 
     Returns:
-        The exit code: 2 after an error that the user can put right, 130 after Ctrl-C.
+        What the command returns or 0, 2 after an error that the user can put right, 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may hold what the terminal cannot show
@@ -66,8 +59,7 @@ def run_command(prog: str, command: Callable[[], Optional[int]]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head`
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except EXPECTED as e:
         print(f'{prog}: error: {one_line(e)}', file=sys.stderr)

@@ -17,39 +17,22 @@ __all__ = ['build_parser', 'main']
 def build_parser() -> Parser:
     parser = Parser(prog='pvt-timm', description='Pyramid Vision Transformer (v1) for timm.')
     parser.add_argument('--version', action='version', version=f'pvt-timm {__version__}')
+    parser.set_defaults(func=lambda args: parser.print_help())
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
-    for add_command in (
-            add_demo, add_list, add_predict, add_features, add_detect, add_segment, add_train, add_run):
-        add_command(subparsers)
+    for add in (add_demo, add_list, add_predict, add_features, add_detect, add_segment, add_train, add_run):
+        add(subparsers)
     return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name, those of the process by default.
-
-    Returns:
-        Exit code: 0, or 2 after an error that the user can put right.
-    """
+    """Run the command line `argv`, by default that of the process. Returns the exit code, see `run_command`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    script: List[str] = []
-
-    def command() -> None:
-        own, script_args = argv, []
-        if argv[:1] in (['train'], ['run']) and len(argv) > 1 and not argv[1].startswith('-'):
-            own, script_args = argv[:2], argv[2:]  # argparse must not look at what belongs to the script
-        parser = build_parser()
-        args = parser.parse_args(join_img_size(own))
-        if args.command is None:
-            parser.print_help()
-            return
-        args.script_args = script_args
-        script.extend(args.func(args) or ())  # a command that starts a script returns its command line
-
+    own = 2 if argv[:1] in (['train'], ['run']) else len(argv)  # the rest belongs to the script
+    args = build_parser().parse_args(join_img_size(argv[:own]))
+    args.script_args = argv[own:]
+    script: List[str] = []  # a command that starts one returns its command line
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries and hints, the error itself follows
-    code = run_command('pvt-timm', command)
+    code = run_command('pvt-timm', lambda: script.extend(args.func(args) or ()))
     if script:
         run_script(script)  # whose errors are its own
     return code

@@ -1,7 +1,6 @@
 """ Draw feature pyramids as false colour. Needs matplotlib (the `draw` extra). """
-import math
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -11,36 +10,30 @@ from PIL import Image
 from ..files import save_atomically
 from .errors import UserError
 
-__all__ = ['draw_pyramid', 'false_colour', 'pca']
+__all__ = ['draw_pyramid', 'false_colour', 'new_figure', 'pca']
 
-SUBTLE = '#6b6b6b'
-
-
-def pca(features: torch.Tensor, num_components: int = 3) -> torch.Tensor:
-    """Scores of the first principal components.
-
-    Args:
-        features: Feature map (C, H, W).
-        num_components: How many, those that are not there (too few positions) are 0.
-
-    Returns:
-        Scores (num_components, H, W), float64. The largest loading of every component is positive.
-    """
-    C, H, W = features.shape
-    x = features.reshape(C, H * W).T.double()
-    x = x - x.mean(0)
-    # a rank below that of numerical noise gives no component
-    U, S, V = torch.linalg.svd(x, full_matrices=False)
-    keep = int((S > S.max().clamp(min=1e-12) * 1e-6).sum().clamp(max=num_components)) if S.numel() else 0
-    scores = torch.zeros(num_components, H * W, dtype=torch.float64)
-    if keep:
-        loadings = V[:keep]
-        signs = loadings.gather(1, loadings.abs().argmax(1, keepdim=True)).sign()
-        scores[:keep] = (U[:, :keep] * S[:keep]).T * signs
-    return scores.reshape(num_components, H, W)
+# Arrangements of the image (I) and four levels (0 to 3), for images from the narrowest to the widest
+_MOSAICS = ('I0123', 'II01;II23', 'II;II;01;23', 'I;0;1;2;3')
 
 
-def false_colour(levels: Sequence[torch.Tensor], image: torch.Tensor) -> List[torch.Tensor]:
+def new_figure(**kwargs: Any) -> Any:
+    """matplotlib's `Figure`, outside of pyplot and its windows."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise UserError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
+    return Figure(dpi=150, **kwargs)
+
+
+def pca(features: torch.Tensor) -> torch.Tensor:
+    """Scores (3, H, W) in float64 of the first three principal components of a feature map (C, H, W)."""
+    x = features.flatten(1).double()
+    x = x - x.mean(1, keepdim=True)
+    _, vectors = torch.linalg.eigh(x @ x.T)  # ascending
+    return (vectors[:, -3:].flip(1).T @ x).unflatten(1, features.shape[1:])
+
+
+def false_colour(levels: Sequence[torch.Tensor], image: torch.Tensor) -> List[np.ndarray]:
     """Feature maps to colours: three principal components of every level as red, green and blue.
 
     A component's sign is free. It is chosen so that every level looks most like the one before it, the first one like
@@ -56,33 +49,16 @@ def false_colour(levels: Sequence[torch.Tensor], image: torch.Tensor) -> List[to
     colours = []
     before = image.double().mean(0, keepdim=True).expand(3, -1, -1)
     for level in levels:
-        scores = pca(level.float())
+        scores = pca(level)
         reference = F.interpolate(before[None], size=scores.shape[1:], mode='area')[0]
         reference = reference - reference.mean((1, 2), keepdim=True)
-        signs = (scores * reference).sum((1, 2), keepdim=True).sign()
-        scores = scores * torch.where(signs == 0, 1, signs)
+        before = torch.where((scores * reference).sum((1, 2), keepdim=True) < 0, -scores, scores)
         # percentiles, as a few outliers would leave everything else grey
-        flat = scores.flatten(1)
-        low, high = torch.quantile(_sample(flat), torch.tensor([.02, .98], dtype=flat.dtype), dim=1)[:, :, None, None]
-        span = (high - low)
-        scaled = torch.where(span > 1e-12, (scores - low) / span.clamp(min=1e-12), torch.full_like(scores, .5))
-        colours.append(scaled.clamp(0, 1).permute(1, 2, 0))
-        before = scores
+        low, high = np.quantile(before.numpy(), (.02, .98), axis=(1, 2), keepdims=True)
+        flat = high - low <= 1e-6 * level.abs().max().item()  # nothing but rounding
+        colour = np.where(flat, .5, (before.numpy() - low) / np.where(flat, 1, high - low))
+        colours.append(colour.clip(0, 1).transpose(1, 2, 0))
     return colours
-
-
-def _sample(x: torch.Tensor, limit: int = 1_000_000) -> torch.Tensor:
-    return x[:, ::math.ceil(x.shape[1] / limit)]  # torch.quantile takes 16 million values at most
-
-
-# Arrangements of the image (I) and four levels (0 to 3). For the shapes that are wide enough a slide, else a page.
-_MOSAICS = ('I0123', 'II01;II23', 'II;II;01;23', 'I;0;1;2;3')
-
-
-def _mosaic(aspect: float) -> List[str]:
-    """Rows of the arrangement that comes closest to a slide where every panel has the given width over height."""
-    mosaics = [mosaic.split(';') for mosaic in _MOSAICS]
-    return min(mosaics, key=lambda rows: abs(math.log(aspect * len(rows[0]) / len(rows) / 1.6)))
 
 
 def draw_pyramid(
@@ -109,48 +85,32 @@ def draw_pyramid(
         UserError: matplotlib is not installed.
         ValueError: No such format.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as e:
-        raise UserError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
-
     image = image.convert('RGB')
     image.thumbnail((2000, 2000))
     rgb = np.array(image)
     height, width = img_size or rgb.shape[:2]
-    panels = {'I': ('image', f'{height} × {width} pixels', rgb)}
+    panels = {'I': (f'image\n{height} × {width} pixels', rgb)}
     colours = false_colour(features, torch.from_numpy(rgb).permute(2, 0, 1))
     for i, (level, colour) in enumerate(zip(features, colours)):
         C, H, W = level.shape
-        panels[str(i)] = f'stride {round(height / H)}', f'{C} channels, {H} × {W}', colour.numpy()
+        panels[str(i)] = f'stride {round(height / H)}\n{C} channels, {H} × {W}', colour
 
-    aspect = min(max(width / height, 1 / 12), 12)
-    rows = _mosaic(aspect)
-    panel = (12.8 if len(rows[0]) > 2 else 7.2) / len(rows[0])  # inches
-    panel = min(panel, 6 * aspect)
-    size = max(panel, 2.5) * len(rows[0]), (panel / aspect + .33) * len(rows) + .7
-    figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=.08, h_pad=.06))
-    FigureCanvasAgg(figure)
-    for key, axes in figure.subplot_mosaic('\n'.join(rows)).items():
-        name, caption, pixels = panels[key]
+    mosaic = _MOSAICS[sum(width > aspect * height for aspect in (0.5, 2, 4))].split(';')
+    inches = 12.8 if len(mosaic[0]) > 2 else 7.2  # a slide or a page
+    panel = inches / len(mosaic[0]) * height / width
+    figure = new_figure(figsize=(inches, min(8.6, (panel + 0.5) * len(mosaic) + 0.7)), layout='constrained')
+    for key, axes in figure.subplot_mosaic('\n'.join(mosaic)).items():
+        text, pixels = panels[key]
         axes.imshow(pixels, interpolation='nearest', extent=(0, width, height, 0))
-        axes.set_axis_off()
+        axes.set_title(text, loc='left', fontsize=10)
         axes.set_anchor('N')
+        axes.set_axis_off()
         for i in range(1, cells[0]):
             axes.axhline(height * i / cells[0], color='white', linewidth=1)
         for i in range(1, cells[1]):
             axes.axvline(width * i / cells[1], color='white', linewidth=1)
-        if panel < 2.3:  # too narrow for both in a line
-            axes.set_title(f'{name}\n{caption}', loc='left', fontsize=10)
-        else:
-            axes.set_title(name, loc='left', fontsize=12, weight='bold')
-            axes.set_title(caption, loc='right', fontsize=10, color=SUBTLE)
-    if title:
-        figure.suptitle(title, fontsize=15, weight='bold')
+    figure.suptitle(title, fontsize=15, weight='bold')
     figure.supxlabel(
-        f'{note}\nColours: first three principal components of each level. Sizes: height × width.'.strip(),
-        fontsize=9, color=SUBTLE)
+        f'{note}\nColours: first three principal components of each level. Sizes: height × width.'.strip(), fontsize=9)
     # the format by itself, as matplotlib would take it from a name that the temporary file does not have
     save_atomically(output, lambda f: figure.savefig(f, format=Path(output).suffix.lstrip('.').lower() or 'png'))

@@ -2,15 +2,16 @@
 import argparse
 import json
 import os
-import stat
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -22,22 +23,9 @@ from pvt_timm.cli.main import main
 from pvt_timm.cli.predict import open_image
 from pvt_timm.pvt import VARIANTS
 
-ROOT = Path(__file__).resolve().parents[2]
-DIGITS = ROOT / 'pvt_timm' / 'data' / 'digits'
+DIGITS = Path(pvt_timm.__file__).parent / 'data' / 'digits'
 DIGIT = next(DIGITS.glob('3_*.png'))
-
-
-@pytest.fixture
-def cli(capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-    def run(*argv):
-        try:
-            code = main([str(a) for a in argv])
-        except SystemExit as e:
-            code = e.code
-        out, err = capsys.readouterr()
-        return code, out, err
-    return run
+TEST_PVT = ['--model', 'test_pvt']
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +42,6 @@ def files(tmp_path_factory):
     save_file({k: v * float('nan') for k, v in state.items()}, root / 'nan.safetensors')
     save_file({k: v for k, v in state.items() if 'blocks.0.attn.q' not in k}, root / 'gap.safetensors')
     save_for_hf(model, root / 'folder', model_config=dict(label_names=[f'digit {i}' for i in range(10)]))
-
     (root / 'transformers').mkdir()
     save_file({k: v.contiguous() for k, v in from_timm(state, 'transformers')[0].items()},
               root / 'transformers' / 'model.safetensors')
@@ -77,7 +64,6 @@ def files(tmp_path_factory):
     (root / 'empty').mkdir()
 
     (root / 'text.png').write_text('no image')
-    (root / 'empty.png').write_bytes(b'')
     (root / 'cut.png').write_bytes(DIGIT.read_bytes()[:200])
     Image.new('RGB', (20000, 2)).save(root / 'thin.png')
     photo = np.random.RandomState(0).randint(0, 255, (90, 150, 3), dtype=np.uint8)
@@ -88,8 +74,7 @@ def files(tmp_path_factory):
 # what it does ---------------------------------------------------------------------------------------------------------
 
 def test_demo(cli, tmp_path):
-    code, out, err = cli('demo', '--output', tmp_path / 'out')
-    assert (code, err) == (0, '')
+    out = cli('demo', '--output', tmp_path / 'out')
     right, of = map(int, out.split(' right')[0].split('\n')[-1].split(' of '))
     assert of == len(list(DIGITS.glob('*.png'))) >= 20 and right >= .97 * of
     with Image.open(tmp_path / 'out' / 'pyramid.png') as image:
@@ -101,22 +86,17 @@ def test_demo(cli, tmp_path):
 def test_bundled_digits_are_held_out(tmp_path):
     pytest.importorskip('sklearn')
     from pvt_timm.digits import write_digits
-    write_digits(tmp_path / 'digits')
-    held_out = {p.read_bytes() for p in (tmp_path / 'digits' / 'validation').glob('*/*.png')}
+    write_digits(tmp_path)
     for path in DIGITS.glob('*.png'):
         label, name = path.name.split('_')
-        original = tmp_path / 'digits' / 'validation' / label / name
-        assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(original)))
-    assert len(held_out) >= 350
+        assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(tmp_path / 'validation' / label / name)))
 
 
 def test_list(cli):
-    code, out, err = cli('list')
-    assert (code, err) == (0, '')
+    out = cli('list')
     for text in ('pvt_tiny.in1k', 'pvt_huge_v2', 'test_pvt.digits', '24.49 M', '81.7', 'Zetatech/pvt-small-224'):
         assert text in out
-    code, out, err = cli('list', '--json')
-    rows = {f'{r["model"]}.{r["tag"]}': r for r in json.loads(out)}
+    rows = {f'{r["model"]}.{r["tag"]}': r for r in json.loads(cli('list', '--json'))}
     assert {r['model'] for r in rows.values()} == set(VARIANTS) - {'test_pvt_owl'}  # another test's
     expected = dict(tiny=(13229288, 1.93, 75.1), small=(24485864, 3.82, 79.8), medium=(44208104, 6.66, 81.2),
                     large=(61369320, 9.81, 81.7))
@@ -127,20 +107,24 @@ def test_list(cli):
     assert rows['pvt_huge_v2.None']['url'] is None
 
 
-def test_predict(cli):
-    code, out, err = cli('predict', DIGIT, '--model', 'test_pvt', '--topk', 3)
-    assert (code, err) == (0, '')
-    lines = out.splitlines()
+def test_predict_is_timm(cli):
+    model = timm.create_model('test_pvt', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.inference_mode():
+        probabilities = model(transform(Image.open(DIGIT).convert('RGB'))[None]).softmax(-1)[0]
+    items = json.loads(cli('predict', DIGIT, *TEST_PVT, '--json', '--topk', 10))['images'][0]['predictions']
+    assert len(items) == 10
+    for item in items:
+        assert item['probability'] == pytest.approx(probabilities[item['index']].item(), abs=2e-6)
+    lines = cli('predict', DIGIT, *TEST_PVT, '--topk', 3).splitlines()
     assert len(lines) == 4 and lines[0] == str(DIGIT) and lines[1].split()[1] == '3'
 
 
 @pytest.mark.parametrize('name', [
     'native.safetensors', 'original.pth', 'folder', 'transformers', 'transformers/model.safetensors'])
 def test_predict_with_any_checkpoint(cli, files, name):
-    reference = json.loads(cli('predict', DIGIT, '--model', 'test_pvt', '--json')[1])['images'][0]['predictions']
-    code, out, err = cli('predict', DIGIT, '--checkpoint', files / name, '--json')
-    assert (code, err) == (0, '')
-    predictions = json.loads(out)['images'][0]['predictions']
+    reference = json.loads(cli('predict', DIGIT, *TEST_PVT, '--json'))['images'][0]['predictions']
+    predictions = json.loads(cli('predict', DIGIT, '--checkpoint', files / name, '--json'))['images'][0]['predictions']
     assert [p['probability'] for p in predictions] == pytest.approx([p['probability'] for p in reference], abs=2e-6)
     word = {'folder': 'digit ', 'transformers': 'number '}.get(name.split('/')[0], '')
     assert predictions[0]['label'] == f'{word}3'
@@ -148,44 +132,29 @@ def test_predict_with_any_checkpoint(cli, files, name):
 
 @pytest.mark.parametrize('argv, size', [(['--img-size', '64'], [64, 64]), (['--img-size', '64', '96'], [64, 96])])
 def test_img_size_may_stand_before_the_image(cli, argv, size):
-    code, out, err = cli('predict', '--model', 'test_pvt', '--json', *argv, DIGIT)
-    assert (code, err) == (0, '') and json.loads(out)['img_size'] == size
-
-
-def test_predict_equals_timm_by_hand(cli):
-    model = timm.create_model('test_pvt', pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    with torch.inference_mode():
-        probabilities = model(transform(Image.open(DIGIT).convert('RGB'))[None]).softmax(-1)[0]
-    code, out, _ = cli('predict', DIGIT, '--model', 'test_pvt', '--json', '--topk', 10)
-    for item in json.loads(out)['images'][0]['predictions']:
-        assert item['probability'] == pytest.approx(probabilities[item['index']].item(), abs=2e-6)
+    assert json.loads(cli('predict', *TEST_PVT, '--json', *argv, DIGIT))['img_size'] == size
 
 
 def test_imagenet_labels_and_input_channels(cli, files, tmp_path):
-    torch.manual_seed(0)
     torch.save(timm.create_model('pvt_tiny', in_chans=1).state_dict(), tmp_path / 'grey.pth')
     torch.save(timm.create_model('test_pvt', in_chans=4).state_dict(), tmp_path / 'four.pth')
-    photo = files / 'photo.jpg'
-    code, out, err = cli('predict', photo, '--checkpoint', tmp_path / 'grey.pth', '--json', '--img-size', 64)
-    assert (code, err) == (0, '')
+    out = cli('predict', files / 'photo.jpg', '--checkpoint', tmp_path / 'grey.pth', '--json', '--img-size', 64)
     labels = timm.data.ImageNetInfo().label_descriptions()
     for item in json.loads(out)['images'][0]['predictions']:
         assert item['label'] == labels[item['index']]
-    code, out, err = cli('predict', photo, '--checkpoint', tmp_path / 'four.pth')
-    assert code == 2 and 'takes 4' in err
+    assert 'takes 4' in cli('predict', files / 'photo.jpg', '--checkpoint', tmp_path / 'four.pth', fails=True)
 
 
 def test_image_modes(tmp_path):
     grey = np.arange(64 * 48, dtype=np.uint8).reshape(64, 48)
-    Image.fromarray(grey).save(tmp_path / '8.png')
+    image = Image.fromarray(grey)
+    image.save(tmp_path / '8.png')
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / '16.png')
-    Image.fromarray(grey).convert('P').save(tmp_path / 'palette.png')
-    Image.fromarray(grey).convert('LA').save(tmp_path / 'alpha.png')
-    turned = Image.fromarray(grey)
-    exif = turned.getexif()
+    image.convert('P').save(tmp_path / 'palette.png')
+    image.convert('LA').save(tmp_path / 'alpha.png')
+    exif = image.getexif()
     exif[0x0112] = 6
-    turned.save(tmp_path / 'turned.png', exif=exif)
+    image.save(tmp_path / 'turned.png', exif=exif)
     for name in ('8', '16', 'palette', 'alpha'):
         for channels, mode in ((1, 'L'), (3, 'RGB')):
             image = open_image(tmp_path / f'{name}.png', channels)
@@ -195,10 +164,8 @@ def test_image_modes(tmp_path):
 
 @pytest.mark.parametrize('name', ['native.safetensors', 'dense.pth', 'headless.pth', 'folder'])
 def test_features(cli, files, tmp_path, name):
-    code, out, err = cli(
-        'features', files / 'photo.jpg', '--checkpoint', files / name, '--img-size', 64, 96, '--output',
+    cli('features', files / 'photo.jpg', '--checkpoint', files / name, '--img-size', 64, 96, '--output',
         tmp_path / 'pyramid.png', '--save', tmp_path / 'f.safetensors')
-    assert (code, err) == (0, '')
     saved = load_file(tmp_path / 'f.safetensors')
     assert [tuple(f.shape) for f in saved.values()] == [(16, 16, 24), (32, 8, 12), (40, 4, 6), (64, 2, 3)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ['f.safetensors', 'pyramid.png']
@@ -206,38 +173,50 @@ def test_features(cli, files, tmp_path, name):
         assert len(image.convert('RGB').resize((200, 100)).getcolors(20000)) > 500
 
 
-def test_features_are_those_of_features_only(cli, tmp_path):
-    code, out, err = cli(
-        'features', DIGIT, '--model', 'test_pvt', '--output', tmp_path / 'a.svg', '--save', tmp_path / 'a.safetensors')
-    assert (code, err) == (0, '') and (tmp_path / 'a.svg').read_text().startswith('<?xml')
+def test_features_are_those_of_features_only(cli, files, tmp_path):
+    cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.svg', '--save', tmp_path / 'a.safetensors')
+    assert (tmp_path / 'a.svg').read_text().startswith('<?xml')
     model = timm.create_model('test_pvt', pretrained=True, features_only=True).eval()
     data = timm.data.resolve_model_data_config(model)
     with torch.inference_mode():
         x = timm.data.create_transform(**data)(Image.open(DIGIT).convert('RGB'))[None]
         for mine, timms in zip(load_file(tmp_path / 'a.safetensors').values(), model(x)):
             torch.testing.assert_close(mine, timms[0], rtol=0, atol=1e-6)
+    out = cli('features', files / 'photo.jpg', *TEST_PVT, '--output', tmp_path / 'a.png')
+    assert '16x8x16' in out  # 90x150 becomes 32x64, which keeps the aspect
 
 
-def test_features_keep_the_aspect(cli, files, tmp_path):
-    code, out, err = cli('features', files / 'photo.jpg', '--model', 'test_pvt', '--output', tmp_path / 'a.png')
-    assert code == 0 and '16x8x16' in out  # 90x150 becomes 32x64
+def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path, monkeypatch):
+    state = timm.create_model('pvt_tiny').state_dict()
+    theirs = from_timm(state, 'transformers')[0]
+    save_file({k: v.contiguous() for k, v in theirs.items()}, tmp_path / 'model.safetensors')
+    save_file(state, tmp_path / 'native.safetensors')
+    hub.add_repo('Zetatech/pvt-tiny-224', {'model.safetensors': tmp_path / 'model.safetensors', 'config.json': '{}'},
+                 commit=timm.models.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')[2])
+    argv = ['predict', files / 'photo.jpg', '--img-size', 64, '--json']
+
+    hub.fail('truncate', 'model.safetensors')
+    hub.fail(500, 'pytorch_model.bin')
+    assert 'Cannot load pvt_tiny.in1k' in cli(*argv, '--model', 'pvt_tiny', fails=True)
+    hub.heal()
+    with monkeypatch.context() as m:
+        m.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+        assert '--checkpoint' in cli(*argv, '--model', 'pvt_tiny', fails=True)
+    from_hub, from_file = (cli(*argv, *which) for which in (
+        ['--model', 'pvt_tiny'], ['--checkpoint', tmp_path / 'native.safetensors']))
+    assert json.loads(from_hub)['images'] == json.loads(from_file)['images']
 
 
 # user errors ----------------------------------------------------------------------------------------------------------
-
-TEST_PVT = ['--model', 'test_pvt']
-
 
 @pytest.mark.parametrize('argv, says', [
     (['predict', 'nope.png', *TEST_PVT], 'No such file or directory: nope.png'),
     (['predict', '{files}', *TEST_PVT], 'Is a directory'),
     (['predict', '{files}/text.png', *TEST_PVT], 'cannot identify image'),
-    (['predict', '{files}/empty.png', *TEST_PVT], 'cannot identify image'),
     (['predict', '{files}/cut.png', *TEST_PVT], 'cut.png: image file is truncated'),
     (['predict', '{files}/thin.png', '--img-size', '224', *TEST_PVT], 'pixels at most'),
     (['predict'], 'required: IMAGE'),
     (['predict', '{digit}', '--model', 'pvt_smal'], "Unknown model 'pvt_smal', expected one of pvt_tiny"),
-    (['predict', '{digit}', '--model', 'resnet18'], "Unknown model 'resnet18'"),
     (['predict', '{digit}', '--model', 'pvt_small.foo'], 'Invalid pretrained tag (foo)'),
     (['predict', '{digit}', '--model', 'pvt_huge_v2'], 'No pretrained weights exist for pvt_huge_v2'),
     (['features', '{digit}', '--model', 'pvt_huge_v2', '--output', '{out}/a.png'], 'No pretrained weights'),
@@ -263,7 +242,6 @@ TEST_PVT = ['--model', 'test_pvt']
     (['predict', '{digit}', '--checkpoint', '{files}/nan.safetensors'], 'not finite'),
     (['features', '{digit}', '--checkpoint', '{files}/nan.safetensors', '--output', '{out}/a.png'], 'not finite'),
     (['predict', '{digit}', '--checkpoint', '{files}/gap.safetensors'], 'stages.0.blocks.0.attn.q.weight'),
-    (['predict', '{digit}', '--checkpoint', '{files}/original.pth', '--model', 'pvt_tiny'], 'holds test_pvt'),
     (['predict', '{digit}', '--checkpoint', '{files}/folder', '--model', 'pvt_tiny'], 'holds test_pvt'),
     (['features', '{digit}', *TEST_PVT], 'required: --output'),
     (['features', '{digit}', *TEST_PVT, '--output', '{out}/a.xyz'], "'xyz' is not supported"),
@@ -272,49 +250,14 @@ TEST_PVT = ['--model', 'test_pvt']
     (['demo', '--output', '{digit}'], 'File exists'),
     (['nonsense'], "invalid choice: 'nonsense'"),
     (['run'], 'required: SCRIPT'),
-    (['run', 'nope.py'], 'No such script: nope.py'),
     (['run', '{files}'], 'No such script'),
 ])
 def test_user_errors(cli, files, tmp_path, argv, says):
-    code, out, err = cli(*[a.format(files=files, digit=DIGIT, out=tmp_path) for a in argv])
-    assert (code, out) == (2, '')
-    assert err.count('\n') == 1 and err.startswith('pvt-timm') and says in err, err
+    assert says in cli(*[a.format(files=files, digit=DIGIT, out=tmp_path) for a in argv], fails=True)
     assert not list(tmp_path.iterdir()) and not (files / 'pwned').exists()
 
 
-def test_hub_unreachable(cli, monkeypatch, no_waits):
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    code, out, err = cli('predict', DIGIT, '--model', 'pvt_tiny')
-    assert (code, out) == (2, '')
-    assert err.count('\n') == 1 and 'Cannot load pvt_tiny.in1k' in err and '--checkpoint' in err
-
-
-def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path):
-    torch.manual_seed(0)
-    state = timm.create_model('pvt_tiny').state_dict()
-    theirs = from_timm(state, 'transformers')[0]
-    save_file({k: v.contiguous() for k, v in theirs.items()}, tmp_path / 'model.safetensors')
-    save_file(state, tmp_path / 'native.safetensors')
-    hub.add_repo('Zetatech/pvt-tiny-224', {'model.safetensors': tmp_path / 'model.safetensors', 'config.json': '{}'},
-                 commit=timm.models.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')[2])
-    photo = files / 'photo.jpg'
-    argv = ['predict', photo, '--model', 'pvt_tiny', '--img-size', 64, '--json']
-
-    hub.fail('truncate', 'model.safetensors')
-    hub.fail(500, 'pytorch_model.bin')
-    code, out, err = cli(*argv)
-    assert (code, out) == (2, '') and 'Cannot load pvt_tiny.in1k' in err.splitlines()[-1], err
-    hub.heal()
-
-    code, out, err = cli(*argv)
-    assert code == 0, err
-    from_file = cli('predict', photo, '--checkpoint', tmp_path / 'native.safetensors', '--img-size', 64, '--json')[1]
-    assert json.loads(out)['images'] == json.loads(from_file)['images']
-
-
 def transport_errors():
-    from huggingface_hub.errors import HfHubHTTPError
-    from importlib import import_module
     client = import_module(next(c for c in HfHubHTTPError.__mro__ if 'huggingface_hub' not in c.__module__).__module__
                            .partition('.')[0])  # requests or httpx or what comes next
     for name in ('ConnectError', 'ReadTimeout', 'RemoteProtocolError', 'ConnectionError', 'Timeout'):
@@ -328,8 +271,7 @@ def transport_errors():
     (ValueError('\x1b[31m \udcff'), 2, '\\x1b[31m \\udcff'),
     (FileNotFoundError(2, 'No such file', 'x'), 2, 'No such file: x'),
     (RuntimeError('x' * 5000), 2, 'x' * 1000 + ' ...'),
-    (MemoryError(), 2, 'out of memory'),
-    (AssertionError(), 2, 'AssertionError'),
+    (MemoryError(), 2, 'MemoryError'),
     (KeyboardInterrupt(), 130, None),
     (KeyError('a mistake of ours'), None, None), (TypeError('a mistake of ours'), None, None),
 ], ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else '')
@@ -347,15 +289,15 @@ def test_errors_are_one_line_and_mistakes_of_ours_a_traceback(capfd, error, code
 def test_no_matplotlib(cli, monkeypatch, tmp_path):
     for name in [m for m in sys.modules if m.split('.')[0] == 'matplotlib'] + ['matplotlib']:
         monkeypatch.setitem(sys.modules, name, None)
-    code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png')
-    assert code == 2 and err.count('\n') == 1 and '`draw` extra' in err
+    assert '`draw` extra' in cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png', fails=True)
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
-def test_save_to_a_device_is_an_error_not_a_file(cli, tmp_path):
-    code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png', '--save', '/dev/full')
-    assert code == 2 and err == 'pvt-timm: error: No space left on device\n' and '/dev/full' not in out
-    assert stat.S_ISCHR(os.stat('/dev/full').st_mode)
+def test_save_to_a_device_is_an_error_not_a_file(tmp_path, capsys):
+    assert main(['features', str(DIGIT), *TEST_PVT, '--output', str(tmp_path / 'a.png'), '--save', '/dev/full']) == 2
+    out, err = capsys.readouterr()
+    assert err == 'pvt-timm: error: No space left on device\n' and '/dev/full' not in out
+    assert Path('/dev/full').is_char_device()
 
 
 def test_a_failed_write_leaves_nothing(cli, monkeypatch, tmp_path):
@@ -366,80 +308,57 @@ def test_a_failed_write_leaves_nothing(cli, monkeypatch, tmp_path):
         raise OSError(28, 'No space left on device')
     (tmp_path / 'a.png').write_bytes(b'old')
     monkeypatch.setattr(Figure, 'savefig', fail)
-    code, out, err = cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png')
-    assert code == 2 and 'No space left' in err
+    assert 'No space left' in cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png', fails=True)
     assert [p.name for p in tmp_path.iterdir()] == ['a.png'] and (tmp_path / 'a.png').read_bytes() == b'old'
 
 
-# run ------------------------------------------------------------------------------------------------------------------
+# processes ------------------------------------------------------------------------------------------------------------
 
 SCRIPT = '''
-import json, os, sys
+import json, multiprocessing, os, pickle, sys
 import neighbour
 import timm
 
 class Thing:
     pass
 
-if __name__ == '__main__':
-    import pickle
-    print(json.dumps(dict(
-        argv=sys.argv, path=sys.path[0], file=__file__, registered=timm.is_model('pvt_small'), cwd=os.getcwd(),
-        pickles=type(pickle.loads(pickle.dumps(Thing()))).__name__, main=sys.modules['__main__'].Thing is Thing)))
-    sys.exit(int(sys.argv[-1]) if sys.argv[-1].isdigit() else 0)
-'''
-
-
-@pytest.fixture
-def script(tmp_path):
-    folder = tmp_path / 'scripts'
-    folder.mkdir()
-    (folder / 'neighbour.py').write_text('')
-    (folder / 'script.py').write_text(SCRIPT)
-    return folder / 'script.py'
-
-
-def python(*args, env, cwd, timeout=300):
-    env = {**os.environ, **env, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout,
-        stdin=subprocess.DEVNULL)
-
-
-def test_run_is_like_python(script, tmp_path, client_env):
-    args = ['scripts/script.py', '--help', '--', 'run', '-x', '3']
-    plain = python(*args, env=client_env, cwd=tmp_path)
-    ours = python('-m', 'pvt_timm', 'run', *args, env=client_env, cwd=tmp_path)
-    assert (plain.returncode, ours.returncode) == (3, 3), ours.stderr
-    expected, got = json.loads(plain.stdout), json.loads(ours.stdout)
-    assert not expected.pop('registered') and got.pop('registered')
-    assert os.path.samefile(got['argv'].pop(0), script) and expected['argv'].pop(0) == 'scripts/script.py'
-    assert got == expected
-
-
-def test_run_with_spawned_processes(tmp_path, client_env):
-    (tmp_path / 'script.py').write_text('''
-import multiprocessing
-
 def double(x):
     return 2 * x
 
 if __name__ == '__main__':
     with multiprocessing.get_context('spawn').Pool(1) as pool:
-        print(pool.map(double, [1, 2]))
-''')
-    done = python('-m', 'pvt_timm', 'run', 'script.py', env=client_env, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, '[2, 4]\n'), done.stderr
+        doubled = pool.map(double, [1, 2])
+    print(json.dumps(dict(
+        argv=sys.argv, path=sys.path[0], file=__file__, registered=timm.is_model('pvt_small'), cwd=os.getcwd(),
+        pickles=type(pickle.loads(pickle.dumps(Thing()))).__name__, main=sys.modules['__main__'].Thing is Thing,
+        doubled=doubled)))
+    sys.exit(3)
+'''
 
 
-def test_run_shows_the_scripts_own_traceback(tmp_path, client_env):
-    (tmp_path / 'bad.py').write_text('\n\nraise KeyError("mine")\n')
-    done = python('-m', 'pvt_timm', 'run', 'bad.py', env=client_env, cwd=tmp_path)
-    assert done.returncode == 1
-    assert 'bad.py", line 3, in <module>' in done.stderr and done.stderr.endswith("KeyError: 'mine'\n")
+def test_run_is_like_python(python, tmp_path):
+    script = tmp_path / 'scripts' / 'script.py'
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    (tmp_path / 'scripts' / 'neighbour.py').touch()
+    args = ['scripts/script.py', '--', '--help', 'run', '-x', '--img-size', '3', '4']
+    plain, ours = python(*args), python('-m', 'pvt_timm', 'run', *args)
+    assert (plain.returncode, ours.returncode) == (3, 3), ours.stderr
+    expected, got = json.loads(plain.stdout), json.loads(ours.stdout)
+    assert not expected.pop('registered') and got.pop('registered')
+    assert os.path.samefile(got['argv'].pop(0), script) and expected['argv'].pop(0) == args[0]
+    assert got == expected and got['doubled'] == [2, 4]
 
 
-def test_run_under_torchrun(tmp_path, client_env):
+def test_run_leaves_errors_to_the_script(tmp_path, monkeypatch):
+    (tmp_path / 'bad.py').write_text('raise OSError("mine")\n')
+    monkeypatch.setattr(sys, 'argv', ['pvt-timm'])
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    with pytest.raises(OSError, match='mine'):
+        main(['run', str(tmp_path / 'bad.py')])
+
+
+def test_run_under_torchrun(python, tmp_path):
     (tmp_path / 'script.py').write_text('''
 import sys
 import timm
@@ -453,32 +372,30 @@ dist.all_reduce(ones)
 open(f'rank{dist.get_rank()}', 'w').write(f'{sys.argv[1]} {int(ones)}')
 dist.destroy_process_group()
 ''')
-    done = python(
-        '-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-addr=127.0.0.1', '--master-port=0',
-        '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0', '-m', 'pvt_timm', 'run', 'script.py', 'hello',
-        env=client_env, cwd=tmp_path)
+    done = python('-m', 'torch.distributed.run', '--nproc-per-node=2', '--standalone', '-m', 'pvt_timm', 'run',
+                  'script.py', 'hello')
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f'rank{i}').read_text() for i in range(2)] == ['hello 2', 'hello 2']
 
 
-def test_process(tmp_path, client_env):
-    """The real process: exit code, one line on stderr and nothing else, also before any option is read."""
-    done = python('-m', 'pvt_timm', 'predict', 'nope.png', env=client_env, cwd=tmp_path)
+def test_error_of_a_process(python):
+    """Exit code and one line on stderr, with nothing else before it."""
+    done = python('-m', 'pvt_timm', 'predict', 'nope.png')
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'pvt-timm: error: No such file or directory: nope.png\n'
 
 
-def test_file_name_that_the_terminal_cannot_show(tmp_path, client_env):
+def test_names_that_the_terminal_cannot_show(python, tmp_path):
     name = tmp_path / 'drei \udcff\u4e09.png'
     name.write_bytes(DIGIT.read_bytes())
-    env = {**client_env, 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0', 'LC_ALL': 'C'}
-    done = python('-m', 'pvt_timm', 'predict', name.name, '--model', 'test_pvt', '--topk', 1, env=env, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith('drei ')
+    (tmp_path / 'labels.txt').write_text('\n'.join('零一二三四五六七八九'), encoding='utf-8')
+    done = python('-m', 'pvt_timm', 'predict', name.name, *TEST_PVT, '--topk', 1, '--labels', 'labels.txt',
+                  PYTHONIOENCODING='ascii', PYTHONUTF8='0', LC_ALL='C')
+    assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith('drei ') and '\\u4e09' in done.stdout
 
 
-def test_closed_pipe(tmp_path, client_env):
-    env = {**os.environ, **client_env}
+def test_closed_pipe(client_env, tmp_path):
     done = subprocess.run(
-        f'"{sys.executable}" -m pvt_timm list --json | head -1', shell=True, cwd=tmp_path, env=env, capture_output=True,
-        text=True, timeout=300)
+        f'"{sys.executable}" -m pvt_timm list --json | head -1', shell=True, cwd=tmp_path, env=client_env,
+        capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, '[\n', '')

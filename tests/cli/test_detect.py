@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from pvt_timm.cli.detect import draw_detections, run_lengths
-from pvt_timm.cli.main import main
 from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
 
@@ -33,22 +32,22 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_detect(folder, tmp_path, capsys):
-    args = ['detect', *(str(folder / x) for x in ('a.png', 'b.png', 'wide.png')), '--threshold', '0.01']
-    args += ['--checkpoint', str(folder / 'mask_rcnn.pth')]
-    assert main([*args, '--json', '--output', str(tmp_path / 'out')]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found['model'] == 'Mask R-CNN' and [x['image'] for x in found['images']] == args[1:4]
+def test_detect(cli, folder, tmp_path):
+    images = [folder / x for x in ('a.png', 'b.png', 'wide.png')]
+    found = json.loads(cli('detect', *images, '--threshold', '0.01', '--checkpoint', folder / 'mask_rcnn.pth', '--json',
+                           '--output', tmp_path / 'out'))
+    assert found['model'] == 'MaskRCNN' and [x['image'] for x in found['images']] == [str(x) for x in images]
     first = found['images'][0]
     assert (first['width'], first['height']) == (80, 60) and len(first['objects']) > 3
     for item in first['objects']:
         x1, y1, x2, y2 = item['box']
         assert item['name'] == ('cat', 'dog', 'emu')[item['label']] and 0 <= x1 < x2 <= 80 and 0 <= y1 < y2 <= 60
         assert item['mask']['size'] == [60, 80] and sum(item['mask']['counts']) == 60 * 80
-    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
-        'a_detect.png', 'b_detect.png', 'wide_detect.png']
-    assert main([*args[:-2], '--checkpoint', str(folder / 'retinanet.pth'), '--threshold', '1']) == 0
-    assert capsys.readouterr().out.splitlines() == [f'{x}: 0 objects' for x in args[1:4]]
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['a_detect.png', 'b_detect.png', 'wide_detect.png']
+    args = ['detect', images[0], '--checkpoint', folder / 'retinanet.pth', '--threshold']
+    lines = cli(*args, '0').splitlines()
+    assert lines[0] == f'{images[0]}: {len(lines) - 1} objects' and ' at ' in lines[1]
+    assert cli(*args, '1') == f'{images[0]}: 0 objects\n'
 
 
 def test_run_lengths_are_those_of_coco():
@@ -66,6 +65,7 @@ def test_pictures_show_boxes_masks_and_names(tmp_path):
     draw_detections(image, found, ['cat'], tmp_path / 'x.png')
     pixels = np.asarray(Image.open(tmp_path / 'x.png').convert('RGB')).astype(int)
     h, w = pixels.shape[:2]
+    assert w / h == pytest.approx(1.5, abs=.02)
     inside = pixels[int(h * .7), int(w * .6)]
     assert inside[0] > 150 > inside[1]  # half red, half grey
     assert np.abs(pixels[int(h * .2), int(w * .2)] - 128).max() < 5
@@ -73,40 +73,42 @@ def test_pictures_show_boxes_masks_and_names(tmp_path):
     assert .3 < reddest % w / w < .9 and .4 < reddest // w / h < .95  # the edge and the label
 
 
-def test_segment(folder, tmp_path, capsys):
-    args = ['segment', str(folder / 'a.png'), str(folder / 'b.png'), '--checkpoint', str(folder / 'segmenter.pth')]
-    assert main([*args, '--json', '--output', str(tmp_path)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found['model'] == 'Semantic FPN'
+def test_segment(cli, folder, tmp_path):
+    args = ['segment', folder / 'a.png', folder / 'b.png', '--checkpoint', folder / 'segmenter.pth']
+    found = json.loads(cli(*args, '--json', '--output', tmp_path))
+    assert found['model'] == 'SemanticFpn'
     classes = found['images'][0]['classes']
     assert len(classes) > 1 and sum(x['share'] for x in classes) == pytest.approx(1, abs=0.01)
     assert [x['share'] for x in classes] == sorted((x['share'] for x in classes), reverse=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a_segment.png', 'b_segment.png']
-    assert main(args) == 0
-    assert classes[0]['name'] in capsys.readouterr().out
+    assert classes[0]['name'] in cli(*args).splitlines()[1]
+
+
+def test_model_takes_all_that_are_published(cli, folder, monkeypatch):
+    taken = []
+    monkeypatch.setattr('pvt_timm.cli.detect.retinanet_coco', lambda name: taken.append(name) or pvt_retinanet(
+        'test_pvt', 3, model_args=dict(img_size=64), min_size=64).eval())
+    for name in ('pvt_tiny', 'pvt_small.retinanet_coco', 'pvt_medium'):
+        cli('detect', folder / 'a.png', '--model', name)
+    assert taken == ['pvt_tiny', 'pvt_small', 'pvt_medium']
 
 
 @pytest.mark.parametrize('args, message', [
     (['detect', 'none.png', '--checkpoint', 'mask_rcnn.pth'], 'No such file or directory: none.png'),
     (['detect', 'a.png', '--checkpoint', 'none.pth'], 'No such file or folder: none.pth'),
-    (['detect', 'a.png', '--checkpoint', 'segmenter.pth'], 'segmenter.pth holds a Semantic FPN: use `segment`'),
-    (['segment', 'a.png', '--checkpoint', 'mask_rcnn.pth'], 'mask_rcnn.pth holds a Mask R-CNN: use `detect`'),
+    (['detect', 'a.png', '--checkpoint', 'segmenter.pth'], 'segmenter.pth holds: Semantic FPN'),
+    (['segment', 'a.png', '--checkpoint', 'mask_rcnn.pth'], 'a Semantic FPN of'),
     (['detect', 'a.png', '--checkpoint', 'a.png'], 'a.png is a file that starts with'),
-    (['detect', 'a.png', '--checkpoint', 'plain.pth'], 'plain.pth holds no RetinaNet'),
-    (['detect', 'a.png', '--model', 'pvt_large'], "got 'pvt_large'"),
+    (['detect', 'a.png', '--checkpoint', 'plain.pth'], 'plain.pth holds: something else'),
+    (['detect', 'a.png', '--model', 'pvt_large'], 'pvt_medium'),
     (['detect', 'mask_rcnn.pth', '--checkpoint', 'mask_rcnn.pth'], 'Cannot read the image mask_rcnn.pth'),
     (['detect', 'a.png', 'sub/a.png', '--output', 'x', '--checkpoint', 'mask_rcnn.pth'], 'images of different names'),
     (['detect', 'a.png', '--output', 'a.png', '--checkpoint', 'mask_rcnn.pth'], 'File exists: a.png'),
     (['segment', 'a.png'], '--checkpoint'),
 ])
-def test_errors_are_one_line(folder, monkeypatch, capsys, args, message):
+def test_wrong_input(cli, folder, monkeypatch, args, message):
     monkeypatch.chdir(folder)
     torch.save({'layer.weight': torch.ones(1)}, 'plain.pth')
     (folder / 'sub').mkdir(exist_ok=True)
     (folder / 'sub' / 'a.png').write_bytes((folder / 'a.png').read_bytes())
-    try:
-        code = main(args)
-    except SystemExit as e:  # argparse
-        code = e.code
-    error = capsys.readouterr().err
-    assert code == 2 and error.count('\n') == 1 and message in error
+    assert message in cli(*args, fails=True)

@@ -1,20 +1,19 @@
-"""False colours: deterministic, free of arbitrary signs, and right for levels too small or too flat to have colours."""
+"""False colours: free of arbitrary signs, and right for levels too small or too flat to have colours."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pvt_timm.cli.pictures import _mosaic, draw_pyramid, false_colour, pca
+from pvt_timm.cli.pictures import draw_pyramid, false_colour, pca
 
 
 def test_pca_is_that_of_the_covariance():
     torch.manual_seed(0)
     features = torch.randn(6, 9, 11) * torch.tensor([5, 3, 2, .5, .1, .1])[:, None, None]
-    scores = pca(features)
-    x = features.flatten(1).double()
-    variances = torch.linalg.eigvalsh(torch.cov(x)).flip(0)[:3]
-    torch.testing.assert_close(torch.cov(scores.flatten(1)), variances.diag(), rtol=1e-9, atol=1e-9)
+    variances = torch.linalg.eigvalsh(torch.cov(features.flatten(1).double())).flip(0)[:3]
+    torch.testing.assert_close(torch.cov(pca(features).flatten(1)), variances.diag(), rtol=1e-9, atol=1e-9)
 
 
 def test_colours_do_not_depend_on_signs():
@@ -22,25 +21,20 @@ def test_colours_do_not_depend_on_signs():
     image = torch.rand(3, 64, 96)
     levels = [torch.randn(8, 16, 24), torch.randn(16, 8, 12), torch.randn(16, 4, 6), torch.randn(16, 2, 3)]
     turned = [-level for level in levels]
-    turned[1] = torch.linalg.qr(torch.randn(16, 16))[0] @ levels[1].flatten(1)
-    turned[1] = turned[1].reshape(levels[1].shape)
+    turned[1] = torch.einsum('cd,dhw->chw', torch.linalg.qr(torch.randn(16, 16))[0], levels[1])
     for one, other in zip(false_colour(levels, image), false_colour(turned, image)):
         assert one.min() == 0 and one.max() == 1
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('shape', [(8, 1, 1), (8, 1, 2), (8, 2, 2), (2, 5, 5), (8, 1, 30)])
-def test_small_levels(shape):
+@pytest.mark.parametrize('shape', [(8, 1, 1), (8, 1, 2), (8, 2, 2), (8, 1, 30)])
+@pytest.mark.parametrize('flat', [False, True])
+def test_levels_without_colours(shape, flat):
     torch.manual_seed(0)
-    colours, = false_colour([torch.randn(shape)], torch.rand(3, 32, 32))
-    assert colours.shape == (*shape[1:], 3) and colours.isfinite().all() and 0 <= colours.min() <= colours.max() <= 1
-    if shape[1:] == (1, 1):
-        assert (colours == .5).all()
-
-
-def test_flat_level_is_grey():
-    colours, = false_colour([torch.full((8, 4, 4), 3.)], torch.zeros(3, 32, 32))
-    assert (colours == .5).all()
+    colours, = false_colour([torch.full(shape, .1) if flat else torch.randn(shape)], torch.rand(3, 32, 32))
+    assert colours.shape == (*shape[1:], 3) and 0 <= colours.min() <= colours.max() <= 1
+    assert (colours == .5).all() == (flat or shape[1:] == (1, 1))
+    assert shape[1:] != (1, 2) or (colours[..., 1:] == .5).all()  # two positions have one component
 
 
 def test_outlier_leaves_the_rest_its_colours():
@@ -48,24 +42,18 @@ def test_outlier_leaves_the_rest_its_colours():
     features = torch.randn(4, 40, 40)
     features[:, 7, 7] = 1e4
     colours, = false_colour([features], torch.rand(3, 160, 160))
-    assert colours.flatten(0, 1).std(0).min() > .2
+    assert colours.std((0, 1)).min() > .2
 
 
 @pytest.mark.parametrize('size', [(32, 32), (64, 256), (320, 32), (32, 640)])
-def test_picture_fits_a_slide_or_page(tmp_path, size):
+def test_picture_fits_a_slide(tmp_path, size):
     torch.manual_seed(0)
-    image = Image.new('RGB', size[::-1], 'red')
     levels = [torch.randn(8, math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in (4, 8, 16, 32)]
-    draw_pyramid(image, levels, tmp_path / 'a.png', title='a title')
+    draw_pyramid(Image.new('RGB', size[::-1], 'red'), levels, tmp_path / 'a.png', title='a title')
     with Image.open(tmp_path / 'a.png') as drawn:
         assert 900 < drawn.width < 2500 and 500 < drawn.height < 2500
         colours = drawn.convert('RGB').getcolors(1 << 24)
         assert any(colour == (255, 0, 0) and count > 1e4 for count, colour in colours)  # the image is in it
-    assert [p.name for p in tmp_path.iterdir()] == ['a.png']
-
-
-def test_layouts_follow_the_aspect():
-    assert [len(_mosaic(a)) for a in (.2, .75, 1, 1.5, 3, 12)] == [1, 2, 2, 2, 4, 5]
 
 
 def test_sizes_are_height_by_width(tmp_path):
@@ -74,4 +62,4 @@ def test_sizes_are_height_by_width(tmp_path):
     draw_pyramid(Image.new('RGB', (80, 48)), levels, tmp_path / 'a.svg', img_size=(96, 160))
     text = (tmp_path / 'a.svg').read_text()
     for caption in ('96 × 160 pixels', '8 channels, 24 × 40', 'height × width'):
-        assert f'<!-- {caption}' in text or caption in text, caption
+        assert caption in text, caption

@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ('README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', 'benchmarks/training/README.md')
 LINKED = (*DOCS, 'weights_conversion/README.md', 'pvt_timm/recipes/README.md')
 TEXTS = {doc: (ROOT / doc).read_text(encoding='utf-8') for doc in LINKED}
-CHECKOUT = os.environ.get('TIMM_CHECKOUT')
 PUBLISHED = ('pvt_small', 'pvt_large')  # those that they fetch
 SMALL = '--epochs 1 --warmup-epochs 0 --batch-size 2 --workers 0 --img-size 32'.split()  # what makes training quick
 # Commands that are not run, and why
@@ -57,29 +56,33 @@ def blocks(text):
 
 
 def commands(code):
-    lines = (shlex.split(line, comments=True) for line in code.replace('\\\n', ' ').splitlines())
-    return [[word for words in line for word in (glob.glob(words) or [words])] for line in lines if line]
+    """Words of every command, its program without `python -m`."""
+    for line in code.replace('\\\n', ' ').splitlines():
+        line = line.replace('python -m pvt_timm ', 'pvt-timm ').replace('python -m weights_conversion ', 'pvt-convert ')
+        if argv := [word for words in shlex.split(line, comments=True) for word in (glob.glob(words) or [words])]:
+            yield argv
 
 
-def is_training(argv):
-    command = argv[argv.index('pvt_timm') + 1:] if 'pvt_timm' in argv else argv[1:] if argv[0] == 'pvt-timm' else []
-    return command[:1] in (['train'], ['run'])
+def script_of(argv):
+    """Where in a command `train` or `run` and the script stand, None in others."""
+    return next((i for i in range(1, len(argv)) if argv[i] in ('train', 'run') and argv[i - 1] in (
+        'pvt-timm', 'pvt_timm')), None)
 
 
 def sections():
     for doc in DOCS:
         for body in re.split(r'^## ', TEXTS[doc], flags=re.MULTILINE):
             if blocks(body):
-                title = body.partition('\n')[0]
-                trains = any(map(is_training, commands(''.join(code for lang, code in blocks(body) if lang == 'bash'))))
-                yield pytest.param(doc, body, id=f'{doc}: {title}', marks=pytest.mark.slow if trains else ())
+                trains = any(script_of(argv) for language, code in blocks(body) if language == 'bash'
+                             for argv in commands(code))
+                yield pytest.param(
+                    doc, body, id=f'{doc}: {body.partition(chr(10))[0]}', marks=pytest.mark.slow if trains else ())
 
 
 @pytest.fixture(scope='module')
 def assets(tmp_path_factory):
     """The files that the READMEs speak of."""
     folder = tmp_path_factory.mktemp('assets')
-    torch.manual_seed(0)
     for name in PUBLISHED:
         state = timm.create_model(name).state_dict()
         torch.save(from_timm(state, 'original')[0], folder / f'{name}.pth')
@@ -99,7 +102,7 @@ def assets(tmp_path_factory):
             for name in ('cat', 'dog', 'owl'):
                 (folder / data / split / name).mkdir(parents=True)
                 for i in range(4):
-                    Image.effect_noise((40, 40), 90).convert('RGB').save(folder / data / split / name / f'{i}.jpg')
+                    shutil.copy(folder / 'photo.jpg', folder / data / split / name / f'{i}.jpg')
     return folder
 
 
@@ -120,15 +123,12 @@ def served(hub, assets, monkeypatch):
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
 
 
-def run(argv, env):
-    program = argv[0]
-    if program == 'python' and argv[1:3] in (['-m', 'pvt_timm'], ['-m', 'weights_conversion']):
-        program, argv = {'pvt_timm': 'pvt-timm', 'weights_conversion': 'pvt-convert'}[argv[2]], argv[2:]
-    if is_training(argv):
-        train(argv, env)
-    elif program == 'pvt-timm':
+def run(argv, request):
+    if script_of(argv):
+        run_training(argv, request.getfixturevalue('train_py').parent, request.getfixturevalue('client_env'))
+    elif argv[0] == 'pvt-timm':
         assert pvt_timm_main(argv[1:]) == 0, argv
-    elif program == 'pvt-convert':
+    elif argv[0] == 'pvt-convert':
         assert convert_main(argv[1:]) in (0, None), argv
     elif argv[:3] == ['python', '-m', 'pvt_timm.digits']:
         pvt_timm.digits.main(argv[3:])
@@ -143,33 +143,27 @@ def run(argv, env):
                 assert f"'{option}'" in source, line
 
 
-def train(argv, env):
-    """`pvt-timm train` and `run` as typed, torchrun with two processes, and with arguments that make it quick."""
-    if not CHECKOUT:
-        pytest.skip("TIMM_CHECKOUT does not name a checkout of huggingface/pytorch-image-models, for its train.py")
-    argv = ['1' if arg == 'HOST:29500' else re.sub(r'(--nproc-per-node)=\d+', r'\1=2', arg) for arg in argv
-            if not arg.startswith(('--nnodes', '--rdzv', '--max-restarts'))]
-    argv = [str(Path(CHECKOUT) / arg.rpartition('/')[2]) if arg.endswith('.py') else arg for arg in argv]
-    if argv[0] == 'torchrun':
-        argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', *argv[1:]]
-    else:
-        argv = [sys.executable, '-m', 'pvt_timm', *argv[argv.index('train' if 'train' in argv else 'run'):]]
-    small = SMALL if 'train' in argv else ['--batch-size', '4', '--workers', '0', '--device', 'cpu']
-    done = subprocess.run([*argv, *small], env=env, capture_output=True, text=True, timeout=300)
+def run_training(argv, scripts, env):
+    """`pvt-timm train` and `run` with a script of timm, torchrun with two processes, and what makes it quick."""
+    i = script_of(argv)
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2'] if argv[0] == 'torchrun' else []
+    small = SMALL if argv[i] == 'train' else ['--batch-size', '4', '--workers', '0', '--device', 'cpu']
+    done = subprocess.run(
+        [sys.executable, *launcher, '-m', 'pvt_timm', argv[i], scripts / Path(argv[i + 1]).name, *argv[i + 2:], *small],
+        env=dict(env, OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize('doc, body', sections())
-def test_runs(doc, body, assets, served, client_env, tmp_path, monkeypatch):
+def test_runs(doc, body, assets, served, request, tmp_path, monkeypatch):
     shutil.copytree(assets, tmp_path, dirs_exist_ok=True, copy_function=os.link)
     monkeypatch.chdir(tmp_path)
-    env = dict(client_env, OMP_NUM_THREADS='1')
     names = dict(image=torch.rand(3, 96, 128), images=torch.rand(2, 3, 64, 96))
     left_out = set()
     for language, code in blocks(body):
         if language == 'bash':
             for argv in commands(code):
-                run(argv, env)
+                run(argv, request)
             continue
         imports = re.findall(r'^(?:import|from) (\w+)', code, re.MULTILINE)
         missing = [name for name in imports if not importlib.util.find_spec(name)]

@@ -1,35 +1,22 @@
-""" Training runs with timm's unmodified train.py: one and two processes, a killed worker, shards, damaged images.
-
-train.py comes from a checkout of timm that TIMM_CHECKOUT names.
-"""
+""" Training runs with timm's unmodified train.py: one and two processes, a killed worker, shards. """
 import importlib
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from pvt_timm.digits import write_digits
 
-ROOT = Path(__file__).parents[2]
-CHECKOUT = os.environ.get('TIMM_CHECKOUT')
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not CHECKOUT or not Path(CHECKOUT, 'train.py').is_file(),
-        reason='TIMM_CHECKOUT is not set to a checkout of huggingface/pytorch-image-models (for its train.py)')]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
-def scripts():
+def scripts(train_py):
     """The scripts in benchmarks/, whose runs these are."""
     pytest.importorskip('psutil')
-    sys.path.insert(0, str(ROOT / 'benchmarks' / 'training'))
-    try:
+    with pytest.MonkeyPatch.context() as m:
+        m.syspath_prepend(Path(__file__).parents[2] / 'benchmarks' / 'training')
         yield {name: importlib.import_module(name) for name in ('training_runs', 'scale_out', 'make_shards')}
-    finally:
-        sys.path.remove(str(ROOT / 'benchmarks' / 'training'))
 
 
 @pytest.fixture(scope='module')

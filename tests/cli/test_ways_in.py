@@ -37,64 +37,57 @@ def checkpoints(tmp_path_factory):
         return files, x, model(x)
 
 
-def overlay(file, hub):
-    return timm.create_model(
-        'test_pvt', pretrained=True, num_classes=3, img_size=64, pretrained_cfg_overlay=dict(file=str(file)))
+def create(overlay=None, **kwargs):
+    return timm.create_model('test_pvt', num_classes=3, pretrained_cfg_overlay=overlay, **kwargs)
 
 
-def checkpoint_path(file, hub):
-    return timm.create_model('test_pvt', num_classes=3, checkpoint_path=str(file))
-
-
-def url(file, hub):
-    address = hub.add_file(f'/{file.parent.name}-{file.name}', file)
-    return timm.create_model(
-        'test_pvt', pretrained=True, num_classes=3, img_size=64,
-        pretrained_cfg_overlay=dict(file='', hf_hub_id=None, url=address, num_classes=3))
-
-
-def local_dir(file, hub):
-    return timm.create_model(f'local-dir:{file.parent}', pretrained=True)
-
-
-def command_line(file, hub):
+def command_line(file):
     loaded = load_model(checkpoint=file)
     assert loaded.labels == NAMES
     return loaded.model
 
 
-def back(file, hub):
+def back(file):
     """Converted to timm, from wherever it is."""
     convert(file, file.parent / 'back', to='timm', force=True)
     return timm.create_model(f'local-dir:{file.parent / "back"}', pretrained=True)
 
 
-def outcome(way, file, x, expected, hub):
-    try:
-        model = way(file, hub).eval()
-    except (*EXPECTED, KeyError) as e:
-        return one_line(e)
-    if not model.num_classes:
-        return 'no head'
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), expected, rtol=0, atol=2e-6)
-    return 'equal'
-
-
-# the formats' column is in the order of FORMATS
+# Way in -> what comes of FORMATS by it
 EQUAL, DENSE, NO_CONFIG, TIMM_ONLY = 'equal', 'dense backbone', 'config.json', 'Missing key(s)'
+WAYS = {
+    'overlay': (
+        lambda file, hub: create(dict(file=str(file)), pretrained=True, img_size=64),
+        (EQUAL, EQUAL, EQUAL, EQUAL, DENSE)),
+    'checkpoint_path': (  # timm maps no names there
+        lambda file, hub: create(checkpoint_path=str(file)),
+        (EQUAL, EQUAL, TIMM_ONLY, TIMM_ONLY, TIMM_ONLY)),
+    'url': (  # torch.hub reads plain tensors only
+        lambda file, hub: create(
+            dict(file='', hf_hub_id=None, url=hub.add_file(f'/{file.name}', file), num_classes=3), pretrained=True,
+            img_size=64),
+        ('argparse.Namespace', EQUAL, EQUAL, EQUAL, DENSE)),
+    'local-dir': (  # timm wants its own config.json
+        lambda file, hub: timm.create_model(f'local-dir:{file.parent}', pretrained=True),
+        (NO_CONFIG, EQUAL, NO_CONFIG, 'architecture', NO_CONFIG)),
+    'command line': (lambda file, hub: command_line(file), (EQUAL, EQUAL, EQUAL, EQUAL, 'without a classifier')),
+    'back': (lambda file, hub: back(file), (EQUAL, EQUAL, EQUAL, EQUAL, 'no head')),
+}
 
 
-@pytest.mark.parametrize('way, outcomes', [
-    (overlay, (EQUAL, EQUAL, EQUAL, EQUAL, DENSE)),
-    (checkpoint_path, (EQUAL, EQUAL, TIMM_ONLY, TIMM_ONLY, TIMM_ONLY)),  # timm maps no names there
-    (url, ('argparse.Namespace', EQUAL, EQUAL, EQUAL, DENSE)),  # torch.hub reads plain tensors only
-    (local_dir, (NO_CONFIG, EQUAL, NO_CONFIG, 'architecture', NO_CONFIG)),  # timm wants its own config.json
-    (command_line, (EQUAL, EQUAL, EQUAL, EQUAL, 'without a classifier')),
-    (back, (EQUAL, EQUAL, EQUAL, EQUAL, 'no head')),
-])
-def test_every_cell_is_equal_or_refused(checkpoints, hub, way, outcomes):
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('fmt', FORMATS)
+def test_equal_or_refused(checkpoints, hub, way, fmt):
     files, x, expected = checkpoints
-    for fmt, wanted in zip(FORMATS, outcomes):
-        got = outcome(way, files[fmt], x, expected, hub)
-        assert got == EQUAL if wanted == EQUAL else wanted in got, f'{way.__name__}, {fmt}: {got}'
+    load, outcomes = WAYS[way]
+    outcome = outcomes[FORMATS.index(fmt)]
+    if outcome not in (EQUAL, 'no head'):
+        with pytest.raises((*EXPECTED, KeyError)) as e:
+            load(files[fmt], hub)
+        assert outcome in one_line(e.value)
+        return
+    model = load(files[fmt], hub).eval()
+    assert bool(model.num_classes) == (outcome == EQUAL)
+    if outcome == EQUAL:
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=2e-6)

@@ -1,0 +1,46 @@
+""" Ways to run the command line, and timm's train.py. """
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pvt_timm.cli.main import main
+
+
+@pytest.fixture
+def cli(capsys):
+    """In this process. Returns what is printed, or with `fails=True` the one line of the error."""
+    def run(*argv, fails=False):
+        capsys.readouterr()
+        try:
+            code = main([str(arg) for arg in argv])
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        if not fails:
+            assert (code, err) == (0, '')
+            return out
+        assert (code, out, err.count('\n')) == (2, '', 1) and err.startswith('pvt-timm'), err
+        return err
+    return run
+
+
+@pytest.fixture
+def python(client_env, tmp_path):
+    """Python in a process of its own, in the folder of the test."""
+    def run(*args, **env):
+        return subprocess.run(
+            [sys.executable, *map(str, args)], cwd=tmp_path, env={**client_env, 'OMP_NUM_THREADS': '1', **env},
+            capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    return run
+
+
+@pytest.fixture(scope='session')
+def train_py():
+    """timm's script, which is not in its package."""
+    file = Path(os.environ.get('TIMM_CHECKOUT', 'none'), 'train.py')
+    if not file.is_file():
+        pytest.skip('TIMM_CHECKOUT is not set to a checkout of huggingface/pytorch-image-models (for its train.py)')
+    return file
