@@ -30,19 +30,18 @@ def pytest_unconfigure(config):
 
 def pytest_addoption(parser):
     parser.addoption(
-        '--allowed-skips', metavar='FILE',
-        help='Fail if a test is skipped for a reason that matches no line (regular expression) of FILE.')
+        '--allowed-skips', metavar='FILE', help='fail on a skip whose reason matches no regular expression in FILE')
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
     path = session.config.getoption('allowed_skips')
-    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
-    if path is None or reporter is None or hasattr(session.config, 'workerinput'):
+    if path is None or hasattr(session.config, 'workerinput'):
         return
     allowed = [line for line in Path(path).read_text().splitlines() if line and not line.startswith('#')]
-    skipped = {report.longrepr[2] for report in reporter.stats.get('skipped', []) if isinstance(report.longrepr, tuple)}
-    for reason in sorted(reason for reason in skipped if not any(re.search(line, reason) for line in allowed)):
+    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
+    reasons = {report.longrepr[2] for report in reporter.stats.get('skipped', []) if isinstance(report.longrepr, tuple)}
+    for reason in sorted(reason for reason in reasons if not any(re.search(line, reason) for line in allowed)):
         reporter.write_line(f'\nNot on {path}: {reason}', red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -105,10 +105,8 @@ def draw_pyramid(
         axes.set_title(text, loc='left', fontsize=10)
         axes.set_anchor('N')
         axes.set_axis_off()
-        for i in range(1, cells[0]):
-            axes.axhline(height * i / cells[0], color='white', linewidth=1)
-        for i in range(1, cells[1]):
-            axes.axvline(width * i / cells[1], color='white', linewidth=1)
+        axes.hlines(np.arange(1, cells[0]) * height / cells[0], 0, width, color='white', linewidth=1)
+        axes.vlines(np.arange(1, cells[1]) * width / cells[1], 0, height, color='white', linewidth=1)
     figure.suptitle(title, fontsize=15, weight='bold')
     figure.supxlabel(
         f'{note}\nColours: first three principal components of each level. Sizes: height × width.'.strip(), fontsize=9)

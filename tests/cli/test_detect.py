@@ -44,10 +44,9 @@ def test_detect(cli, folder, tmp_path):
         assert item['name'] == ('cat', 'dog', 'emu')[item['label']] and 0 <= x1 < x2 <= 80 and 0 <= y1 < y2 <= 60
         assert item['mask']['size'] == [60, 80] and sum(item['mask']['counts']) == 60 * 80
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['a_detect.png', 'b_detect.png', 'wide_detect.png']
-    args = ['detect', images[0], '--checkpoint', folder / 'retinanet.pth', '--threshold']
-    lines = cli(*args, '0').splitlines()
-    assert lines[0] == f'{images[0]}: {len(lines) - 1} objects' and ' at ' in lines[1]
-    assert cli(*args, '1') == f'{images[0]}: 0 objects\n'
+    lines = cli('detect', images[0], '--threshold', '0.01', '--checkpoint', folder / 'mask_rcnn.pth').splitlines()
+    assert lines[0] == f'{images[0]}: {len(first["objects"])} objects' and ' at ' in lines[1]
+    assert cli('detect', images[0], '--checkpoint', folder / 'retinanet.pth') == f'{images[0]}: 0 objects\n'
 
 
 def test_run_lengths_are_those_of_coco():
