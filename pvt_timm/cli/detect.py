@@ -2,7 +2,6 @@
 import argparse
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -129,7 +128,7 @@ def run_lengths(mask: torch.Tensor) -> Dict[str, List[int]]:
 
 def draw_detections(image: Image.Image, found: Dict[str, torch.Tensor], names: Sequence[str], output: Path) -> None:
     """Draw 'boxes' (N, 4) with names and 'scores' (N,) over an image, and 'masks' (N, 1, H, W) if there are any."""
-    kinds = [name for name, _ in Counter(names).most_common()]
+    kinds = list(dict.fromkeys(names))
     colors = [_COLORS[kinds.index(name) % len(_COLORS)] for name in names]
     pixels = np.array(image)
     for mask, color in zip(found.get('masks', ()), colors):

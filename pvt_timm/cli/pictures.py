@@ -80,10 +80,6 @@ def draw_pyramid(
         img_size: Height and width that the model saw, those of `image` by default.
         note: Line below everything, before what the colours are.
         cells: Rows and columns of an image that is a sheet of images, to draw lines between them.
-
-    Raises:
-        UserError: matplotlib is not installed.
-        ValueError: No such format.
     """
     image = image.convert('RGB')
     image.thumbnail((2000, 2000))

@@ -299,7 +299,6 @@ def test_a_failed_write_leaves_nothing(cli, monkeypatch, tmp_path):
 SCRIPT = '''
 import json, multiprocessing, os, pickle, sys
 import neighbour
-import timm
 
 class Thing:
     pass
@@ -308,6 +307,7 @@ def double(x):
     return 2 * x
 
 if __name__ == '__main__':
+    import timm
     with multiprocessing.get_context('spawn').Pool(1) as pool:
         doubled = pool.map(double, [1, 2])
     print(json.dumps(dict(
@@ -338,26 +338,6 @@ def test_run_leaves_errors_to_the_script(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'path', list(sys.path))
     with pytest.raises(OSError, match='mine'):
         main(['run', str(tmp_path / 'bad.py')])
-
-
-def test_run_under_torchrun(python, tmp_path):
-    (tmp_path / 'script.py').write_text('''
-import sys
-import timm
-import torch
-import torch.distributed as dist
-
-dist.init_process_group('gloo')
-model = timm.create_model('test_pvt')
-ones = torch.ones(1)
-dist.all_reduce(ones)
-open(f'rank{dist.get_rank()}', 'w').write(f'{sys.argv[1]} {int(ones)}')
-dist.destroy_process_group()
-''')
-    done = python('-m', 'torch.distributed.run', '--nproc-per-node=2', '--standalone', '-m', 'pvt_timm', 'run',
-                  'script.py', 'hello')
-    assert done.returncode == 0, done.stderr
-    assert [(tmp_path / f'rank{i}').read_text() for i in range(2)] == ['hello 2', 'hello 2']
 
 
 def test_error_of_a_process(python):
