@@ -33,14 +33,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {message} (see {self.prog} --help)\n')
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, limit: int = 1000) -> str:
     """What an exception says, in one line that a terminal can show whatever a file name or a key in it holds."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f'{error.strerror}: {error.filename}'
     text = ' '.join(text.split())
     text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
-    return text if len(text) <= 1000 else f'{text[:1000]} ...'
+    return text if len(text) <= limit else f'{text[:limit]} ...'
 
 
 def run_command(prog: str, command: Callable[[], Optional[int]]) -> int:
