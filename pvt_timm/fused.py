@@ -157,8 +157,9 @@ def _block(blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tu
         kv = _norm(attn.norm, linears[attn.sr](_patches(y.view(B, size[0], size[1], C), attn.sr_ratio)))
     q = linears[attn.q](y).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
     k, v = linears[attn.kv](kv).unflatten(2, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    del y, kv  # as large as x, as is q
     y = _attend(q, k, v)
-    del q  # as large as x
+    del q
     x += linears[attn.proj](y.transpose(1, 2).reshape(B, N, C))
     del y
     tokens = x.view(1, B * N, C)  # in equal parts, whichever image they are of
