@@ -149,7 +149,7 @@ class LoopbackServer:
 
 
 class _Error(Exception):
-    """Status, message, and the code by which the hub's client knows what it is."""
+    """Status, message, the code by which the hub's client knows what it is, and the commit that was looked at."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -199,8 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
                     return
             raise _Error(404, 'Not found')
         except _Error as e:
-            status, message, *code = e.args
-            headers = {'X-Error-Code': code[0], 'X-Error-Message': message} if code else {}
+            status, message, *more = e.args
+            headers = {'X-Error-Message': message, **dict(zip(('X-Error-Code', 'X-Repo-Commit'), more))}
             self.send_json({'error': message}, status, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
@@ -272,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Error(403, f'Access to model {repo} is restricted.', 'GatedRepo')
         f = found.commits[sha].get(name)
         if f is None:
-            raise _Error(404, 'Entry not found', 'EntryNotFound')
+            raise _Error(404, 'Entry not found', 'EntryNotFound', sha)
         headers = {'X-Repo-Commit': sha}
         if not name.endswith(LFS_SUFFIXES):
             self.send_file(f, {**headers, 'ETag': f'"{f.git_oid}"'})
