@@ -48,11 +48,15 @@ def read_labels(path: PathLike, count: Optional[int] = None) -> List[str]:
         OSError: It cannot be read.
         ValueError: There are no names in it, or not `count`.
     """
-    text = Path(path).read_text(encoding='utf-8')
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    names = labels_in(json.loads(text)) if Path(path).suffix == '.json' else lines
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        names = labels_in(json.loads(text)) if Path(path).suffix == '.json' else lines
+    except ValueError as e:
+        raise ValueError(f'Cannot read the names of classes in {path}: {e}') from e
     if not names or count not in (None, len(names)):
-        raise ValueError(f'Expected the names of {count or "some"} classes in {path}, got {len(names or ())}.')
+        expected = 'some' if count is None else count
+        raise ValueError(f'Expected the names of {expected} classes in {path}, got {len(names or ())}.')
     return names
 
 

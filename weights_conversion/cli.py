@@ -87,14 +87,12 @@ def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
 
 
 def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
-    from huggingface_hub.utils import validate_repo_id
-
     from .converter import VerificationError, convert
-    from .publish import push
+    from .publish import check_repo, push
 
     repo, private, dry_run = (args.pop(key) for key in ('push', 'private', 'dry_run'))
     if repo:
-        validate_repo_id(repo)
+        check_repo(repo)
     elif private or dry_run:
         raise ValueError('Expected --push OWNER/REPO with --private or --dry-run.')
     try:

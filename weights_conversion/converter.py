@@ -113,7 +113,10 @@ def convert(
             except (RuntimeError, SafetensorError) as e:  # how torch and safetensors report a full disk
                 raise OSError(f'Cannot write to {path.parent}: {clean(e, 200)}') from e
             if keep_source:
-                shutil.copyfile(weights.source.file, folder / weights.source.file.name)
+                kept = folder / weights.source.file.name
+                if kept.exists():
+                    raise ValueError(f'Cannot keep {kept.name}, the {to} format has a file of that name.')
+                shutil.copyfile(weights.source.file, kept)
             if verify is not False:
                 from . import verification
                 try:
@@ -155,6 +158,8 @@ def _choose(
         report.notes.append('position embeddings resized (bilinear) from the grid of {}x{} to that of {}x{} images'
                             .format(*info.img_size, *size))
         info, cfg['input_size'] = replace(info, grid_size=grid), (info.in_chans, *size)
+    if to == 'transformers' and info.grid_size[0] != info.grid_size[1]:
+        raise ValueError(f'The transformers format holds square images only, got {info.img_size}: say --img-size N.')
     if dtype and dtype != report.dtype:
         state_dict, row = ({k: _cast(k, v, DTYPES[dtype]) for k, v in x.items()} for x in (state_dict, row))
         report.notes.append(f'cast from {report.dtype} to {dtype}')
@@ -176,8 +181,11 @@ def _take_parts(weights: Weights, to: str, drop: List[str], report: Report) -> T
         raise ValueError(f'The mmdet format has no place for {", ".join(left)}: {cure}')
     if to == 'transformers' and not {'class_token', 'norm'} <= set(left):
         raise ValueError('The transformers format needs a class token and a final norm, nothing is made up.')
-    if to == 'transformers' and info.grid_size[0] != info.grid_size[1]:
-        raise ValueError(f'The transformers format holds square images only, got {info.img_size}.')
+    pool = weights.model_args.get('global_pool')
+    if pool and 'head' in left and to == 'transformers':
+        raise ValueError(f'The head takes global_pool={pool!r}, transformers always the class token: --drop head.')
+    if pool and 'head' in left and to == 'original':
+        report.notes.append(f'the head was trained with global_pool={pool!r}, the original code takes the class token')
     if to == 'original' and (
             ('class_token' in left) != ('norm' in left) or 'head' in left and 'class_token' not in left):
         raise ValueError(

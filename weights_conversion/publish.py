@@ -14,7 +14,7 @@ from .converter import convert
 from .reading import PathLike, default_cfg
 from .sources import SHA256
 
-__all__ = ['publish', 'push']
+__all__ = ['check_repo', 'publish', 'push']
 
 # Box AP on COCO val2017 as OpenMMLab publishes it with its detectors
 BOX_AP = {'pvt_tiny.retinanet_coco': 36.6, 'pvt_small.retinanet_coco': 40.4, 'pvt_medium.retinanet_coco': 41.7}
@@ -37,7 +37,7 @@ def push(folder: PathLike, repo: str, *, private: bool = False, dry_run: bool = 
         ValueError: No such folder, or a wrong name.
         Exception: What the hub's client raises.
     """
-    validate_repo_id(repo)
+    check_repo(repo)
     folder = Path(folder)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())} if folder.is_dir() else {}
     if not files:
@@ -49,6 +49,13 @@ def push(folder: PathLike, repo: str, *, private: bool = False, dry_run: bool = 
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message='Upload converted PVT weights')
         result['url'] = f'{api.endpoint}/{repo}'
     return result
+
+
+def check_repo(repo: str) -> None:
+    """Refuse what is no OWNER/REPO, before any work is done."""
+    validate_repo_id(repo)
+    if '/' not in repo:
+        raise ValueError(f'Expected a repository OWNER/REPO, got {ascii(repo)}.')
 
 
 def publish(

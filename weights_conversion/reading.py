@@ -300,7 +300,7 @@ def _labels(
     try:
         names = labels_in(trained.get('label_names')) or labels_beside(source.file) or labels_in(source.config)
     except ValueError as e:
-        notes.append(f'left out the label names in config.json: {clean(e)}')
+        notes.append(f'left out the label names that come with it: {clean(e)}')
         return None
     if names and count and len(names) != count:
         notes.append(f'left out {len(names)} label names, the head has {count} classes')

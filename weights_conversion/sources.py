@@ -109,6 +109,7 @@ def open_source(spec: Union[str, 'os.PathLike[str]'], progress: bool = False) ->
 
 def _from_hub(spec: str) -> Source:
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     m = re.fullmatch(r'hf-hub:([^@:]+)(?:@([^:]+))?(?::([^\\:]+))?', spec)
@@ -121,7 +122,7 @@ def _from_hub(spec: str) -> Source:
             return Path(hf_hub_download(repo, name, revision=revision))
         except LocalEntryNotFoundError:  # the network failed, or is off and the file is not in the cache
             missing = try_to_load_from_cache(repo, name, revision=revision) is _CACHED_NO_EXIST  # as seen before
-            if not missing and (name in (wanted, _HUB_FILES[0]) or not os.environ.get('HF_HUB_OFFLINE')):
+            if not missing and (name in (wanted, _HUB_FILES[0]) or not HF_HUB_OFFLINE):
                 raise
         except EntryNotFoundError:
             pass

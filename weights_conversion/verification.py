@@ -4,7 +4,7 @@ import math
 import os
 import types
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping
 from unittest import mock
@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.checkpoints import from_timm, unwrap
 from pvt_timm.files import read_checkpoint
 from pvt_timm.pvt import VARIANTS
 
@@ -88,7 +88,8 @@ def _compare(weights: Weights, reference: Reference, raw: StateDict) -> Dict[str
         1, weights.info.in_chans, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ramp = torch.outer(*(torch.linspace(-n, n, pixels, dtype=torch.float64) for n, pixels in zip((2, 1), size)))
     images = torch.cat([noise, ramp.expand_as(noise)])
-    ours = weights.create_model(dtype=torch.float64)
+    args = {k: v for k, v in weights.model_args.items() if k != 'global_pool'}  # the references take the class token
+    ours = replace(weights, model_args=args).create_model(dtype=torch.float64)
     ours.load_state_dict(weights.for_model())
     expected = _outputs(ours, [stage.blocks[-1] for stage in ours.stages], images)
     theirs = reference.model.double()
@@ -132,6 +133,7 @@ def _raw_source(weights: Weights) -> Dict[str, torch.Tensor]:
     state_dict: Any = read_checkpoint(file, max(file.stat().st_size, 1))
     for wrapper in weights.converted.wrappers:
         state_dict = state_dict[wrapper]
+    state_dict = unwrap(state_dict)[0]  # weights in a dict of another name
     prefix = weights.converted.prefix
     names = [name for _, names in weights.converted.mapped for name in names]
     # transformers' PvtModel lacks the 'pvt.' of PvtForImageClassification

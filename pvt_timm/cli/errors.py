@@ -10,7 +10,7 @@ from typing import Callable, NoReturn, Optional, Tuple, Type
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-__all__ = ['EXPECTED', 'Parser', 'UserError', 'one_line', 'run_command']
+__all__ = ['EXPECTED', 'Parser', 'UserError', 'one_line', 'printable', 'run_command']
 
 
 class UserError(Exception):
@@ -33,13 +33,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {message} (see {self.prog} --help)\n')
 
 
+def printable(text: str) -> str:
+    """Text from elsewhere, which may hold what would change a terminal."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
 def one_line(error: BaseException, limit: int = 1000) -> str:
     """What an exception says, in one line that a terminal can show whatever a file name or a key in it holds."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f'{error.strerror}: {error.filename}'
-    text = ' '.join(text.split())
-    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+    text = printable(' '.join(text.split()))
     return text if len(text) <= limit else f'{text[:limit]} ...'
 
 

@@ -2,6 +2,7 @@
 import argparse
 import importlib.util
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from .. import digits, pvt
 from ..files import save_atomically
 from ..labels import labels_in, read_labels
 from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, checkpoint_filter_fn
-from .errors import EXPECTED, UserError, one_line
+from .errors import EXPECTED, UserError, one_line, printable
 from .pictures import draw_pyramid
 
 __all__ = ['Classifier', 'add_demo', 'add_features', 'add_list', 'add_predict', 'extract', 'load_model', 'open_image',
            'predict', 'zoo']
+
+_logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = 'pvt_small'
 _NO_HEAD = 'is a backbone without a classifier: use `features`, or weights with a head'
@@ -77,10 +80,12 @@ def load_model(
         from weights_conversion.reading import read_weights
 
         with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
+            for note in weights.notes:
+                _logger.warning(f'{weights.source.file.name}: {note}')
             network = timm.create_model(
                 weights.variant, **{**weights.model_args, 'num_classes': weights.info.num_classes, **kwargs})
             network.load_state_dict(checkpoint_filter_fn(weights.state_dict, network))
-            name, cfg = f'{weights.variant} from {os.path.basename(checkpoint)}', weights.cfg
+            name, cfg = f'{weights.variant} from {Path(weights.source.name).name}', weights.cfg
     if not dense and not network.num_classes:
         raise UserError(f'{name} {_NO_HEAD}')
 
@@ -239,7 +244,7 @@ def run_predict(args: argparse.Namespace) -> None:
         if not args.json:
             print(path)
             for item in top:
-                print(f'  {item["probability"]:7.2%}  {item["label"]}', flush=True)
+                print(f'  {item["probability"]:7.2%}  {printable(str(item["label"]))}', flush=True)
     if args.json:
         print(json.dumps(dict(
             model=classifier.name, img_size=classifier.data['input_size'][1:], images=results), indent=2))

@@ -392,6 +392,39 @@ def test_what_training_says_about_itself_is_carried_along(how, to, tmp_path):
             assert files.same(map_to_timm(read_checkpoint(tmp_path / 'out')).state_dict, source)
 
 
+def test_a_head_trained_on_the_mean_of_tokens(tmp_path):
+    """Outputs are compared with the pooling of the reference, and transformers, which has no other, is refused."""
+    checkpoint = {'state_dict': files.make('timm', num_classes=4, fill=files.random_values),
+                  'args': argparse.Namespace(gp='avg')}
+    file = files.save(checkpoint, tmp_path / 'run.pth.tar')
+    report = convert(file, tmp_path / 'out', verify=True)
+    assert report.verification['passed']
+    assert timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).global_pool == 'avg'
+    with pytest.raises(ValueError, match='global_pool'):
+        convert(file, tmp_path / 'theirs', to='transformers')
+    assert any('global_pool' in note for note in convert(file, tmp_path / 'original', to='original').notes)
+
+
+def test_squares_for_transformers(original, tmp_path):
+    with pytest.raises(ValueError, match='square'):
+        convert(original, tmp_path / 'out', to='transformers', img_size=(64, 96))
+    oblong = convert(original, tmp_path / 'oblong', img_size=(64, 96)).output
+    convert(oblong, tmp_path / 'square', to='transformers', img_size=64)
+
+
+def test_the_source_is_not_kept_in_place_of_the_output(original, tmp_path):
+    folder = convert(original, tmp_path / 'timm').output
+    with pytest.raises(ValueError, match='has a file of that name'):
+        convert(folder, tmp_path / 'out', dtype='float16', keep_source=True)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_weights_in_a_dict_of_another_name_are_verified(tmp_path):
+    source = files.make('transformers', num_classes=4, fill=files.random_values)
+    file = files.save({'epoch': 3, 'net': source}, tmp_path / 'run.pth')
+    assert convert(file, tmp_path / 'out', verify=True).verification['passed']
+
+
 def test_labels_from_a_file(refused, tmp_path):
     source = _transformers_folder(tmp_path / 'hf', id2label={str(i): f'old {i}' for i in range(4)})
     names = tmp_path / 'names.txt'
