@@ -393,7 +393,7 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     """What a checkpoint of timm's train.py, of Lightning or of OpenMMLab says about its training.
 
     Returns:
-        Those of these that it says: 'architecture' (str), 'img_size' ((height, width)), 'mean' and 'std' (a number per
+        Those of these that it says: 'img_size' ((height, width)), 'mean' and 'std' (a number per
         channel), 'crop_pct' (float), 'interpolation' and 'global_pool' (str), 'num_classes' (int), 'label_names' (list
         of str).
     """
@@ -403,8 +403,7 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
 
     groups = [settings(checkpoint.get(k)) for k in ('meta', 'hyper_parameters', 'args')]
     inner = [settings(v) for group in groups for v in group.values()]
-    said: Dict[Any, Any] = {'arch': checkpoint.get('arch')}
-    said.update({k: v for group in (*reversed(inner), *groups) for k, v in group.items() if v is not None})
+    said = {k: v for group in (*reversed(inner), *groups) for k, v in group.items() if v is not None}
 
     def numbers(*names: str, low: float = 1e-9) -> Tuple[Any, ...]:
         x: Any = next((said[name] for name in names if name in said), ())
@@ -421,7 +420,6 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     classes = numbers('num_classes', low=1)
     labels = next((said[k] for k in ('label_names', 'class_names', 'classes', 'CLASSES') if k in said), None)
     found = {
-        'architecture': text('model', 'architecture', 'arch'),
         'img_size': tuple(map(int, (size * 2)[-2:])),
         'mean': numbers('mean', low=0.),
         'std': numbers('std'),

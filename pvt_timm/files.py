@@ -99,11 +99,12 @@ def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
 
     What a link points to is replaced, not the link. A device or pipe is written to.
     """
-    path = Path(path).resolve()
-    if path.exists() and not path.is_file():
+    path = Path(path)
+    if path.exists() and not path.is_file():  # asked before `resolve`, which makes no path of a pipe in /dev/stdout
         with open(path, 'wb') as f:
             write(f)
         return
+    path = path.resolve()
     if not path.parent.is_dir():
         raise FileNotFoundError(f'No such folder: {path.parent}')
     aside = path.with_name(f'.{path.name}-{uuid.uuid4().hex}')
@@ -187,6 +188,10 @@ class _Array(np.ndarray):
         super().__setstate__((version, shape, dtype.plain, fortran, data))
 
 
+def _no_bytes() -> bytes:
+    return b''
+
+
 def _scalar(dtype: _Dtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype.plain, 1)[0]
 
@@ -194,8 +199,8 @@ def _scalar(dtype: _Dtype, data: bytes) -> Any:
 class _TrainingLog:
     """In place of the logs that OpenMMLab's training saves beside the weights, and of their functions."""
 
-    def __init__(self, owner: Any = None, *_: Any):
-        if owner not in (None, _TrainingLog):
+    def __init__(self, *args: Any):
+        if args and args[0] is not _TrainingLog:
             raise ValueError('GLOBAL builtins.getattr')
 
     def __setstate__(self, state: Any) -> None:
@@ -210,6 +215,7 @@ _ALLOWED: Any = [
     (_Array, 'numpy._core.multiarray._reconstruct'),  # since numpy 2
     (_scalar, 'numpy.core.multiarray.scalar'),
     (_scalar, 'numpy._core.multiarray.scalar'),
+    (_no_bytes, 'builtins.bytes'),  # of an empty array
     (_TrainingLog, 'mmengine.logging.history_buffer.HistoryBuffer'),
     (_TrainingLog, 'builtins.getattr'),  # of a log
 ]

@@ -216,7 +216,8 @@ class FusedStage(PyramidVisionTransformerStage):
         if not torch.backends.mkldnn.enabled:
             return _State('oneDNN is disabled')
         dtype = self.pos_embed.dtype
-        key, requires_grad = [], False
+        key: List[Any] = []
+        requires_grad = False
         parameters: List[Any] = [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
         modules = list(self._modules.values())
         while modules:
@@ -233,7 +234,16 @@ class FusedStage(PyramidVisionTransformerStage):
                 return _State('approximate GELU')
             if m._modules:
                 modules.extend(m._modules.values())
+            if (
+                    type(m) is nn.Conv2d and (
+                        m.kernel_size != m.stride or m.padding != (0, 0) or m.dilation != (1, 1) or m.groups != 1)
+                    or isinstance(m, Mlp) and not (type(m.act) is nn.GELU and type(m.norm) is nn.Identity)
+                    or not isinstance(m, Mlp) and any(
+                        name.startswith('norm') and type(child) is nn.Identity for name, child in m._modules.items())
+            ):
+                return _State(f'a {type(m).__name__} of another form')
             if m._parameters:
+                key.append(id(m))  # packed weights are found by module
                 parameters.extend(m._parameters.values())
         for p in parameters:
             if p is None:

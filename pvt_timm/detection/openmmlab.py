@@ -182,8 +182,8 @@ def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
 def _dataset(meta: Mapping[str, Any], num_classes: int) -> Dict[str, List[Any]]:
     """'classes' and 'palette' that the file says, if there is one per class."""
     inner = meta.get('dataset_meta')
-    said = {str(k).lower(): v for source in (meta, inner) if isinstance(source, Mapping) for k, v in source.items()}
-    return {k: list(v) for k, v in said.items()
+    said = [(str(k).lower(), v) for source in (meta, inner) if isinstance(source, Mapping) for k, v in source.items()]
+    return {k: list(v) for k, v in said
             if k in ('classes', 'palette') and isinstance(v, (list, tuple)) and len(v) == num_classes}
 
 

@@ -351,7 +351,7 @@ def test_training_config():
         model='pvt_tiny', img_size=64, input_size=None, mean=[.5, .4, .3], std=None, crop_pct=.9, interpolation='',
         num_classes=3, lr=.1)
     assert training_config(dict(arch='pvt_tiny', args=args)) == dict(
-        architecture='pvt_tiny', img_size=(64, 64), mean=(.5, .4, .3), crop_pct=.9, num_classes=3)
+        img_size=(64, 64), mean=(.5, .4, .3), crop_pct=.9, num_classes=3)
     # Lightning, in groups, with numpy's numbers
     hyper = dict(data=argparse.Namespace(input_size=(3, 96, 64), std=np.array([.5, .25])), num_classes=np.int64(2),
                  interpolation='bilinear', model=dict(num_classes=7), class_names=('cat', 'dog'))

@@ -8,6 +8,7 @@ import pickle
 import resource
 import struct
 import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -403,3 +404,14 @@ def test_devices_and_pipes_are_written_to(tmp_path):
     with pytest.raises(OSError, match='No space'):
         save_atomically(full, lambda f: f.write(b'x'))
     assert full.is_symlink() and full.is_char_device()
+
+
+def test_a_pipe_without_a_path():
+    """`/dev/stdout` leads to no path of a file system."""
+    code = "from pvt_timm.files import save_atomically; save_atomically('/dev/stdout', lambda f: f.write(b'x'))"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, check=True).stdout == b'x'
+
+
+def test_an_empty_array_beside_the_weights(tmp_path):
+    torch.save({'weights': torch.ones(2), 'none': np.zeros((0, 3))}, tmp_path / 'x.pth')
+    assert read_checkpoint(tmp_path / 'x.pth')['none'].shape == (0, 3)

@@ -5,12 +5,14 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import Mlp
 from timm.utils import reparameterize_model
 from torch.utils._pytree import tree_leaves
 
@@ -389,3 +391,35 @@ def test_memory_at_detection_size():
         int(subprocess.run([sys.executable, '-c', PEAK, kind], env=env, check=True, capture_output=True).stdout)
         for kind in ('plain', 'fused'))
     assert fused <= plain and fused < 60e6, (plain, fused)
+
+
+@needs_onednn
+@pytest.mark.parametrize('change', [
+    dict(mlp_layer=partial(Mlp, norm_layer=nn.LayerNorm)), dict(act_layer=nn.Identity), dict(norm_layer=nn.Identity),
+    'padding', 'overlap', 'same parameters'])
+def test_other_forms_of_known_layers(change):
+    """Known types that compute something else take the plain path, new layers of the same parameters are packed."""
+    model = timm.create_model('test_pvt', **(change if isinstance(change, dict) else {})).eval()
+    fused = fuse(model, inplace=True)
+    embed, x = model.stages[0].patch_embed, torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        fused(x)
+        if change == 'padding':
+            embed.proj.padding = (1, 1)
+        elif change == 'overlap':
+            embed.proj = nn.Conv2d(3, embed.proj.out_channels, 7, 4, padding=3)
+        elif change == 'same parameters':
+            model.stages[0].blocks[0].mlp.fc1 = copy.copy(model.stages[0].blocks[0].mlp.fc1)
+        if change != 'same parameters':
+            assert 'path=plain' in repr(fused.stages[0])
+        try:
+            got = fused(x)
+        except RuntimeError:
+            assert change == 'padding'  # the plain stage fits no such grid either
+            return
+        stages = [stage._plain_forward for stage in fused.stages]
+        expected = x
+        for forward in stages:
+            expected = forward(expected)
+        expected = fused.forward_head(fused.norm(expected))
+    assert (got - expected).abs().max() < 1e-5
