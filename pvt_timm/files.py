@@ -100,7 +100,7 @@ def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
     What a link points to is replaced, not the link. A device or pipe is written to.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # asked before `resolve`, which makes no path of a pipe in /dev/stdout
+    if path.exists() and not path.is_file():  # before `resolve`, for which an open pipe is no path
         with open(path, 'wb') as f:
             write(f)
         return
