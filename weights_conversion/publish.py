@@ -93,7 +93,7 @@ def publish(
     unknown = [tag for tag in only if tag not in SHA256]
     if unknown:
         raise ValueError(f'Expected names in {", ".join(SHA256)}, got {unknown[0]!r}.')
-    validate_repo_id(f'{owner}/x')
+    check_repo(f'{owner}/x')
     accuracy = json.loads(Path(measured).read_text(encoding='utf-8')) if measured else {}
     results = []
     for tag in only or SHA256:

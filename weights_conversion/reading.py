@@ -57,8 +57,8 @@ class Weights:
 
     def create_model(self, **kwargs: Any) -> Any:
         """A model that takes the weights, without them."""
-        kwargs = dict(self.model_args, num_classes=self.info.num_classes, weight_init='skip', **kwargs)
-        return timm.create_model(self.variant, **kwargs)
+        own = dict(self.model_args, num_classes=self.info.num_classes, weight_init='skip')
+        return timm.create_model(self.variant, **{**own, **kwargs})
 
     def for_model(self) -> StateDict:
         """The state dict without the class token row of dense checkpoints, which no timm model has a place for."""

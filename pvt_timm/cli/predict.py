@@ -82,8 +82,7 @@ def load_model(
         with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
             for note in weights.notes:
                 _logger.warning(f'{weights.source.file.name}: {note}')
-            network = timm.create_model(
-                weights.variant, **{**weights.model_args, 'num_classes': weights.info.num_classes, **kwargs})
+            network = weights.create_model(**kwargs)
             network.load_state_dict(checkpoint_filter_fn(weights.state_dict, network))
             name, cfg = f'{weights.variant} from {Path(weights.source.name).name}', weights.cfg
     if not dense and not network.num_classes:
