@@ -12,7 +12,7 @@ inner modules, a build of PyTorch without the operators. `print(model)` shows wh
 """
 import copy
 import math
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from threading import Lock
 from types import FunctionType
@@ -33,8 +33,8 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 
 # Tokens (of whole images) that go through all blocks of a stage together: they fit the last level of cache
 STAGE_TOKENS = 12544
-# From so many keys on, attention in bfloat16 takes products, which are worth 1.3x of 800x1344. Not where the CPU has
-# AMX, for which `scaled_dot_product_attention` has a form of its own.
+# From so many keys on, attention takes products where `_multiplies_faster`: 1.25x of 800x1344 in float32 on a Zen 5
+# and 1.3x in bfloat16 on a Zen 4. With 49 keys they cost 15%, on a CPU without AVX-512 10% of 800x1344.
 MANY_KEYS = 128
 
 # What the fused forward knows how to compute. Any other module (an adapter, a quantized linear, another norm) is left
@@ -49,17 +49,25 @@ _lock = Lock()  # at most one thread packs
 
 # --- The only place that touches operators without a public interface ---
 
+def _linear(
+        x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, gelu: bool = False) -> torch.Tensor:
+    """A linear layer (and GELU) by oneDNN, with a packed weight or a contiguous one."""
+    act, algorithm = ('gelu', 'none') if gelu else ('none', '')
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, act, [], algorithm)
+
+
 def _pack_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool = False) -> Linear:
     """A function that applies a linear layer (and GELU), with the weight in the layout that oneDNN wants."""
     weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-    bias = None if bias is None else bias.detach()
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    act, algorithm = ('gelu', 'none') if gelu else ('none', '')
-    return lambda x: linear(x, weight, bias, act, [], algorithm)
+    return partial(_linear, weight=weight, bias=None if bias is None else bias.detach(), gelu=gelu)
 
 
-def _has_amx() -> bool:
-    return getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
+@cache
+def _multiplies_faster() -> bool:
+    """Whether `_linear` outruns the products inside `scaled_dot_product_attention`, which are MKL's in float32 (and use
+    no AVX-512 on AMD), but have a form of their own for AMX."""
+    amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
+    return torch.backends.cpu.get_cpu_capability() == 'AVX512' and not amx
 
 
 def _watched() -> str:
@@ -95,6 +103,7 @@ def _works(dtype: torch.dtype) -> bool:
                 (_pack_linear(weight, bias), expected),
                 (_pack_linear(weight, bias, gelu=True), F.gelu(expected)),
                 (_pack_linear(weight, None), expected - bias),
+                (partial(_linear, weight=weight), expected - bias),
             ))
     except (AttributeError, RuntimeError, TypeError):
         return False
@@ -137,13 +146,13 @@ def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Queries (B, heads, N, d) look at keys and values (B, heads, K, d)."""
     B, H, N, d = q.shape
-    if q.dtype != torch.bfloat16 or k.shape[2] < MANY_KEYS or _has_amx():
+    if k.shape[2] < MANY_KEYS or not _multiplies_faster():
         return F.scaled_dot_product_attention(q, k, v)
     out = q.new_empty(B, N, H, d).transpose(1, 2)
-    k, v = k * d ** -0.5, v.transpose(2, 3).contiguous()
+    k, v = (k * d ** -0.5).contiguous(), v.transpose(2, 3).contiguous()
     for i, j in product(range(B), range(H)):
         for rows, part in zip(out[i, j].split(SLICE_TOKENS), q[i, j].split(SLICE_TOKENS)):
-            rows.copy_(F.linear(F.linear(part, k[i, j]).softmax(1), v[i, j]))
+            rows.copy_(_linear(_linear(part, k[i, j]).softmax(1), v[i, j]))
     return out
 
 
