@@ -8,10 +8,11 @@ Placeholders: {i} stage and {j} block counted from 0, {s} stage and {b} block co
 """
 import argparse
 import logging
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 
@@ -28,7 +29,7 @@ Table = Tuple[Tuple[Any, ...], ...]
 Grid = Tuple[int, int]  # height, width
 
 # A row is (timm parameters, source parameters[, 'conv1x1']). Where a side has several parameters they are stacked along
-# dim 0 in the order given, `*2` is twice the rows of its neighbour. 'conv1x1' is a linear weight kept as a convolution.
+# dim 0 in the order given, `*2` is a stack of two. 'conv1x1' is a linear weight kept as a convolution.
 _ORIGINAL = (
     # timm                                   classification/pvt.py, detection/pvt.py, segmentation/pvt.py
     ('stages.{i}.pos_embed',                 'pos_embed{s}'),
@@ -53,7 +54,7 @@ _TRANSFORMERS = (
     ('stages.{i}.patch_embed.norm.{p}',      'pvt.encoder.patch_embeddings.{i}.layer_norm.{p}'),
     ('stages.{i}.blocks.{j}.norm1.{p}',      'pvt.encoder.block.{i}.{j}.layer_norm_1.{p}'),
     ('stages.{i}.blocks.{j}.attn.q.{p}',     'pvt.encoder.block.{i}.{j}.attention.self.query.{p}'),
-    ('stages.{i}.blocks.{j}.attn.kv.{p}',   ('pvt.encoder.block.{i}.{j}.attention.self.key.{p}',
+    ('stages.{i}.blocks.{j}.attn.kv.{p}*2', ('pvt.encoder.block.{i}.{j}.attention.self.key.{p}',
                                              'pvt.encoder.block.{i}.{j}.attention.self.value.{p}')),
     ('stages.{i}.blocks.{j}.attn.sr.{p}',    'pvt.encoder.block.{i}.{j}.attention.self.sequence_reduction.{p}'),
     ('stages.{i}.blocks.{j}.attn.norm.{p}',  'pvt.encoder.block.{i}.{j}.attention.self.layer_norm.{p}'),
@@ -72,7 +73,7 @@ _MMDET = (
     ('stages.{i}.patch_embed.norm.{p}',      'layers.{i}.0.norm.{p}'),
     ('stages.{i}.blocks.{j}.norm1.{p}',      'layers.{i}.1.{b}.norm1.{p}'),
     (('stages.{i}.blocks.{j}.attn.q.{p}',
-      'stages.{i}.blocks.{j}.attn.kv.{p}*2'), 'layers.{i}.1.{b}.attn.attn.in_proj_{p}'),
+      'stages.{i}.blocks.{j}.attn.kv.{p}*2'), 'layers.{i}.1.{b}.attn.attn.in_proj_{p}*3'),
     ('stages.{i}.blocks.{j}.attn.sr.{p}',    'layers.{i}.1.{b}.attn.sr.{p}'),
     ('stages.{i}.blocks.{j}.attn.norm.{p}',  'layers.{i}.1.{b}.attn.norm.{p}'),
     ('stages.{i}.blocks.{j}.attn.proj.{p}',  'layers.{i}.1.{b}.attn.attn.out_proj.{p}'),
@@ -94,8 +95,9 @@ FORMATS: Dict[str, Tuple[Table, str, str]] = {
         r'(?:pvt|encoder|classifier\.(?:weight|bias))\b'),
     'mmdet': (_MMDET, 'layers.0.0.projection.weight', r'(?:layers|norm\d*)\b'),
 }
-_TRANSFORMERS_BASE = 'encoder.patch_embeddings.0.projection.weight'  # PvtModel, without the 'pvt.' before all names
-_ANCHORS = {**{anchor: fmt for fmt, (_, anchor, _) in FORMATS.items()}, _TRANSFORMERS_BASE: 'transformers'}
+# The key that tells a format, after whatever stands before all names. transformers' PvtModel has no 'pvt.' there.
+_anchors = '|'.join(f'(?P<{fmt}>{re.escape(anchor)})' for fmt, (_, anchor, _) in FORMATS.items())
+_ANCHOR = re.compile(rf'(|.*?\.)(?:{_anchors})'.replace(r'pvt\.', r'(?:pvt\.)?'))
 
 _OTHER_FAMILIES = (
     (r'dwconv|\.ffn\.layers\.1\.weight$', "PVT v2 or SegFormer: see timm's pvt_v2 models"),
@@ -109,10 +111,8 @@ _WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # in timm's 
 _USUAL_PREFIX = re.compile(
     r'(?:(?:module|_orig_mod|model|net|timm_model|encoder\.model|backbone|body|model_state_dict)\.)*')
 _PLACEHOLDERS = {
-    'i': r'0|[1-9]\d{0,3}',  # as it is written: no '01'
-    'j': r'0|[1-9]\d{0,3}',
-    's': r'[1-9]\d{0,3}',
-    'b': r'[1-9]\d{0,3}',
+    **dict.fromkeys('ij', r'0|[1-9]\d{0,3}'),  # as it is written: no '01'
+    **dict.fromkeys('sb', r'[1-9]\d{0,3}'),
     'p': 'weight|bias',
     'n': 'weight|bias|running_mean|running_var|num_batches_tracked',
     'layer': r'norm[12]|attn\.(?:q|kv|sr|norm|proj)|mlp\.fc[12]',
@@ -157,24 +157,17 @@ def stage_grids(grid_size: Grid, num_stages: int = 4) -> List[Grid]:
     return [(grid_size[0] // 2 ** i, grid_size[1] // 2 ** i) for i in range(num_stages)]
 
 
-def _source_grid(counts: Sequence[int], hint: Optional[Grid], class_rows: Sequence[int]) -> Tuple[Grid, int]:
-    """Tell the grid (height, width) of the first stage from the rows of all position embeddings, and how many of them
-    are the class token's. `hint` is taken if it fits, else a square one is."""
-    fits = {}
-    for h in range(1, counts[0] + 1) if counts[0] <= 2 ** 22 else ():
-        if counts[0] % h == 0:
-            *grids, last = (h_ * w_ for h_, w_ in stage_grids((h, counts[0] // h), len(counts)))
-            if last and grids == list(counts[:-1]) and counts[-1] - last in class_rows:
-                fits[h, counts[0] // h] = counts[-1] - last
-    if not fits:
-        raise ValueError(
-            f'Expected position embeddings that halve in height and width per stage, got {list(counts)} rows.')
-    grid = hint if hint in fits else next((grid for grid in fits if grid[0] == grid[1]), None)
-    if grid is None:
-        raise ValueError(
-            f'Expected to know the image size of position embeddings with {list(counts)} rows: the grids '
-            f'{list(fits)[:4]} fit. Pass img_size.')
-    return grid, fits[grid]
+def _source_grid(
+        counts: Sequence[int], grids: Iterable[Optional[Grid]], class_rows: Sequence[int]) -> Tuple[Grid, int]:
+    """The first of the `grids` (height, width) of stage 1 that the rows of all position embeddings fit, and how many of
+    the rows are the class token's."""
+    for grid in filter(None, grids):
+        *rows, last = (h * w for h, w in stage_grids(grid, len(counts)))
+        if last and rows == list(counts[:-1]) and counts[-1] - last in class_rows:
+            return grid, counts[-1] - last
+    raise ValueError(
+        f'Expected position embeddings whose grid halves in height and width per stage, of square images or of the '
+        f'size that is given, got {list(counts)} rows. Pass img_size if they are of others.')
 
 
 def _some(names: Iterable[str], limit: int = 6) -> str:
@@ -183,21 +176,10 @@ def _some(names: Iterable[str], limit: int = 6) -> str:
     return ', '.join(map(str, names[:limit])) + more
 
 
-def _find(keys: Iterable[Any]) -> List[Tuple[str, str]]:
-    """Formats and prefixes of all PVTs among the keys, by one that only they have, whatever stands before it."""
-    found = set()
-    for key in keys:
-        anchors = [x for x in _ANCHORS if isinstance(key, str) and f'.{key}'.endswith(f'.{x}')]
-        if anchors:
-            anchor = max(anchors, key=len)  # one is the end of another
-            found.add((_ANCHORS[anchor], key[:-len(anchor)]))
-    return sorted(found)
-
-
 def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[str, str]:
     """Format and prefix of the one PVT among the keys, or of the one under `prefix`. Else what there is, is named."""
     keys = [k for k in keys if isinstance(k, str)]
-    found = _find(keys)
+    found = sorted({(m.lastgroup or '', m[1]) for m in map(_ANCHOR.fullmatch, keys) if m})
     if not found:
         other = next((name for pattern, name in _OTHER_FAMILIES if any(re.search(pattern, k) for k in keys)), None)
         raise ValueError(
@@ -222,8 +204,8 @@ def unwrap(
         use_ema: As in timm, prefer averaged weights ('state_dict_ema', 'model_ema') where both are there.
 
     Returns:
-        The state dict, the keys opened, outermost first, and the keys left with the reason. Where weights are in dicts
-        under other names, their keys come as '{name}.{key}'.
+        The state dict, the keys opened, outermost first, and the keys left with the reason. What is in dicts under
+        other names has the keys '{name}.{key}'.
     """
     wrappers: List[str] = []
     left: Dict[str, str] = {}
@@ -237,41 +219,42 @@ def unwrap(
         left.update({'.'.join((*wrappers, str(k))): f'beside {inner!r}' for k in checkpoint if k != inner})
         wrappers.append(inner)
         checkpoint = checkpoint[inner]
-    if not _find(checkpoint):
-        flat: Dict[str, Any] = {}
-        for key, value in checkpoint.items():
-            flat.update({f'{key}.{k}': v for k, v in value.items()} if isinstance(value, Mapping) else {key: value})
-        checkpoint = flat if _find(flat) else checkpoint
-    return checkpoint, tuple(wrappers), left
+    flat: Dict[str, Any] = {}
+    for key, value in checkpoint.items():
+        if isinstance(value, Mapping) and value:
+            flat.update({f'{key}.{k}': v for k, v in value.items()})
+        else:
+            flat[key] = value
+    return flat, tuple(wrappers), left
+
+
+def _side(side: Any) -> Tuple[List[str], List[int]]:
+    """The templates of one side of a row, and of how many pieces each is a stack."""
+    parts = [x.partition('*') for x in ((side,) if isinstance(side, str) else side)]
+    return [template for template, _, _ in parts], [int(n or 1) for _, _, n in parts]
 
 
 def _regex(template: str) -> 're.Pattern[str]':
-    text = re.escape(template.partition('*')[0])
-    return re.compile(re.sub(r'\\\{(\w+)\\\}', lambda m: f'(?P<{m[1]}>{_PLACEHOLDERS[m[1]]})', text))
+    return re.compile(re.sub(r'\\\{(\w+)\\\}', lambda m: f'(?P<{m[1]}>{_PLACEHOLDERS[m[1]]})', re.escape(template)))
 
 
-def _fill(template: str, fields: Mapping[str, Any]) -> str:
-    return template.partition('*')[0].format(**fields, s=fields.get('i', 0) + 1, b=fields.get('j', 0) + 1)
+def _fill(templates: Iterable[str], match: 're.Match[str]') -> Tuple[str, ...]:
+    fields: Dict[str, Any] = {k: int(v) if k in 'ijsb' else v for k, v in match.groupdict().items()}
+    i, j = fields.get('i', fields.get('s', 1) - 1), fields.get('j', fields.get('b', 1) - 1)
+    return tuple(t.format(**{**fields, 'i': i, 's': i + 1, 'j': j, 'b': j + 1}) for t in templates)
 
 
 def _restack(
-        tensors: List[torch.Tensor],
-        names: Sequence[str],
-        have: Sequence[str],
-        want: Sequence[str],
-) -> List[torch.Tensor]:
-    """Join `tensors` along dim 0 and cut the result by the row shares of the templates."""
+        tensors: List[torch.Tensor], names: Iterable[str], have: List[int], want: List[int]) -> List[torch.Tensor]:
+    """Cut stacks of `have` pieces, which have to be alike, and join them to stacks of `want` pieces."""
     if len(have) == len(want) == 1:
         return tensors
-    rows, parts = ([int(t.partition('*')[2] or 1) for t in side] for side in (have, want))
-    like = {(x.dtype, x.ndim, x.shape[1:], x.ndim and x.shape[0] / n) for x, n in zip(tensors, rows)}
-    total = sum(x.shape[0] for x in tensors if x.ndim)
-    if len(like) > 1 or not tensors[0].ndim or total % sum(parts):
+    pieces = [y for x, n in zip(tensors, have) for y in torch.atleast_1d(x).tensor_split(n)]
+    if len({(x.dtype, x.shape) for x in pieces}) > 1:
         raise ValueError(
             f'Expected types and shapes that fit together for {_some(names)}, got '
             f'{[(x.dtype, list(x.shape)) for x in tensors]}.')
-    x = torch.cat(tensors)
-    return [x] if len(want) == 1 else [y.clone() for y in x.split([total // sum(parts) * n for n in parts])]
+    return [torch.cat([pieces.pop(0) for _ in range(n)]) for n in want]
 
 
 def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> Tuple[StateDict, Pairs, List[str]]:
@@ -283,43 +266,37 @@ def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> 
     Raises:
         ValueError: Half of a pair is missing, something is no tensor, or has a shape that its row cannot take.
     """
-    rows = [[(side,) if isinstance(side, str) else side for side in row[:2]] for row in table]
-    regexes = [(n, part, _regex(t)) for n, row in enumerate(rows) for part, t in enumerate(row[to_timm])]
-    found: Dict[Any, Dict[int, str]] = {}
+    rows = [(_side(row[to_timm]), _side(row[not to_timm]), row[2:]) for row in table]
+    templates = [(_regex(template), row) for row in rows for template in row[0][0]]
+    out: StateDict = {}
+    pairs: Pairs = []
+    done: Set[str] = set()
     unknown = []
     for key in state_dict:
-        for n, part, regex in regexes:
-            if m := regex.fullmatch(key):
-                fields = {
-                    {'s': 'i', 'b': 'j'}.get(k, k): int(v) - (k in 'sb') if k in 'ijsb' else v
-                    for k, v in m.groupdict().items()}
-                found.setdefault((n, *fields.items()), {})[part] = key
-                break
-        else:
+        if key in done:
+            continue
+        match, row = next(((m, row) for regex, row in templates if (m := regex.fullmatch(key))), (None, None))
+        if match is None or row is None:
             unknown.append(key)
-
-    out: StateDict = {}
-    pairs = []
-    for (n, *fields), parts in found.items():
-        have, want = rows[n][to_timm], rows[n][not to_timm]
-        missing = [_fill(t, dict(fields)) for part, t in enumerate(have) if part not in parts]
+            continue
+        (have, have_pieces), (want, want_pieces), form = row
+        old, new = _fill(have, match), _fill(want, match)
+        missing = [k for k in old if k not in state_dict]
         if missing:
             raise ValueError(f'Missing in the checkpoint: {_some(missing)}.')
-        old = [parts[part] for part in range(len(have))]
         tensors = [state_dict[k] for k in old]
         for k, x in zip(old, tensors):
             if not isinstance(x, torch.Tensor):
                 cure = ' (make it one with torch.from_numpy)' if hasattr(x, '__array__') else ''
                 raise ValueError(f'Expected a tensor for {k}, got {type(x).__name__}{cure}.')
-        conv1x1 = 'conv1x1' in table[n][2:]  # other kernels stay, to be refused by their shape
-        if conv1x1 and to_timm:
+        tensors = _restack(tensors, old, have_pieces, want_pieces)
+        if form and to_timm:  # 'conv1x1'; other kernels stay, to be refused by their shape
             tensors = [x[:, :, 0, 0] if x.shape[2:] == (1, 1) else x for x in tensors]
-        tensors = _restack(tensors, old, have, want)
-        if conv1x1 and not to_timm:
+        elif form:
             tensors = [x[:, :, None, None] if x.ndim == 2 else x for x in tensors]
-        new = [_fill(t, dict(fields)) for t in want]
         out.update(zip(new, tensors))
-        pairs.append((tuple(new), tuple(old)))
+        pairs.append((new, old))
+        done.update(old)
     return out, pairs, unknown
 
 
@@ -374,9 +351,8 @@ def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Opt
         logging.INFO if usual else logging.WARNING,
         f'Taken from the checkpoint: a PVT in {fmt} format under prefix {before!r}. Left out: '
         f'{", ".join(f"{group}: {n}" for group, n in groups) or "nothing"}.')
-    tensors = {name: state_dict[key] for name, key in parts.items()}
-    if fmt == 'transformers' and _TRANSFORMERS_BASE in parts:
-        tensors = {f'pvt.{k}' if k.startswith('encoder.') else k: v for k, v in tensors.items()}
+    base = fmt == 'transformers' and 'encoder.patch_embeddings.0.projection.weight' in parts
+    tensors = {f'pvt.{k}' if base and k.startswith('encoder.') else k: state_dict[key] for k, key in parts.items()}
     out, pairs = to_timm(tensors, fmt)
     return Converted(out, fmt, wrappers, before, pairs, dropped)
 
@@ -393,9 +369,8 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     """What a checkpoint of timm's train.py, of Lightning or of OpenMMLab says about its training.
 
     Returns:
-        Those of these that it says: 'img_size' ((height, width)), 'mean' and 'std' (a number per
-        channel), 'crop_pct' (float), 'interpolation' and 'global_pool' (str), 'num_classes' (int), 'label_names' (list
-        of str).
+        Those of these that it says: 'img_size' ((height, width)), 'mean' and 'std' (a number per channel), 'crop_pct'
+        (float), 'interpolation' and 'global_pool' (str), 'num_classes' (int), 'label_names' (list of str).
     """
     def settings(x: Any) -> Mapping[Any, Any]:
         x = vars(x) if isinstance(x, argparse.Namespace) else x
@@ -405,29 +380,27 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     inner = [settings(v) for group in groups for v in group.values()]
     said = {k: v for group in (*reversed(inner), *groups) for k, v in group.items() if v is not None}
 
-    def numbers(*names: str, low: float = 1e-9) -> Tuple[Any, ...]:
-        x: Any = next((said[name] for name in names if name in said), ())
+    def first(*names: str, of: Any = object) -> Any:
+        return next((said[k] for k in names if k in said and isinstance(said[k], of)), None)
+
+    def numbers(*names: str, low: float = 1e-9) -> Tuple[float, ...]:
+        x = first(*names)
         try:
             values = tuple(float(v) for v in (x if hasattr(x, '__len__') else (x,)))
-            return values if len(values) <= 16 and all(low <= v < 2 ** 16 for v in values) else ()
         except (TypeError, ValueError, OverflowError):
             return ()
+        return values if len(values) <= 16 and all(low <= v < 2 ** 16 for v in values) else ()
 
-    def text(*names: str) -> Optional[str]:
-        return next((x for k in names if isinstance(x := said.get(k), str)), None)
-
-    size = numbers('input_size', 'img_size', 'image_size', low=1)
-    classes = numbers('num_classes', low=1)
-    labels = next((said[k] for k in ('label_names', 'class_names', 'classes', 'CLASSES') if k in said), None)
+    labels = first('label_names', 'class_names', 'classes', 'CLASSES', of=(list, tuple))
     found = {
-        'img_size': tuple(map(int, (size * 2)[-2:])),
+        'img_size': tuple(map(int, (numbers('input_size', 'img_size', 'image_size', low=1) * 2)[-2:])),
         'mean': numbers('mean', low=0.),
         'std': numbers('std'),
         'crop_pct': next(iter(numbers('crop_pct')), None),
-        'interpolation': text('interpolation'),
-        'global_pool': text('global_pool', 'gp'),
-        'num_classes': int(classes[0]) if classes else None,
-        'label_names': [str(x) for x in labels] if isinstance(labels, (list, tuple)) else None,
+        'interpolation': first('interpolation', of=str),
+        'global_pool': first('global_pool', 'gp', of=str),
+        'num_classes': int(next(iter(numbers('num_classes', low=1)), 0)),
+        'label_names': [str(x) for x in labels or ()],
     }
     return {k: v for k, v in found.items() if v}
 
@@ -441,11 +414,16 @@ def _need(state_dict: Mapping[str, torch.Tensor], key: str, ndim: int) -> torch.
     return x
 
 
-def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Grid] = None) -> Description:
+def describe(
+        state_dict: Mapping[str, torch.Tensor],
+        img_size: Optional[Grid] = None,
+        otherwise: Optional[Grid] = None,
+) -> Description:
     """Read the architecture off a state dict under timm's names.
 
     Args:
         img_size: Image size of the position embeddings, taken if it fits them, else a square one is.
+        otherwise: Taken where neither fits.
 
     Raises:
         ValueError: A parameter that this needs is missing or has the wrong number of dimensions, or the sizes of the
@@ -453,28 +431,25 @@ def describe(state_dict: Mapping[str, torch.Tensor], img_size: Optional[Grid] = 
     """
     matches = filter(None, (re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k) for k in state_dict))
     blocks = {(int(m[1]), int(m[2])) for m in matches}
-    last: Dict[int, int] = {}
-    for i, j in blocks:
-        last[i] = max(last.get(i, 0), j)
-    stages = range(max(last, default=3) + 1)
-    gap = next(((i, j) for i in stages for j in range(last.get(i, 0) + 1) if (i, j) not in blocks), None)
+    depths = Counter(i for i, _ in blocks)
+    stages = range(max(depths, default=3) + 1)
+    gap = next(((i, j) for i in stages for j in range(depths[i] or 1) if (i, j) not in blocks), None)
     if gap:
         raise ValueError('Missing in the checkpoint: stages.{}.blocks.{}.'.format(*gap))
     projs = [_need(state_dict, f'stages.{i}.patch_embed.proj.weight', 4) for i in stages]
     fc1s = [_need(state_dict, f'stages.{i}.blocks.0.mlp.fc1.weight', 2) for i in stages]
-    sr_ratios = tuple(
-        _need(state_dict, key, 4).shape[-1] if (key := f'stages.{i}.blocks.0.attn.sr.weight') in state_dict else 1
-        for i in stages)
+    srs = [f'stages.{i}.blocks.0.attn.sr.weight' for i in stages]
     counts = [_need(state_dict, f'stages.{i}.pos_embed', 3).shape[1] for i in stages]
     class_token = f'stages.{stages[-1]}.cls_token' in state_dict
     patch_size = projs[0].shape[-1]
-    hint = (img_size[0] // patch_size, img_size[1] // patch_size) if img_size else None
-    grid_size, class_rows = _source_grid(counts, hint, (1,) if class_token else (0, 1))
+    side = math.isqrt(counts[0])
+    given, fallback = ((x[0] // patch_size, x[1] // patch_size) if x else None for x in (img_size, otherwise))
+    grid_size, class_rows = _source_grid(counts, (given, (side, side), fallback), (1,) if class_token else (0, 1))
     head = any(k.startswith('head.') for k in state_dict)
     return Description(
-        depths=tuple(last[i] + 1 for i in stages),
+        depths=tuple(depths[i] for i in stages),
         embed_dims=tuple(x.shape[0] for x in projs),
-        sr_ratios=sr_ratios,
+        sr_ratios=tuple(_need(state_dict, key, 4).shape[-1] if key in state_dict else 1 for key in srs),
         mlp_ratios=tuple(fc1.shape[0] / proj.shape[0] for fc1, proj in zip(fc1s, projs)),
         patch_size=patch_size,
         in_chans=projs[0].shape[1],
@@ -494,16 +469,15 @@ def drop_parts(state_dict: Mapping[str, torch.Tensor], parts: Iterable[str], cla
         parts: Any of 'class_token' (with its row of the position embedding), 'norm', 'head'.
         class_row: Whether the last position embedding has a row for the class token (see `describe`).
     """
-    out = dict(state_dict)
-    for part in parts:
-        if part not in ('class_token', 'norm', 'head'):
-            raise ValueError(f"Expected 'class_token', 'norm' or 'head', got {part!r}.")
-        out = {k: v for k, v in out.items() if not k.startswith(f'{part}.')}
-        if part == 'class_token':
-            out = {k: v for k, v in out.items() if not k.endswith('.cls_token')}
-            if class_row:
-                last = max(k for k in out if k.endswith('.pos_embed'))
-                out[last] = out[last][:, 1:]
+    parts = set(parts)
+    if unknown := parts - {'class_token', 'norm', 'head'}:
+        raise ValueError(f"Expected 'class_token', 'norm' or 'head', got {unknown.pop()!r}.")
+    out = {k: v for k, v in state_dict.items() if k.partition('.')[0] not in parts}
+    if 'class_token' in parts:
+        out = {k: v for k, v in out.items() if not k.endswith('.cls_token')}
+        if class_row:
+            last = max(k for k in out if k.endswith('.pos_embed'))
+            out[last] = out[last][:, 1:]
     return out
 
 
@@ -519,22 +493,18 @@ def fit_to_model(
     """
     converted = map_to_timm(checkpoint, prefix=prefix)
     state_dict = converted.state_dict
-    img_size = getattr(model, 'pretrained_model_args', {}).get('img_size')
-    img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    model_size = tuple(n * model.stages[0].patch_embed.patch_size for n in model.stages[0].grid_size)
-    if img_size is None and converted.format.startswith('timm'):
-        # A native checkpoint that fits the model's grid is taken at its word, that grid may be non-square.
-        img_size = model_size
-    try:
-        info = describe(state_dict, img_size)
-    except ValueError:
-        info = describe(state_dict, model_size)  # no square grid fits, the model's may
+    told = getattr(model, 'pretrained_model_args', {}).get('img_size')
+    told = (told, told) if isinstance(told, int) else told
+    height, width = (n * model.stages[0].patch_embed.patch_size for n in model.stages[0].grid_size)
+    # A native checkpoint that fits the grid of the model is taken at its word, that grid may be non-square.
+    native = (height, width) if converted.format.startswith('timm') else None
+    info = describe(state_dict, told or native, otherwise=(height, width))
     if model.class_token and not info.class_token:
         raise ValueError(
             'Expected a checkpoint with class token, got the one of a dense backbone (detector, segmenter): '
             'create the model with features_only=True, or class_token=False and num_classes=0.')
     reference = model.state_dict()
-    parts = [] if model.class_token or not (info.class_token or info.class_row) else ['class_token']
+    parts = [] if model.class_token else ['class_token']
     parts += [part for part in ('norm', 'head') if f'{part}.weight' not in reference]
     return drop_parts(state_dict, parts, info.class_row), info
 

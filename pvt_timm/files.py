@@ -188,10 +188,6 @@ class _Array(np.ndarray):
         super().__setstate__((version, shape, dtype.plain, fortran, data))
 
 
-def _no_bytes() -> bytes:
-    return b''
-
-
 def _scalar(dtype: _Dtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype.plain, 1)[0]
 
@@ -215,7 +211,7 @@ _ALLOWED: Any = [
     (_Array, 'numpy._core.multiarray._reconstruct'),  # since numpy 2
     (_scalar, 'numpy.core.multiarray.scalar'),
     (_scalar, 'numpy._core.multiarray.scalar'),
-    (_no_bytes, 'builtins.bytes'),  # of an empty array
+    (lambda: b'', 'builtins.bytes'),  # of an empty array
     (_TrainingLog, 'mmengine.logging.history_buffer.HistoryBuffer'),
     (_TrainingLog, 'builtins.getattr'),  # of a log
 ]
