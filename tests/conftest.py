@@ -69,17 +69,6 @@ def hub():
 
 
 @pytest.fixture
-def hub_cache(own_caches):
-    return own_caches / 'hf' / 'hub'
-
-
-@pytest.fixture
-def torch_cache(own_caches):
-    """Folder where `torch.hub` keeps the downloads of this test."""
-    return own_caches / 'torch' / 'hub' / 'checkpoints'
-
-
-@pytest.fixture
 def client_env(own_caches):
     """Environment for a client in a subprocess: this test's caches, the loopback server and this repository."""
     env = loopback.isolate(own_caches, _server)

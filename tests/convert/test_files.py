@@ -181,7 +181,7 @@ def test_what_training_snapshots_hold_is_read(how, tmp_path):
         'half': torch.ones(2, dtype=torch.bfloat16), 'size': torch.Size([1, 2]), 'true': True,
         'top1': np.float64(75.1), 'count': np.int64(-3), 'flag': np.bool_(True), 'names': np.array(['a', 'bc']),
         'mean': np.arange(6, dtype=np.float32).reshape(2, 3), 'big endian': np.arange(3, dtype='>i4'),
-        'columns': np.asfortranarray(np.arange(6.).reshape(2, 3)),
+        'columns': np.asfortranarray(np.arange(6.).reshape(2, 3)), 'none': np.zeros((0, 3)),
     }
     write(content, tmp_path / 'x.pth', how)
     found = read_checkpoint(tmp_path / 'x.pth')
@@ -404,14 +404,6 @@ def test_devices_and_pipes_are_written_to(tmp_path):
     with pytest.raises(OSError, match='No space'):
         save_atomically(full, lambda f: f.write(b'x'))
     assert full.is_symlink() and full.is_char_device()
-
-
-def test_a_pipe_without_a_path():
-    """`/dev/stdout` leads to no path of a file system."""
+    # leads to no path of a file system
     code = "from pvt_timm.files import save_atomically; save_atomically('/dev/stdout', lambda f: f.write(b'x'))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, check=True).stdout == b'x'
-
-
-def test_an_empty_array_beside_the_weights(tmp_path):
-    torch.save({'weights': torch.ones(2), 'none': np.zeros((0, 3))}, tmp_path / 'x.pth')
-    assert read_checkpoint(tmp_path / 'x.pth')['none'].shape == (0, 3)

@@ -4,13 +4,13 @@
 with `pvt_timm`. `load_original` runs the original code itself, from a checkout.
 """
 import importlib.util
-import logging
 import math
 import os
 import sys
 import types
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
+from unittest import mock
 
 import pytest
 import torch
@@ -107,26 +107,23 @@ def features(sd: StateDict, x: torch.Tensor, heads=HEADS, img_size=(224, 224)) -
     return _run(sd, x, False, heads, img_size)[0]
 
 
-def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 1.) -> torch.nn.Module:
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give every parameter random values, so that each one matters: no bias is 0, no norm is neutral, no two are equal.
 
-    Args:
-        model: Model to change.
-        seed: Of the values.
-        scale: 1 keeps the scale of activations through a layer.
+    The scale of activations stays about the same through a layer.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             if name.endswith(('pos_embed', 'cls_token', 'position_embeddings')):
-                noise *= 0.5 * scale
+                noise *= 0.5
             elif p.ndim > 1:
-                noise *= scale / math.sqrt(p[0].numel())
+                noise /= math.sqrt(p[0].numel())
             elif 'norm' in name and name.endswith('weight'):
                 noise = 1 + 0.1 * noise
             else:
-                noise *= 0.1 * scale
+                noise *= 0.1
             p.copy_(noise)
     return model
 
@@ -148,51 +145,19 @@ def pvt_checkout() -> Path:
     return Path(path)
 
 
-def _stand_ins() -> Dict[str, types.ModuleType]:
-    """Modules that the original imports: old timm under its old names, mmdetection, mmsegmentation and mmcv."""
-    from timm.layers import DropPath, to_2tuple, trunc_normal_
-
-    def module(name, **names):
-        m = types.ModuleType(name)
-        m.__dict__.update(names)
-        m.__path__ = []
-        return m
-
-    class Registry:
-        def register_module(self, *args, **kwargs):
-            return lambda cls: cls
-
-    # The original's own names must not end up in timm's registry, which holds ours.
-    out = {
-        'timm.models.layers': module(
-            'timm.models.layers', DropPath=DropPath, to_2tuple=to_2tuple, trunc_normal_=trunc_normal_),
-        'timm.models.registry': module('timm.models.registry', register_model=lambda fn: fn),
-        'timm.models.vision_transformer': module('timm.models.vision_transformer', _cfg=lambda **kwargs: kwargs),
-        'mmcv': module('mmcv'),
-        'mmcv.runner': module('mmcv.runner', load_checkpoint=None),
-    }
-    for name in ('mmdet', 'mmseg'):
-        out[name] = module(name)
-        out[f'{name}.models'] = module(f'{name}.models')
-        out[f'{name}.models.builder'] = module(f'{name}.models.builder', BACKBONES=Registry())
-        out[f'{name}.utils'] = module(f'{name}.utils', get_root_logger=logging.getLogger)
-    return out
-
-
 def load_original(name: str, checkout: Optional[Path] = None) -> types.ModuleType:
-    """Import 'classification', 'detection' or 'segmentation' `pvt.py` of the original, or skip the test without it."""
+    """Import 'classification', 'detection' or 'segmentation' `pvt.py` of the original, or skip the test without it.
+
+    Its names stay out of timm's registry, which holds ours. mmdetection, mmsegmentation and mmcv need not be there.
+    """
+    registry = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
+    stand_ins = {'mmcv.runner': types.SimpleNamespace(load_checkpoint=None)}
+    for package in ('mmdet', 'mmseg'):
+        stand_ins[f'{package}.models.builder'] = types.SimpleNamespace(BACKBONES=registry)
+        stand_ins[f'{package}.utils'] = types.SimpleNamespace(get_root_logger=None)
     path = (checkout or pvt_checkout()) / name / 'pvt.py'
     spec = importlib.util.spec_from_file_location(f'original_pvt_{name}', path)
     module = importlib.util.module_from_spec(spec)
-    stand_ins = _stand_ins()
-    before = {k: sys.modules.get(k) for k in stand_ins}
-    sys.modules.update(stand_ins)
-    try:
+    with mock.patch.dict(sys.modules, stand_ins), mock.patch('timm.models.registry.register_model', lambda fn: fn):
         spec.loader.exec_module(module)
-    finally:
-        for k, v in before.items():
-            if v is None:
-                del sys.modules[k]
-            else:
-                sys.modules[k] = v
     return module
