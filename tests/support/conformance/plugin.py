@@ -15,11 +15,10 @@ import pytest
 import timm
 from timm.models import _registry
 
-from .cases import EXTENDED, MERGED, MODELS, NAME_ARGUMENTS, excluded, is_ours
+from .cases import EXTENDED, MERGED, MODELS, NAME_ARGUMENTS, is_ours
 
 if MERGED not in os.environ:
     import pvt_timm  # noqa: F401  registers the models
-    from . import owl  # noqa: F401
 
 _outcomes = {}
 
@@ -46,7 +45,7 @@ def pytest_generate_tests(metafunc):
         if arg is None:
             continue
         models = [(_model(value, argnames.index(arg)), value) for value in [*mark.args[1], *EXTENDED.get(name, [])]]
-        ours = [value for model, value in models if is_ours(model, name) and not excluded(name, model)]
+        ours = [value for model, value in models if is_ours(model)]
         if ours:
             markers[i] = pytest.mark.parametrize(mark.args[0], ours, **mark.kwargs).mark
 
