@@ -9,10 +9,13 @@ label), 32x32 grey levels. The same files come out every time. Needs scikit-lear
 """
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Optional, Sequence, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 from timm.models import generate_default_cfgs, register_model
 
@@ -44,39 +47,13 @@ def test_pvt(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransforme
 test_pvt.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a test where it is imported
 
 
-def upscale(image: Any) -> Any:
-    """Enlarge grey levels 0..16 (H, W) four times to 0..255 (4 * H, 4 * W).
-
-    Bilinear with pixel centres at halves, in integers, so that the result does not depend on any library.
-    """
-    import numpy as np
-
-    def lines(x: Any, axis: int) -> Any:
-        before, after = np.roll(x, 1, axis), np.roll(x, -1, axis)
-        first, last = ((0,), (-1,)) if axis == 0 else ((slice(None), 0), (slice(None), -1))
-        before[first], after[last] = x[first], x[last]
-        phases = [5 * x + 3 * before, 7 * x + before, 7 * x + after, 5 * x + 3 * after]
-        shape = list(x.shape)
-        shape[axis] *= 4
-        return np.stack(phases, axis + 1).reshape(shape)
-
-    x = lines(lines(np.asarray(image).round().astype(np.int64), 0), 1)  # 64 times the grey level
-    return ((x * 255 + 512) // 1024).astype(np.uint8)
+def upscale(image: np.ndarray) -> np.ndarray:
+    """Enlarge grey levels 0..16 (H, W) four times to 0..255 (4 * H, 4 * W), bilinear and exact whatever the library."""
+    x = F.interpolate(torch.from_numpy(image)[None, None].double(), scale_factor=4, mode='bilinear')[0, 0]
+    return (x * 255 / 16 + 0.5).byte().numpy()
 
 
-def split_indices(labels: Sequence[int]) -> Dict[str, List[int]]:
-    """Indices of the images in each split, drawn per label with a fixed seed."""
-    import numpy as np
-    rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
-    splits: Dict[str, List[int]] = {'train': [], 'validation': []}
-    for label in range(10):
-        indices = rng.permutation([i for i, other in enumerate(labels) if other == label]).tolist()
-        splits['validation'] += sorted(indices[:HELD_OUT_PER_LABEL])
-        splits['train'] += sorted(indices[HELD_OUT_PER_LABEL:])
-    return splits
-
-
-def write_digits(output: Union[str, Path], splits: Sequence[str] = ('train', 'validation')) -> Path:
+def write_digits(output: Union[str, Path]) -> Path:
     """Write the image folder `output`, created if it is not there, and return it.
 
     Raises:
@@ -87,23 +64,24 @@ def write_digits(output: Union[str, Path], splits: Sequence[str] = ('train', 'va
 
     output = Path(output)
     digits = load_digits()
-    indices = split_indices(digits.target)
-    for split in splits:
+    for split in ('train', 'validation'):
         if (output / split).exists():
             raise FileExistsError(f'Expected a folder without {split!r}, but {output / split} exists.')
     output.mkdir(parents=True, exist_ok=True)
+    rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
     # written aside first, so that a split is there completely or not at all
     with tempfile.TemporaryDirectory(prefix='.digits-', dir=output) as aside:
-        for split in splits:
-            for i in indices[split]:
-                folder = Path(aside, split, str(digits.target[i]))
+        for label in range(10):
+            for n, i in enumerate(rng.permutation(np.flatnonzero(digits.target == label))):
+                folder = Path(aside, 'validation' if n < HELD_OUT_PER_LABEL else 'train', str(label))
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(upscale(digits.images[i])).save(folder / f'{i:04d}.png')
+        for split in os.listdir(aside):
             os.replace(Path(aside, split), output / split)
     return output
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m pvt_timm.digits', description="Write scikit-learn's handwritten digits as an image folder.")
     parser.add_argument('output', metavar='FOLDER', help='folder to write train/ and validation/ into')
@@ -111,12 +89,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         write_digits(args.output)
     except (ImportError, OSError) as e:
-        print(f'Cannot write the digits to {args.output}: {e}', file=sys.stderr)
-        return 2
-    for split in ('train', 'validation'):
-        print(f'{len(list(Path(args.output, split).glob("*/*.png")))} images in {Path(args.output, split)}')
-    return 0
+        parser.exit(2, f'Cannot write the digits to {args.output}: {e}\n')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

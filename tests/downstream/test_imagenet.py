@@ -18,7 +18,7 @@ NAME = 'test_pvt.digits'
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp('digits') / 'data', ['validation'])
+    return write_digits(tmp_path_factory.mktemp('digits') / 'data')
 
 
 @pytest.fixture
