@@ -16,7 +16,7 @@ from timm.utils import natural_key
 
 from ..files import read_checkpoint, save_atomically
 from ..labels import LABELS_FILE
-from ..recipes import load_recipe, recipe_names
+from ..recipes import RECIPES
 from .errors import Parser, UserError, one_line
 
 __all__ = ['add_run', 'add_train', 'latest_checkpoint', 'machine_settings']
@@ -41,7 +41,7 @@ def add_train(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         'train', help="run timm's train.py, with recovery", usage='%(prog)s [-h] SCRIPT [ARGS ...]',
         description="Run timm's train.py with ARGS and the models registered. --config also takes the name of a recipe "
-                    f'({", ".join(recipe_names())}). Device and mixed precision are what the machine has unless ARGS '
+                    f'({", ".join(RECIPES)}). Device and mixed precision are what the machine has unless ARGS '
                     'say it. Goes on after the last epoch if the folder of the experiment holds a checkpoint (--resume '
                     'FILE for another one), and keeps the names of the classes there.')
     parser.add_argument('script', metavar='SCRIPT', help="timm's train.py")
@@ -88,11 +88,12 @@ def _say(text: str) -> None:
 
 
 def _read_config(config: str) -> Dict[str, Any]:
-    """The settings of a recipe by its name, or of a YAML file."""
-    if not Path(config).is_file():
-        return load_recipe(config)
+    """The settings of a YAML file, or of a recipe by its name."""
+    file = Path(config) if Path(config).is_file() else RECIPES.get(config)
+    if file is None:
+        raise UserError(f"Expected a YAML file or a recipe ({', '.join(RECIPES)}), got '{config}'")
     try:
-        return {**yaml.safe_load(Path(config).read_text(encoding='utf-8'))}
+        return {**yaml.safe_load(file.read_text(encoding='utf-8'))}
     except (yaml.YAMLError, TypeError) as e:
         raise UserError(f'Expected names and values in {config}: {e}') from e
 

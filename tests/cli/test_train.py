@@ -12,7 +12,7 @@ from PIL import Image
 
 from pvt_timm.cli.main import main
 from pvt_timm.labels import LABELS_FILE, labels_beside
-from pvt_timm.recipes import load_recipe, recipe_names
+from pvt_timm.recipes import RECIPES
 
 
 @pytest.fixture
@@ -81,9 +81,10 @@ def test_takes_what_the_machine_has(start, folder, monkeypatch, gpu, bfloat16, c
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bfloat16)
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
     code, argv, err = start(*args, config=config)
+    settings = yaml.safe_load(RECIPES[config].read_text()) if config else {}
     assert code == 0
     assert err.count('\n') == bool(changed) and all(f'{k}: {v}' in err for k, v in changed.items())
-    assert yaml.safe_load(Path(argv[-1]).read_text()) == {**(load_recipe(config) if config else {}), **changed}
+    assert yaml.safe_load(Path(argv[-1]).read_text()) == {**settings, **changed}
 
 
 def test_goes_on_from_the_newest_complete_checkpoint(start, folder):
@@ -137,7 +138,7 @@ def test_keeps_the_class_names(start, folder, tmp_path, dataset):
 @pytest.mark.parametrize('args, says', [
     (['none.py'], 'No such script'),
     (['train.py', '--config', 'digits'], '--experiment'),
-    (['train.py', '--config', 'nothing'], ', '.join(recipe_names())),
+    (['train.py', '--config', 'nothing'], ', '.join(RECIPES)),
     (['train.py', '--config', 'list.yaml'], 'names and values'),
     (['train.py', '--config', 'bad.yaml'], 'bad.yaml'),
     (['train.py', '--config'], 'expected one argument'),
