@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
-from urllib.parse import urlsplit
 
+import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps
@@ -25,8 +25,7 @@ from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, checkpoint_filter_fn
 from .errors import EXPECTED, UserError, one_line, printable
 from .pictures import draw_pyramid
 
-__all__ = ['Classifier', 'add_demo', 'add_features', 'add_list', 'add_predict', 'extract', 'load_model', 'open_image',
-           'predict', 'zoo']
+__all__ = ['add_demo', 'add_features', 'add_list', 'add_predict', 'extract', 'load_model', 'open_image', 'predict']
 
 _logger = logging.getLogger(__name__)
 
@@ -99,8 +98,7 @@ def load_model(
 
 
 def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
-    cfg = get_pretrained_cfg(name)
-    assert cfg is not None, 'a name that is registered has one'
+    cfg: Any = get_pretrained_cfg(name)
     name = f'{split_model_name_tag(name)[0]}.{cfg.tag}'
     if not kwargs and cfg.num_classes == 0:  # before it is downloaded
         raise UserError(f'{name} {_NO_HEAD}')
@@ -123,8 +121,6 @@ def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I;16'):  # Pillow would clip at 255
                 image = image.point(lambda v: v / 257).convert('L')
-            elif image.mode in ('P', 'PA', 'LA'):
-                image = image.convert('RGBA')
             return image.convert('RGB' if channels == 3 else 'L')
     except Exception as e:  # the readers of damaged files raise all sorts
         raise UserError(f'Cannot read the image {path}: {one_line(e)}') from e
@@ -192,15 +188,7 @@ def extract(
 def image_size(text: str) -> Tuple[int, int]:
     """'N' or 'HxW' to height and width."""
     height, _, width = text.partition('x')
-    if not height.isdecimal() or not (width or height).isdecimal():
-        raise argparse.ArgumentTypeError(f"expected N or H W in pixels, got '{text}'")
     return int(height), int(width or height)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 up, got '{text}'")
-    return int(text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,8 +200,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         'a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default the published ones)')
     parser.add_argument('--prefix', help='what stands before the names of the weights, if the checkpoint has several')
     parser.add_argument(
-        '--img-size', type=image_size, metavar='N | H W',
-        help='size that the model sees (default that of its training)')
+        '--img-size', type=image_size, metavar='N | H W', help='size that the model sees (default that of training)')
 
 
 def add_predict(subparsers: Any) -> None:
@@ -223,7 +210,7 @@ def add_predict(subparsers: Any) -> None:
     parser.add_argument(
         '--labels', metavar='FILE', help='names of the classes: one a line, or JSON (default those that the weights '
         'come with)')
-    parser.add_argument('--topk', type=positive, default=5, metavar='K', help='classes to show (default 5)')
+    parser.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show (default 5)')
     parser.add_argument('--json', action='store_true', help='for machines')
     parser.set_defaults(func=run_predict)
 
@@ -231,8 +218,7 @@ def add_predict(subparsers: Any) -> None:
 def run_predict(args: argparse.Namespace) -> None:
     for path in args.images:  # before weights are downloaded
         os.stat(path)
-    classifier = load_model(
-        args.model, args.checkpoint, img_size=args.img_size, labels=args.labels, prefix=args.prefix)
+    classifier = load_model(args.model, args.checkpoint, img_size=args.img_size, labels=args.labels, prefix=args.prefix)
     results = []
     for path in args.images:
         image = open_image(path, classifier.data['input_size'][0])
@@ -300,70 +286,34 @@ def run_demo(args: argparse.Namespace) -> None:
         return
 
     # One sheet, a column per digit: an image of another size and shape than the model was trained on.
-    side, deep = by_digit['0'][0].width, len(by_digit['0'])
-    sheet = Image.new('RGB', (side * len(by_digit), side * deep))
-    for x, images in enumerate(by_digit.values()):
-        for y, image in enumerate(images):
-            sheet.paste(image, (x * side, y * side))
+    sheet = Image.fromarray(np.hstack([np.vstack([*map(np.asarray, images)]) for images in by_digit.values()]))
     backbone = load_model('test_pvt', dense=True)
     draw_pyramid(
         sheet, extract(backbone, sheet, (sheet.height, sheet.width))[0], picture, title=backbone.name,
-        cells=(deep, len(by_digit)),
+        cells=(len(by_digit['0']), len(by_digit)),
         note=f'{count} handwritten digits, a column each for 0 to 9. At stride 32 a digit is one position.')
     print(f'Features of all of them as one image of {sheet.height}x{sheet.width} (height x width): {picture}')
-    print(f'''
-Next, with your own image (weights come from the Hugging Face Hub):
-  python -m pvt_timm predict photo.jpg --model {DEFAULT_MODEL}
-  python -m pvt_timm features photo.jpg --model {DEFAULT_MODEL} --output pyramid.png
-or in Python:
-  import timm, pvt_timm
-  model = timm.create_model('{DEFAULT_MODEL}', pretrained=True, features_only=True)''')
-
-
-def zoo() -> List[Dict[str, Any]]:
-    """One row per model and tag.
-
-    Returns:
-        Dicts with model, tag (None without weights), params (as the tag's mode has them), macs at img_size, top1 (None
-        if not known), classes (0 for a backbone without head), and hf_hub_id, url or file of the weights.
-    """
-    rows = []
-    cfgs = {f'{name}.{tag}': cfg for name, default in {**pvt.default_cfgs, **digits.default_cfgs}.items()
-            for tag, cfg in default.cfgs.items()}
-    for name, cfg in cfgs.items():
-        model = timm.create_model(name, num_classes=cfg.num_classes, device='meta', weight_init='skip')
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            model.eval()(torch.empty(1, *cfg.input_size, device='meta'))
-        rows.append(dict(
-            model=name.partition('.')[0],
-            tag=name.partition('.')[2] if cfg.has_weights else None,
-            params=sum(p.numel() for p in model.parameters()),
-            macs=counter.get_total_flops() // 2,
-            img_size=cfg.input_size[1:],
-            top1=TOP1.get(name),
-            classes=cfg.num_classes,
-            **{key: getattr(cfg, key) or None for key in ('hf_hub_id', 'url', 'file')},
-        ))
-    return rows
+    print(f'\nNext, with your own image (weights come from the Hugging Face Hub):\n'
+          f'  python -m pvt_timm predict photo.jpg --model {DEFAULT_MODEL}')
 
 
 def add_list(subparsers: Any) -> None:
     parser = subparsers.add_parser('list', help='models, their cost, accuracy and where the weights come from')
-    parser.add_argument('--json', action='store_true', help='for machines')
     parser.set_defaults(func=run_list)
 
 
 def run_list(args: argparse.Namespace) -> None:
-    rows = zoo()
-    if args.json:
-        print(json.dumps(rows, indent=2))
-        return
     print(f'{"model":<26} {"params":>8} {"GMACs":>7}  {"at":<7} {"top-1":>6}  weights')
-    for row in rows:
-        name = '.'.join(filter(None, (row['model'], row['tag'])))
-        hosts = [f'hf-hub:{row["hf_hub_id"].partition("@")[0]}'] if row['hf_hub_id'] else []
-        hosts += [urlsplit(row['url']).netloc] if row['url'] else ['in the package'] if row['file'] else []
-        digits_of_macs = 2 if row['macs'] >= 1e7 else 4
-        print(f'{name:<26} {row["params"] / 1e6:6.2f} M {row["macs"] / 1e9:7.{digits_of_macs}f}  '
-              f'{"x".join(map(str, row["img_size"])):<7} {row["top1"] or "-":>6}  {" or ".join(hosts) or "none"}')
+    tagged = {f'{name}.{tag}': cfg for name, default in {**pvt.default_cfgs, **digits.default_cfgs}.items()
+              for tag, cfg in default.cfgs.items()}
+    for name, cfg in tagged.items():
+        model = timm.create_model(name, num_classes=cfg.num_classes, device='meta', weight_init='skip')
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model.eval()(torch.empty(1, *cfg.input_size, device='meta'))
+        params, gmacs = sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
+        weights = cfg.hf_hub_id and f'hf-hub:{cfg.hf_hub_id}', cfg.url, cfg.file and 'in the package'
+        label = name if any(weights) else name.partition('.')[0]
+        decimals = 2 if gmacs > 0.01 else 4
+        print(f'{label:<26} {params:6.2f} M {gmacs:7.{decimals}f}  {"x".join(map(str, cfg.input_size[1:])):<7} '
+              f'{TOP1.get(name, "-"):>6}  {" or ".join(filter(None, weights)) or "none"}')
     print('\ntop-1: ImageNet-1K as published (test_pvt: held-out digits). retinanet_coco: backbones, no classifier.')

@@ -4,27 +4,23 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-import pvt_timm  # noqa: F401
+import pvt_timm
 from pvt_timm.checkpoints import from_timm
 from pvt_timm.cli.errors import UserError, run_command
 from pvt_timm.cli.main import main
 from pvt_timm.cli.predict import open_image
-from pvt_timm.pvt import VARIANTS
 
-DIGITS = Path(pvt_timm.__file__).parent / 'data' / 'digits'
-DIGIT = next(DIGITS.glob('3_*.png'))
+DIGIT = next((Path(pvt_timm.__file__).parent / 'data' / 'digits').glob('3_*.png'))
 TEST_PVT = ['--model', 'test_pvt']
 
 
@@ -40,7 +36,6 @@ def files(tmp_path_factory):
     dense = timm.create_model('test_pvt', class_token=False, num_classes=0)
     torch.save({'state_dict': {f'backbone.{k}': v for k, v in dense.state_dict().items()}}, root / 'dense.pth')
     save_file({k: v * float('nan') for k, v in state.items()}, root / 'nan.safetensors')
-    save_file({k: v for k, v in state.items() if 'blocks.0.attn.q' not in k}, root / 'gap.safetensors')
     save_for_hf(model, root / 'folder', model_config=dict(label_names=[f'digit {i}' for i in range(10)]))
     (root / 'transformers').mkdir()
     save_file({k: v.contiguous() for k, v in from_timm(state, 'transformers')[0].items()},
@@ -49,18 +44,10 @@ def files(tmp_path_factory):
         {'model_type': 'pvt', 'id2label': {str(i): f'number {i}' for i in range(10)}}))
 
     (root / 'truncated.pth').write_bytes((root / 'original.pth').read_bytes()[:5000])
-    (root / 'truncated.safetensors').write_bytes((root / 'native.safetensors').read_bytes()[:50000])
-    for name, text in dict(badjson='{', list='[]', resnet='{"architecture": "resnet18"}', odd=(
-            '{"architecture": "test_pvt", "pretrained_cfg": 5}')).items():
-        (root / name).mkdir()
-        (root / name / 'config.json').write_text(text)
-        os.link(root / 'native.safetensors', root / name / 'model.safetensors')
-    (root / 'empty').mkdir()
     (root / 'text.png').write_text('no image')
     (root / 'cut.png').write_bytes(DIGIT.read_bytes()[:200])
     Image.new('RGB', (20000, 2)).save(root / 'thin.png')
-    photo = np.random.RandomState(0).randint(0, 255, (90, 150, 3), dtype=np.uint8)
-    Image.fromarray(photo).save(root / 'photo.jpg')
+    Image.effect_noise((150, 90), 90).convert('RGB').save(root / 'photo.jpg')
     return root
 
 
@@ -68,36 +55,23 @@ def files(tmp_path_factory):
 
 def test_demo(cli, tmp_path):
     out = cli('demo', '--output', tmp_path / 'out')
-    right, of = map(int, out.split(' right')[0].split('\n')[-1].split(' of '))
-    assert of == len(list(DIGITS.glob('*.png'))) >= 20 and right >= .97 * of
+    assert '40 of 40 right' in out and '--model pvt_small' in out
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['pyramid.png']
     with Image.open(tmp_path / 'out' / 'pyramid.png') as image:
         assert image.width > 1000
-    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['pyramid.png']
-    assert '--model pvt_small' in out
-
-
-def test_bundled_digits_are_held_out(tmp_path):
-    pytest.importorskip('sklearn')
-    from pvt_timm.digits import write_digits
-    write_digits(tmp_path)
-    for path in DIGITS.glob('*.png'):
-        label, name = path.name.split('_')
-        assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(tmp_path / 'validation' / label / name)))
 
 
 def test_list(cli):
-    out = cli('list')
-    for text in ('pvt_tiny.in1k', 'pvt_huge_v2', 'test_pvt.digits', '24.49 M', '81.7', 'Zetatech/pvt-small-224'):
-        assert text in out
-    rows = {f'{r["model"]}.{r["tag"]}': r for r in json.loads(cli('list', '--json'))}
-    assert {r['model'] for r in rows.values()} == set(VARIANTS) - {'test_pvt_owl'}  # another test's
-    expected = dict(tiny=(13229288, 1.93, 75.1), small=(24485864, 3.82, 79.8), medium=(44208104, 6.66, 81.2),
-                    large=(61369320, 9.81, 81.7))
-    for variant, (params, gmacs, top1) in expected.items():
-        row = rows[f'pvt_{variant}.in1k']
-        assert (row['params'], round(row['macs'] / 1e9, 2), row['top1']) == (params, gmacs, top1)
-        assert row['url'].startswith('https://') and row['hf_hub_id']
-    assert rows['pvt_huge_v2.None']['url'] is None
+    rows = {line.split()[0]: ' '.join(line.split()[1:]) for line in cli('list').splitlines() if line}
+    in1k = 'hf-hub:Zetatech/pvt-small-224 or https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth'
+    assert rows['pvt_small.in1k'] == f'24.49 M 3.82 224x224 79.8 {in1k}'
+    assert rows['pvt_small.retinanet_coco'].startswith('23.41 M ') and '- https://' in rows['pvt_small.retinanet_coco']
+    assert rows['pvt_huge_v2'] == '304.95 M 50.49 224x224 - none'
+    assert rows['test_pvt.digits'] == '0.15 M 0.0009 32x32 99.2 in the package'
+
+
+def predictions(cli, *argv):
+    return json.loads(cli('predict', DIGIT, *argv, '--json'))['images'][0]['predictions']
 
 
 def test_predict_is_timm(cli):
@@ -105,7 +79,7 @@ def test_predict_is_timm(cli):
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     with torch.inference_mode():
         probabilities = model(transform(Image.open(DIGIT).convert('RGB'))[None]).softmax(-1)[0]
-    items = json.loads(cli('predict', DIGIT, *TEST_PVT, '--json', '--topk', 10))['images'][0]['predictions']
+    items = predictions(cli, *TEST_PVT, '--topk', 10)
     assert len(items) == 10
     for item in items:
         assert item['probability'] == pytest.approx(probabilities[item['index']].item(), abs=2e-6)
@@ -116,24 +90,22 @@ def test_predict_is_timm(cli):
 @pytest.mark.parametrize('name', [
     'native.safetensors', 'original.pth', 'folder', 'transformers', 'transformers/model.safetensors'])
 def test_predict_with_any_checkpoint(cli, files, name):
-    reference = json.loads(cli('predict', DIGIT, *TEST_PVT, '--json'))['images'][0]['predictions']
-    predictions = json.loads(cli('predict', DIGIT, '--checkpoint', files / name, '--json'))['images'][0]['predictions']
-    assert [p['probability'] for p in predictions] == pytest.approx([p['probability'] for p in reference], abs=2e-6)
+    found, reference = predictions(cli, '--checkpoint', files / name), predictions(cli, *TEST_PVT)
+    assert [p['probability'] for p in found] == pytest.approx([p['probability'] for p in reference], abs=2e-6)
     word = {'folder': 'digit ', 'transformers': 'number '}.get(name.split('/')[0], '')
-    assert predictions[0]['label'] == f'{word}3'
+    assert found[0]['label'] == f'{word}3'
 
 
-@pytest.mark.parametrize('argv, size', [(['--img-size', '64'], [64, 64]), (['--img-size', '64', '96'], [64, 96])])
-def test_img_size_may_stand_before_the_image(cli, argv, size):
-    assert json.loads(cli('predict', *TEST_PVT, '--json', *argv, DIGIT))['img_size'] == size
+@pytest.mark.parametrize('size', [[64], [64, 96]])
+def test_img_size_may_stand_before_the_image(cli, size):
+    assert json.loads(cli('predict', *TEST_PVT, '--json', '--img-size', *size, DIGIT))['img_size'] == [64, size[-1]]
 
 
 def test_imagenet_labels_and_input_channels(cli, files, tmp_path):
     torch.save(timm.create_model('pvt_tiny', in_chans=1).state_dict(), tmp_path / 'grey.pth')
     torch.save(timm.create_model('test_pvt', in_chans=4).state_dict(), tmp_path / 'four.pth')
-    out = cli('predict', files / 'photo.jpg', '--checkpoint', tmp_path / 'grey.pth', '--json', '--img-size', 64)
     labels = timm.data.ImageNetInfo().label_descriptions()
-    for item in json.loads(out)['images'][0]['predictions']:
+    for item in predictions(cli, '--checkpoint', tmp_path / 'grey.pth', '--img-size', 64):
         assert item['label'] == labels[item['index']]
     assert 'takes 4' in cli('predict', files / 'photo.jpg', '--checkpoint', tmp_path / 'four.pth', fails=True)
 
@@ -178,25 +150,24 @@ def test_features_are_those_of_features_only(cli, files, tmp_path):
     assert '16x8x16' in out  # 90x150 becomes 32x64, which keeps the aspect
 
 
-def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path, monkeypatch):
+def test_weights_from_the_hub(cli, hub, no_waits, tmp_path, monkeypatch):
     state = timm.create_model('pvt_tiny').state_dict()
     theirs = from_timm(state, 'transformers')[0]
     save_file({k: v.contiguous() for k, v in theirs.items()}, tmp_path / 'model.safetensors')
     save_file(state, tmp_path / 'native.safetensors')
     hub.add_repo('Zetatech/pvt-tiny-224', {'model.safetensors': tmp_path / 'model.safetensors', 'config.json': '{}'},
                  commit=timm.models.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')[2])
-    argv = ['predict', files / 'photo.jpg', '--img-size', 64, '--json']
+    published = ['--img-size', 64, '--model', 'pvt_tiny']
 
     hub.fail('truncate', 'model.safetensors')
     hub.fail(500, 'pytorch_model.bin')
-    assert 'Cannot load pvt_tiny.in1k' in cli(*argv, '--model', 'pvt_tiny', fails=True)
+    assert 'Cannot load pvt_tiny.in1k' in cli('predict', DIGIT, *published, fails=True)
     hub.heal()
     with monkeypatch.context() as m:
         m.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-        assert '--checkpoint' in cli(*argv, '--model', 'pvt_tiny', fails=True)
-    from_hub, from_file = (cli(*argv, *which) for which in (
-        ['--model', 'pvt_tiny'], ['--checkpoint', tmp_path / 'native.safetensors']))
-    assert json.loads(from_hub)['images'] == json.loads(from_file)['images']
+        assert '--checkpoint' in cli('predict', DIGIT, *published, fails=True)
+    from_file = predictions(cli, '--img-size', 64, '--checkpoint', tmp_path / 'native.safetensors')
+    assert predictions(cli, *published) == from_file
 
 
 # user errors ----------------------------------------------------------------------------------------------------------
@@ -213,25 +184,18 @@ def test_weights_from_the_hub(cli, hub, no_waits, files, tmp_path, monkeypatch):
     (['predict', '{digit}', '--model', 'pvt_huge_v2'], 'No pretrained weights exist for pvt_huge_v2'),
     (['features', '{digit}', '--model', 'pvt_huge_v2', '--output', '{out}/a.png'], 'No pretrained weights'),
     (['predict', '{digit}', '--model', 'pvt_small.retinanet_coco'], 'without a classifier'),
-    (['predict', '{digit}', *TEST_PVT, '--topk', '0'], 'a number from 1 up'),
+    (['predict', '{digit}', *TEST_PVT, '--topk', '-1'], 'out of range'),
     (['predict', '{digit}', *TEST_PVT, '--img-size', '31'], 'at least 32'),
-    (['predict', '{digit}', *TEST_PVT, '--img-size', 'big'], 'N or H W'),
+    (['predict', '{digit}', *TEST_PVT, '--img-size', 'big'], "invalid image_size value: 'big'"),
     (['predict', '{digit}', *TEST_PVT, '--img-size', '100000'], 'pixels at most'),
     (['predict', '{digit}', *TEST_PVT, '--nonsense'], 'unrecognized arguments: --nonsense'),
     (['predict', '{digit}', '--checkpoint', 'nope.pth'], 'nope.pth'),
     (['predict', '{digit}', '--checkpoint', '{digit}'], 'Expected a checkpoint'),
-    (['predict', '{digit}', '--checkpoint', '{files}/empty'], 'found none'),
-    (['predict', '{digit}', '--checkpoint', '{files}/badjson'], 'Cannot read'),
-    (['predict', '{digit}', '--checkpoint', '{files}/list'], 'Expected a JSON object'),
-    (['predict', '{digit}', '--checkpoint', '{files}/odd'], "a JSON object as 'pretrained_cfg'"),
-    (['predict', '{digit}', '--checkpoint', '{files}/resnet'], 'a checkpoint of resnet18'),
     (['predict', '{digit}', '--checkpoint', '{files}/truncated.pth'], 'truncated.pth is damaged'),
-    (['predict', '{digit}', '--checkpoint', '{files}/truncated.safetensors'], 'damaged'),
     (['predict', '{digit}', '--checkpoint', '{files}/dense.pth'], 'without a classifier'),
     (['predict', '{digit}', '--checkpoint', '{files}/headless.pth'], 'without a classifier'),
     (['predict', '{digit}', '--checkpoint', '{files}/nan.safetensors'], 'not finite'),
     (['features', '{digit}', '--checkpoint', '{files}/nan.safetensors', '--output', '{out}/a.png'], 'not finite'),
-    (['predict', '{digit}', '--checkpoint', '{files}/gap.safetensors'], 'stages.0.blocks.0.attn.q.weight'),
     (['predict', '{digit}', '--checkpoint', '{files}/folder', '--model', 'pvt_tiny'], 'holds test_pvt'),
     (['features', '{digit}', *TEST_PVT], 'required: --output'),
     (['features', '{digit}', *TEST_PVT, '--output', '{out}/a.xyz'], "'xyz' is not supported"),
@@ -247,16 +211,7 @@ def test_user_errors(cli, files, tmp_path, argv, says):
     assert not list(tmp_path.iterdir())
 
 
-def transport_errors():
-    client = import_module(next(c for c in HfHubHTTPError.__mro__ if 'huggingface_hub' not in c.__module__).__module__
-                           .partition('.')[0])  # requests or httpx or what comes next
-    for name in ('ConnectError', 'ReadTimeout', 'RemoteProtocolError', 'ConnectionError', 'Timeout'):
-        if isinstance(kind := getattr(client, name, None), type) and issubclass(kind, Exception):
-            yield kind('cannot\n connect')
-
-
 @pytest.mark.parametrize('error, code, line', [
-    *[(e, 2, 'cannot connect') for e in transport_errors()],
     (UserError('a\nb  c'), 2, 'a b c'),
     (ValueError('\x1b[31m \udcff'), 2, '\\x1b[31m \\udcff'),
     (FileNotFoundError(2, 'No such file', 'x'), 2, 'No such file: x'),
@@ -282,26 +237,11 @@ def test_no_matplotlib(cli, monkeypatch, tmp_path):
     assert '`draw` extra' in cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png', fails=True)
 
 
-def test_a_failed_write_leaves_nothing(cli, monkeypatch, tmp_path):
-    from matplotlib.figure import Figure
-
-    def fail(self, f, **kwargs):
-        f.write(b'half a picture')
-        raise OSError(28, 'No space left on device')
-    (tmp_path / 'a.png').write_bytes(b'old')
-    monkeypatch.setattr(Figure, 'savefig', fail)
-    assert 'No space left' in cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png', fails=True)
-    assert [p.name for p in tmp_path.iterdir()] == ['a.png'] and (tmp_path / 'a.png').read_bytes() == b'old'
-
-
 # processes ------------------------------------------------------------------------------------------------------------
 
 SCRIPT = '''
-import json, multiprocessing, os, pickle, sys
+import json, multiprocessing, os, sys
 import neighbour
-
-class Thing:
-    pass
 
 def double(x):
     return 2 * x
@@ -312,8 +252,7 @@ if __name__ == '__main__':
         doubled = pool.map(double, [1, 2])
     print(json.dumps(dict(
         argv=sys.argv, path=sys.path[0], file=__file__, registered=timm.is_model('pvt_small'), cwd=os.getcwd(),
-        pickles=type(pickle.loads(pickle.dumps(Thing()))).__name__, main=sys.modules['__main__'].Thing is Thing,
-        doubled=doubled)))
+        main=sys.modules['__main__'].double is double, doubled=doubled)))
     sys.exit(3)
 '''
 
@@ -358,6 +297,6 @@ def test_names_that_the_terminal_cannot_show(python, tmp_path):
 
 def test_closed_pipe(client_env, tmp_path):
     done = subprocess.run(
-        f'"{sys.executable}" -m pvt_timm list --json | head -1', shell=True, cwd=tmp_path, env=client_env,
-        capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (0, '[\n', '')
+        f'"{sys.executable}" -m pvt_timm list | true', shell=True, cwd=tmp_path, env=client_env, capture_output=True,
+        text=True, timeout=300)
+    assert (done.stdout, done.stderr) == ('', '')
