@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmarks' / 'speed'))
-import contenders  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 
@@ -41,19 +40,3 @@ def test_report(tmp_path):
     assert '| ours, fused | 102% |' in text  # 16 * 7.64 GFLOP in 0.6 s of 200 GFLOP/s
     assert sorted(p.name for p in tmp_path.glob('*.png')) == [
         f'cpu_avx2_{name}.png' for name in ('latency', 'memory', 'peak', 'throughput', 'training')]
-
-
-@pytest.mark.parametrize('arguments, message', [
-    (['--only', 'speed'], 'Expected --only'),
-    (['--clock', 'cpu'], 'Expected --threads 1'),
-])
-def test_wrong_arguments(capsys, tmp_path, arguments, message):
-    with pytest.raises(SystemExit) as error:
-        run.main([*arguments, '--output', str(tmp_path)])
-    assert error.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_contenders_without_a_checkout(monkeypatch):
-    monkeypatch.delenv('PVT_CHECKOUT', raising=False)
-    with pytest.raises(contenders.Skipped, match='PVT_CHECKOUT'):
-        contenders.module('original', 'tiny')

@@ -1,4 +1,4 @@
-""" timm's AttentionExtract returns the attention of every block.
+""" timm's AttentionExtract returns the attention of every block (whose numbers are in downstream/test_migration.py).
 
 The map of a block is (batch, heads, queries, keys): queries are the tokens of its stage, H/4 * W/4 to H/32 * W/32, keys
 are those tokens reduced `sr_ratio` times per side. The class token is the first query and key of stage 4. Fused
@@ -26,13 +26,7 @@ def model():
 @pytest.mark.parametrize('method, node', [('fx', 'softmax'), ('hook', 'attn_drop')])
 @pytest.mark.parametrize('size', [(64, 64), (96, 160)])
 def test_every_block(model, method, node, size):
-    tokens = {}
-    last = model.stages[-1].blocks[-1].attn
-    handle = last.register_forward_hook(lambda m, args, out: tokens.update(x=args[0]))
-    x = images(2, 3, *size)
-    model(x)
-    handle.remove()
-    maps = AttentionExtract(model, method=method)(x)
+    maps = AttentionExtract(model, method=method)(images(2, 3, *size))
     shapes = {}
     for i, stage in enumerate(model.stages):
         h, w, prefix = size[0] // 4 // 2 ** i, size[1] // 4 // 2 ** i, i == 3
@@ -42,10 +36,3 @@ def test_every_block(model, method, node, size):
     assert {name: tuple(m.shape) for name, m in maps.items()} == shapes
     for m in maps.values():
         torch.testing.assert_close(m.sum(-1), torch.ones(m.shape[:-1], dtype=m.dtype))
-
-    # by hand, for the last block, whose keys are not reduced
-    q = last.q(tokens['x']).reshape(2, -1, last.num_heads, last.head_dim).transpose(1, 2)
-    k = last.kv(tokens['x'])[..., :last.dim].reshape(2, -1, last.num_heads, last.head_dim).transpose(1, 2)
-    expected = (q @ k.transpose(-2, -1) / last.head_dim ** 0.5).softmax(-1)
-    torch.testing.assert_close(list(maps.values())[-1], expected)
-    assert expected.std() > 1e-3
