@@ -65,7 +65,7 @@ def test_list(cli):
     rows = {line.split()[0]: ' '.join(line.split()[1:]) for line in cli('list').splitlines() if line}
     in1k = 'hf-hub:Zetatech/pvt-small-224 or https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth'
     assert rows['pvt_small.in1k'] == f'24.49 M 3.82 224x224 79.8 {in1k}'
-    assert rows['pvt_small.retinanet_coco'].startswith('23.41 M ') and '- https://' in rows['pvt_small.retinanet_coco']
+    assert rows['pvt_small.retinanet_coco'].startswith('23.97 M ') and '- https://' in rows['pvt_small.retinanet_coco']
     assert rows['pvt_huge_v2'] == '304.95 M 50.49 224x224 - none'
     assert rows['test_pvt.digits'] == '0.15 M 0.0009 32x32 99.2 in the package'
 
