@@ -35,20 +35,14 @@ def run(monkeypatch):
     return run
 
 
-def test_published_numbers():
-    assert imagenet.PUBLISHED == {
-        'pvt_tiny.in1k': 75.1, 'pvt_small.in1k': 79.8, 'pvt_medium.in1k': 81.2, 'pvt_large.in1k': 81.7}
-
-
 def test_within_and_beyond_what_is_allowed(run, folder, capsys, tmp_path):
     assert run(folder, '--json', str(tmp_path / 'r.json')) == 0
     result = json.loads((tmp_path / 'r.json').read_text())['models'][NAME]
     assert (result['right'], result['images'], result['ok']) == (357, 360, True)
     assert result['top1'] == pytest.approx(100 * 357 / 360)
-    # 0.17 above what is claimed here, and 0.23 below
-    assert run(folder, published=99.0) == 1
-    assert 'NOT within' in capsys.readouterr().out
-    assert run(folder, published=99.4) == 1
+    for published in (99.0, 99.4):  # 0.17 below what is measured, and 0.23 above
+        assert run(folder, published=published) == 1
+        assert 'NOT within' in capsys.readouterr().out
     assert run(folder, '--allowed', '0.3', published=99.4) == 0
 
 
@@ -71,9 +65,8 @@ def test_damaged_image_stops_and_is_named(run, data, capsys):
 
 @pytest.mark.parametrize('change, message', [
     (lambda validation: shutil.rmtree(validation / '0'), 'got 9'),
-    (lambda validation: shutil.copytree(validation / '0', validation / 'extra'), 'got 11'),
     (shutil.rmtree, "'validation'"),
-], ids=['too few', 'too many', 'none'])
+])
 def test_wrong_folder(run, data, capsys, change, message):
     change(data / 'validation')
     assert run(data) == 2

@@ -1,15 +1,11 @@
 """ What replaces each way in which copies of the original `pvt.py` are used, with the same weights.
 
-The other side is the original code where a checkout is given (PVT_CHECKOUT), and the plain reference otherwise.
+The other side is the plain reference, which `tests/model/test_equivalence.py` compares with the original code.
 """
-import os
-
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import set_fused_attn, use_fused_attn
-from timm.utils import AttentionExtract
 from torchvision.models._utils import IntermediateLayerGetter
 
 import pvt_timm
@@ -40,30 +36,14 @@ def ours(weights, tmp_path_factory):
     return ours
 
 
-def original(weights, dense):
-    """Four maps of the dense code, or all tokens of the classifier after its norm."""
-    weights = {k: v.double() for k, v in weights.items()}
-    if not os.environ.get('PVT_CHECKOUT'):
-        return reference.features(weights, X) if dense else reference.tokens(weights, X)
-    module, kwargs = ('detection', dict(pretrained=None)) if dense else ('classification', dict(num_classes=10))
-    model = reference.load_original(module).pvt_tiny(**kwargs).double().eval()
-    model.load_state_dict({k: weights[k] for k in model.state_dict()})
-    seen = []
-    if not dense:
-        model.norm.register_forward_hook(lambda module, args, out: seen.append(out))
-    with torch.no_grad():
-        maps = model(X)
-    return maps if dense else seen[0]
-
-
 @pytest.fixture(scope='module')
 def maps(weights):
-    return original(weights, dense=True)
+    return reference.features({k: v.double() for k, v in weights.items()}, X)
 
 
 @pytest.fixture(scope='module')
 def tokens(weights):
-    return original(weights, dense=False)
+    return reference.tokens({k: v.double() for k, v in weights.items()}, X)
 
 
 def ordered_dict(model, x):
@@ -104,23 +84,10 @@ def test_outputs(ours, maps, tokens, kwargs, call, expected):
 
 
 @torch.no_grad()
-def test_logits_and_last_attention(ours, weights, tokens):
-    """SMMix: the attention of the last block, here recomputed by hand from what goes into it."""
-    fused = use_fused_attn()
-    set_fused_attn(False)
-    try:
-        model = ours(num_classes=10)
-    finally:
-        set_fused_attn(fused)
-    into = []
-    model.stages[-1].blocks[-1].attn.register_forward_pre_hook(lambda module, args: into.append(args[0]))
-    last, = AttentionExtract(model, names=['stages.3.blocks.1.attn.attn_drop'], method='hook')(X).values()
-    q, k = (
-        (into[0] @ weights[f'block4.1.attn.{name}.weight'][:512].double().T
-         + weights[f'block4.1.attn.{name}.bias'][:512]).reshape(2, 50, 8, 64).transpose(1, 2) for name in ('q', 'kv'))
-    assert max_diff(last, (q @ k.transpose(2, 3) / 8).softmax(dim=-1)) <= 1e-10
+def test_logits(ours, weights, tokens):
+    """As in SMMix, beside the attention maps of tests/model/test_attention_maps.py."""
     logits = tokens[:, 0] @ weights['head.weight'].double().T + weights['head.bias']
-    assert max_diff(model(X), logits) <= 1e-10
+    assert max_diff(ours(num_classes=10)(X), logits) <= 1e-10
 
 
 class ScaledBlock(Block):

@@ -63,12 +63,7 @@ def test_forms(form, decoder):
             torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('build_model, accepted', [
-    (lambda: smp.DeepLabV3('tu-test_pvt', encoder_weights=None), 'output_stride 32.*FPN or UPerNet'),
-    (lambda: smp.DeepLabV3Plus('tu-test_pvt', encoder_weights=None), 'output_stride 32.*FPN or UPerNet'),
-    (lambda: smp.PAN('tu-test_pvt', encoder_weights=None), 'output_stride 32.*FPN or UPerNet'),
-    (lambda: smp.FPN('tu-test_pvt', encoder_weights=None, encoder_depth=6), r'range \[1, 5\]'),
-])
-def test_dilated_decoders_are_refused(build_model, accepted):
-    with pytest.raises(ValueError, match=accepted):
-        build_model()
+@pytest.mark.parametrize('decoder', ['DeepLabV3', 'DeepLabV3Plus', 'PAN'])
+def test_dilated_decoders_are_refused(decoder):
+    with pytest.raises(ValueError, match='output_stride 32.*FPN or UPerNet'):
+        getattr(smp, decoder)('tu-test_pvt', encoder_weights=None)
