@@ -24,29 +24,16 @@ __all__ = ['add_detect', 'add_segment', 'draw_detections', 'draw_segments']
 
 Rows = List[Dict[str, Any]]
 
-_LOADERS: Dict[str, Dict[str, Any]] = {
-    'detect': {
-        'RetinaNet': retinanet_from_mmdet,
-        'Faster R-CNN': faster_rcnn_from_mmdet,
-        'Mask R-CNN': mask_rcnn_from_mmdet,
-    },
-    'segment': {'Semantic FPN': semantic_fpn_from_mmseg},
-}
+_DETECTORS = {
+    'RetinaNet': retinanet_from_mmdet, 'Faster R-CNN': faster_rcnn_from_mmdet, 'Mask R-CNN': mask_rcnn_from_mmdet}
+_SEGMENTERS = {'Semantic FPN': semantic_fpn_from_mmseg}
 # Told apart by most people with a colour deficiency too, and white text can be read on them
 _COLORS = ('#d1495b', '#1f77b4', '#2a8c55', '#8e5bb5', '#b8741a', '#17808a', '#c2488f', '#5f6b2d', '#4455a8', '#7a4b3a')
 _PUBLISHED = '.retinanet_coco'  # the tag of the models whose detector is published
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
-    parser.add_argument('--prefix', help='what stands before the names of the backbone, if the file has several')
-    parser.add_argument('--output', type=Path, metavar='DIR', help='folder for pictures, one per image')
-    parser.add_argument('--json', action='store_true', help='for machines')
-
-
 def add_detect(subparsers: Any) -> None:
-    parser = subparsers.add_parser('detect', help='find the objects in images')
-    _add_arguments(parser)
+    parser = _add_parser(subparsers, 'detect', 'find the objects in images')
     which = parser.add_mutually_exclusive_group()
     which.add_argument('--model', default='pvt_small', type=lambda name: name.removesuffix(_PUBLISHED),
                        choices=[name.removesuffix(_PUBLISHED) for name in timm.list_pretrained(f'*{_PUBLISHED}')],
@@ -54,15 +41,24 @@ def add_detect(subparsers: Any) -> None:
     which.add_argument('--checkpoint', metavar='FILE',
                        help='a RetinaNet, Faster or Mask R-CNN of mmdetection or of the original code')
     parser.add_argument('--threshold', type=float, default=0.5, help='lowest score of an object (default 0.5)')
-    parser.set_defaults(func=run, find=_detect)
+    parser.set_defaults(find=_detect, key='objects', loaders=_DETECTORS)
 
 
 def add_segment(subparsers: Any) -> None:
-    parser = subparsers.add_parser('segment', help='assign a class to every pixel of images')
-    _add_arguments(parser)
+    parser = _add_parser(subparsers, 'segment', 'assign a class to every pixel of images')
     parser.add_argument('--checkpoint', required=True, metavar='FILE',
                         help='a Semantic FPN of mmsegmentation or of the original code')
-    parser.set_defaults(func=run, find=_segment)
+    parser.set_defaults(find=_segment, key='classes', loaders=_SEGMENTERS)
+
+
+def _add_parser(subparsers: Any, name: str, what: str) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(name, help=what)
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    parser.add_argument('--prefix', help='what stands before the names of the backbone, if the file has several')
+    parser.add_argument('--output', type=Path, metavar='DIR', help='folder for pictures, one per image')
+    parser.add_argument('--json', action='store_true', help='for machines')
+    parser.set_defaults(func=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,14 +70,13 @@ def run(args: argparse.Namespace) -> None:
         if len(set(pictures.values())) < len(args.images):
             raise UserError('Expected images of different names, as their pictures are called after them')
     model = _load(args)
-    key = 'objects' if args.command == 'detect' else 'classes'
     results = []
     for path in args.images:
         image = open_image(path)
         rows = args.find(model, image, args, pictures.get(path))
-        results.append({'image': path, 'width': image.width, 'height': image.height, key: rows})
+        results.append({'image': path, 'width': image.width, 'height': image.height, args.key: rows})
         if not args.json:
-            print(f'{path}: {len(rows)} {key}' + (f', drawn in {pictures[path]}' if pictures else ''))
+            print(f'{path}: {len(rows)} {args.key}' + (f', drawn in {pictures[path]}' if pictures else ''))
             for row in rows:
                 at = '  at ' + ', '.join(f'{x:.0f}' for x in row['box']) if 'box' in row else ''
                 print(f'  {row.get("score", row.get("share")):6.1%}  {printable(row["name"])}{at}', flush=True)
@@ -94,19 +89,17 @@ def _load(args: argparse.Namespace) -> Any:
         return retinanet_coco(args.model)
     checkpoint = read_checkpoint(args.checkpoint)
     kind, _ = describe_heads(unwrap(checkpoint)[0]) or ('something else', 0)
-    loaders = _LOADERS[args.command]
-    if kind not in loaders:
+    if kind not in args.loaders:
         raise UserError(
-            f'Expected a {" or ".join(loaders)} of OpenMMLab or the original code for `{args.command}`, '
+            f'Expected a {" or ".join(args.loaders)} of OpenMMLab or the original code for `{args.command}`, '
             f'{args.checkpoint} holds: {kind}')
-    return loaders[kind](checkpoint, prefix=args.prefix)
+    return args.loaders[kind](checkpoint, prefix=args.prefix)
 
 
 def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
     with torch.inference_mode():
         found = model([to_tensor(image)])[0]
-    keep = found['scores'] >= args.threshold
-    found = {k: v[keep] for k, v in found.items()}
+    found = {k: v[found['scores'] >= args.threshold] for k, v in found.items()}
     labels = (found['labels'] - model.first_label).tolist()
     names = [model.categories[i] if model.categories else f'class {i}' for i in labels]
     if picture:
@@ -159,11 +152,7 @@ def _segment(model: Any, image: Image.Image, args: argparse.Namespace, picture: 
 
 
 def draw_segments(
-        image: Image.Image,
-        labels: torch.Tensor,
-        classes: Rows,
-        palette: Sequence[Tuple[int, ...]],
-        output: Path,
+        image: Image.Image, labels: torch.Tensor, classes: Rows, palette: Sequence[Tuple[int, ...]], output: Path,
 ) -> None:
     """Draw the class (H, W) of every pixel over an image, with a legend of the first 14 of `classes`."""
     colors = np.array(palette)
