@@ -9,11 +9,12 @@ The paper trains it for 40,000 steps of ADE20K with 32 crops of 512x512 pixels, 
 """
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms.functional import normalize
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -43,10 +44,10 @@ def ade20k_classes() -> Tuple[List[str], List[Color]]:
 class SemanticFpnHead(nn.Module):
     """Brings all levels of a pyramid to the size of the finest one, adds them up and classifies every position."""
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, drop_rate: float = 0.1, num_levels: int = 4):
+    def __init__(self, in_channels: int, channels: int, num_classes: int, drop_rate: float = 0.1):
         super().__init__()
         self.branches = nn.ModuleList()
-        for i in range(num_levels):
+        for i in range(4):
             layers: List[nn.Module] = []
             for j in range(max(i, 1)):
                 layers.append(nn.Sequential(
@@ -79,9 +80,7 @@ class SemanticFpn(nn.Module):
         num_classes: Number of classes.
         categories: Names of the classes, empty if not known.
         palette: Their colours (red, green, blue), empty if not known.
-        min_size: Shorter side that `segment` resizes to.
-        max_size: Longest side after that.
-        mean: Mean per channel of images from 0 to 1.
+        mean: Mean per channel of images from 0 to 1, timm's for ImageNet.
         std: Standard deviation per channel.
     """
 
@@ -93,23 +92,24 @@ class SemanticFpn(nn.Module):
             drop_rate: float = 0.1,
             min_size: int = 512,
             max_size: int = 2048,
-            mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-            std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ):
         """
         Args:
             backbone: Levels with strides 4 to 32.
+            num_classes: Number of classes.
             channels: Channels of the head.
             drop_rate: Dropout of channels before the classifier.
+            min_size: Shorter side that `segment` resizes to.
+            max_size: Longest side after that.
         """
         super().__init__()
         self.backbone = backbone
-        self.head = SemanticFpnHead(backbone.out_channels, channels, num_classes, drop_rate, len(backbone.names))
+        self.head = SemanticFpnHead(backbone.out_channels, channels, num_classes, drop_rate)
         self.num_classes = num_classes
         self.categories: List[str] = []
         self.palette: List[Color] = []
         self.min_size, self.max_size = min_size, max_size
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.head(list(self.backbone(x).values()))
@@ -124,27 +124,17 @@ class SemanticFpn(nn.Module):
         h, w = image.shape[1:]
         scale = min(self.min_size / min(h, w), self.max_size / max(h, w))
         size = [max(math.ceil(int(n * scale + 0.5) / 32), 1) * 32 for n in (h, w)]
-        x = (image - image.new_tensor(self.mean)[:, None, None]) / image.new_tensor(self.std)[:, None, None]
-        x = F.interpolate(x[None], size=size, mode='bilinear', align_corners=False)
+        x = normalize(image, self.mean, self.std)[None]
+        x = F.interpolate(x, size=size, mode='bilinear', align_corners=False)
         return F.interpolate(self(x), size=(h, w), mode='bilinear', align_corners=False)[0].argmax(dim=0)
 
 
 def semantic_fpn(
-        model_name: str = 'pvt_small',
-        num_classes: int = 150,
-        pretrained_backbone: bool = False,
-        out_channels: int = 256,
-        model_args: Optional[Dict[str, Any]] = None,
-        **kwargs: Any,
-) -> SemanticFpn:
+        model_name: str = 'pvt_small', num_classes: int = 150, pretrained_backbone: bool = False,
+        out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> SemanticFpn:
     """Semantic FPN on PVT as published, with new neck and head.
 
-    Args:
-        model_name: Name of a timm model, with or without a tag.
-        pretrained_backbone: Load its weights.
-        out_channels: Channels of the pyramid.
-        model_args: Arguments for `timm.create_model`, such as `drop_path_rate`.
-        kwargs: Arguments for `SemanticFpn`.
+    Arguments as in `pvt_timm.detection.pvt_retinanet`, `kwargs` are for `SemanticFpn`.
     """
     backbone = pvt_fpn_backbone(
         model_name, pretrained_backbone, out_channels, extra_levels=None, **(model_args or {}))
@@ -159,18 +149,12 @@ def segmenter_to_mmseg(model: SemanticFpn, fmt: str = 'mmdet') -> Dict[str, torc
 def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> SemanticFpn:
     """Whole Semantic FPN checkpoint of mmsegmentation, or of the original PVT code.
 
-    Args:
-        checkpoint: File, of which nothing is executed, or what it holds: `backbone.*`, `neck.*` and `decode_head.*`,
-            bare or under 'state_dict'.
-        prefix: What stands before the names of the backbone, needed where there are several.
-        kwargs: Arguments for `SemanticFpn`, such as `min_size` (by default that of the config in the file, or 512).
+    Arguments and errors as in `pvt_timm.detection.retinanet_from_mmdet`, with `neck.*` and `decode_head.*` beside
+    `backbone.*`, and 512 as the shorter side if no config says it.
 
     Returns:
         The model in evaluation mode. Variant, number of classes and widths are read off the weights. Names and colours
         of classes are those in the file, or ADE20K's where there are 150 classes.
-
-    Raises:
-        ValueError: Not such a checkpoint. The message names what is wrong.
     """
     model, dataset = from_openmmlab(checkpoint, 'Semantic FPN', semantic_fpn, _TABLE, prefix, **kwargs)
     names, palette = ade20k_classes() if model.num_classes == 150 else ([], [])

@@ -7,19 +7,12 @@
 from .fpn import PvtFpnBackbone, pvt_fpn_backbone
 from .mask_rcnn import PvtFasterRCNN, PvtMaskRCNN, pvt_faster_rcnn, pvt_mask_rcnn
 from .openmmlab import (
-    coco_categories,
-    describe_heads,
-    detector_to_mmdet,
-    faster_rcnn_from_mmdet,
-    mask_rcnn_from_mmdet,
-    retinanet_coco,
-    retinanet_from_mmdet,
-)
-from .parts import check_detection_inputs
+    coco_categories, describe_heads, detector_to_mmdet, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, retinanet_coco,
+    retinanet_from_mmdet)
 from .retinanet import PvtRetinaNet, pvt_retinanet
 
 __all__ = [
-    'PvtFasterRCNN', 'PvtFpnBackbone', 'PvtMaskRCNN', 'PvtRetinaNet', 'check_detection_inputs', 'coco_categories',
-    'describe_heads', 'detector_to_mmdet', 'faster_rcnn_from_mmdet', 'mask_rcnn_from_mmdet', 'pvt_faster_rcnn',
-    'pvt_fpn_backbone', 'pvt_mask_rcnn', 'pvt_retinanet', 'retinanet_coco', 'retinanet_from_mmdet',
+    'PvtFasterRCNN', 'PvtFpnBackbone', 'PvtMaskRCNN', 'PvtRetinaNet', 'coco_categories', 'describe_heads',
+    'detector_to_mmdet', 'faster_rcnn_from_mmdet', 'mask_rcnn_from_mmdet', 'pvt_faster_rcnn', 'pvt_fpn_backbone',
+    'pvt_mask_rcnn', 'pvt_retinanet', 'retinanet_coco', 'retinanet_from_mmdet',
 ]

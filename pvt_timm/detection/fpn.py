@@ -1,14 +1,12 @@
 """ A feature pyramid on PVT for torchvision's detectors, and for Semantic FPN. """
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from timm.models import create_model
-
-_EXTRA_LEVELS = ('pool', 'p6p7', 'p6p7_on_input', None)
 
 
 class LastLevelsOnInput(LastLevelP6P7):
@@ -18,10 +16,16 @@ class LastLevelsOnInput(LastLevelP6P7):
             self, p: List[torch.Tensor], c: List[torch.Tensor], names: List[str],
     ) -> Tuple[List[torch.Tensor], List[str]]:
         p6 = self.p6(c[-1])
-        p7 = self.p7(p6)
-        p.extend([p6, p7])
-        names.extend(['p6', 'p7'])
-        return p, names
+        return p + [p6, self.p7(p6)], names + ['p6', 'p7']
+
+
+# What makes them from the channels of the last stage and of the pyramid
+_EXTRA_LEVELS: Dict[Optional[str], Callable[[int, int], Any]] = {
+    'pool': lambda channels, out_channels: LastLevelMaxPool(),
+    'p6p7': lambda channels, out_channels: LastLevelP6P7(out_channels, out_channels),
+    'p6p7_on_input': LastLevelsOnInput,
+    None: lambda channels, out_channels: None,
+}
 
 
 class PvtFpnBackbone(nn.Module):
@@ -31,20 +35,17 @@ class PvtFpnBackbone(nn.Module):
         body: The `features_only` model.
         fpn: torchvision's `FeaturePyramidNetwork` on it.
         out_channels: Channels of every map.
-        names: Keys of the maps, finest first.
     """
 
-    def __init__(self, body: nn.Module, fpn: FeaturePyramidNetwork, out_channels: int, names: Sequence[str]):
+    def __init__(self, body: nn.Module, fpn: FeaturePyramidNetwork, out_channels: int):
         super().__init__()
         self.body = body
         self.fpn = fpn
         self.out_channels = out_channels
-        self.names = list(names)
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        features = self.body(x)
         named: Dict[str, torch.Tensor] = {}
-        for i, feature in enumerate(features):
+        for i, feature in enumerate(self.body(x)):
             named[str(i)] = feature
         return self.fpn(named)
 
@@ -76,7 +77,7 @@ def pvt_fpn_backbone(
         ValueError: An argument is outside of what it accepts.
     """
     if extra_levels not in _EXTRA_LEVELS:
-        raise ValueError(f'Expected extra_levels in {_EXTRA_LEVELS}, got {extra_levels!r}.')
+        raise ValueError(f'Expected extra_levels in {tuple(_EXTRA_LEVELS)}, got {extra_levels!r}.')
     if list(out_indices) != sorted({i for i in out_indices if i >= 0}) or not out_indices:
         # torchvision's pyramid goes from fine to coarse
         raise ValueError(f'Expected out_indices to be rising stage indices such as (0, 1, 2, 3), got {out_indices}.')
@@ -84,14 +85,5 @@ def pvt_fpn_backbone(
         model_name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **model_args)
     feature_info: Any = body.feature_info
     channels = feature_info.channels()
-    extra: Optional[ExtraFPNBlock] = None
-    names = [str(i) for i in range(len(channels))]
-    if extra_levels == 'pool':
-        extra = LastLevelMaxPool()
-        names += ['pool']
-    elif extra_levels is not None:
-        on_input = extra_levels == 'p6p7_on_input'
-        extra = LastLevelsOnInput(channels[-1], out_channels) if on_input else LastLevelP6P7(out_channels, out_channels)
-        names += ['p6', 'p7']
-    fpn = FeaturePyramidNetwork(channels, out_channels, extra_blocks=extra)
-    return PvtFpnBackbone(body, fpn, out_channels, names)
+    extra = _EXTRA_LEVELS[extra_levels](channels[-1], out_channels)
+    return PvtFpnBackbone(body, FeaturePyramidNetwork(channels, out_channels, extra), out_channels)

@@ -58,16 +58,12 @@ _HEADS = {
     'Faster R-CNN': ('roi_head.bbox_head.fc_cls.weight', 1, 1),
     'Semantic FPN': ('decode_head.conv_seg.weight', 1, 0),
 }
-# Kind of model -> argument for a width, the parameter and the dimension that have it
-_BOX = ('roi_head.bbox_head.fc_cls.weight', 1)
+# Argument of a model -> the parameter, under our names, and the dimension that have this width
 _WIDTHS = {
-    'RetinaNet': dict(out_channels=('bbox_head.retina_cls.weight', 1)),
-    'Mask R-CNN': dict(
-        out_channels=('rpn_head.rpn_conv.weight', 0), box_channels=_BOX,
-        mask_channels=('roi_head.mask_head.convs.0.conv.weight', 0)),
-    'Faster R-CNN': dict(out_channels=('rpn_head.rpn_conv.weight', 0), box_channels=_BOX),
-    'Semantic FPN': dict(
-        out_channels=('neck.lateral_convs.0.conv.weight', 0), channels=('decode_head.conv_seg.weight', 1)),
+    'out_channels': ('backbone.fpn.inner_blocks.0.0.weight', 0),
+    'box_channels': ('roi_heads.box_predictor.cls_score.weight', 1),
+    'mask_channels': ('roi_heads.mask_predictor.mask_fcn_logits.weight', 1),
+    'channels': ('head.classifier.weight', 1),
 }
 _BODY = 'backbone.body.'
 
@@ -97,13 +93,8 @@ def describe_heads(state_dict: Mapping[str, Any]) -> Optional[Tuple[str, int]]:
 
 
 def from_openmmlab(
-        checkpoint: Checkpoint,
-        kind: str,
-        build: Callable[..., Any],
-        table: Table,
-        prefix: Optional[str] = None,
-        **kwargs: Any,
-) -> Tuple[Any, Dict[str, List[Any]]]:
+        checkpoint: Checkpoint, kind: str, build: Callable[..., Any], table: Table, prefix: Optional[str] = None,
+        **kwargs: Any) -> Tuple[Any, Dict[str, List[Any]]]:
     """Load a whole detector or segmenter of OpenMMLab or of the original code, or nothing of it.
 
     Args:
@@ -136,20 +127,22 @@ def from_openmmlab(
         parts = ', '.join(sorted({k.partition('.')[0] for k in heads})) or 'nothing'
         what = f'a {found[0]}' if found else f'a model with {parts} beside its backbone'
         raise ValueError(f'Expected a {kind}, got {what}.')
-
     info = describe(converted.state_dict)
     variant = find_variant(info.depths, info.embed_dims)
     if variant is None:
         raise ValueError(f'Expected a PVT v1 variant, got depths {info.depths} and channels {info.embed_dims}.')
+
     drop = ['norm', 'head'] + (['class_token'] if info.class_token or info.class_row else [])
     body, _ = from_timm(drop_parts(converted.state_dict, drop, info.class_row), 'timm_features')
+    ours, _, _ = remap(heads, table)
+    settings = {k: ours[name].shape[dim] for k, (name, dim) in _WIDTHS.items()
+                if name in ours and ours[name].ndim > dim and ours[name].numel()}  # the others are refused below
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
+    settings.update(_image_size(meta))
     model_args = dict(img_size=info.img_size, in_chans=info.in_chans)
-    widths = {k: _width(heads, *at) for k, at in _WIDTHS[kind].items()}
-    model = build(variant, found[1], model_args=model_args, **{**widths, **_image_size(meta), **kwargs})
+    model = build(variant, found[1], model_args=model_args, **{**settings, **kwargs})
 
-    ours, _, _ = remap(heads, table)
     reference = to_openmmlab(model, table, converted.format)
     check_keys(heads, {k: v for k, v in reference.items() if not k.startswith('backbone.')})
     weights = {**{f'{_BODY}{k}': v for k, v in body.items()}, **_move_background(ours, to_torchvision=True)}
@@ -160,13 +153,6 @@ def from_openmmlab(
             if isinstance(m, nn.LayerNorm):
                 m.eps = 1e-6  # in patch embeddings and spatial reductions too, unlike the original
     return model.eval(), _dataset(meta, found[1])
-
-
-def _width(heads: StateDict, name: str, dim: int) -> int:
-    weight = heads.get(name)
-    if not isinstance(weight, torch.Tensor) or weight.ndim <= dim or not weight.shape[dim]:
-        raise ValueError(f'Missing in the checkpoint: {name}.')
-    return weight.shape[dim]
 
 
 def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
@@ -182,9 +168,9 @@ def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
 def _dataset(meta: Mapping[str, Any], num_classes: int) -> Dict[str, List[Any]]:
     """'classes' and 'palette' that the file says, if there is one per class."""
     inner = meta.get('dataset_meta')
-    said = [(str(k).lower(), v) for source in (meta, inner) if isinstance(source, Mapping) for k, v in source.items()]
-    return {k: list(v) for k, v in said
-            if k in ('classes', 'palette') and isinstance(v, (list, tuple)) and len(v) == num_classes}
+    said = {str(k).lower(): v for k, v in {**meta, **(inner if isinstance(inner, Mapping) else {})}.items()}
+    return {k: list(v) for k in ('classes', 'palette')
+            if isinstance(v := said.get(k), (list, tuple)) and len(v) == num_classes}
 
 
 def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
@@ -261,29 +247,19 @@ def mask_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, *
     return _detector_from_mmdet(checkpoint, 'Mask R-CNN', pvt_mask_rcnn, _MASK_RCNN, prefix, **kwargs)
 
 
-def retinanet_coco(
-        model_name: str = 'pvt_small',
-        pretrained: bool = True,
-        cache_dir: Optional[str] = None,
-        **kwargs: Any,
-) -> PvtRetinaNet:
+def retinanet_coco(model_name: str = 'pvt_small', cache_dir: Optional[str] = None, **kwargs: Any) -> PvtRetinaNet:
     """OpenMMLab's RetinaNet on PVT, trained on COCO (published box AP: tiny 36.6, small 40.4, medium 41.7).
 
     The file is that of the tag `retinanet_coco`, downloaded once and checked against the hash in its name.
 
     Args:
         model_name: 'pvt_tiny', 'pvt_small' or 'pvt_medium'.
-        pretrained: Load the weights.
         cache_dir: Where to keep the download, torch's hub folder by default.
         kwargs: Arguments for `PvtRetinaNet`, such as `min_size`.
 
     Returns:
         The model in evaluation mode. `categories` names its 80 classes, `category_ids` are their ids in COCO's files.
     """
-    if not pretrained:
-        model = pvt_retinanet(model_name, **kwargs).eval()
-        model.category_ids, model.categories = list(coco_categories()), list(coco_categories().values())
-        return model
     urls = {name: cfg.cfgs['retinanet_coco'].url for name, cfg in default_cfgs.items() if 'retinanet_coco' in cfg.cfgs}
     if model_name not in urls:
         raise ValueError(f'Expected model_name in {tuple(urls)}, got {model_name!r}.')

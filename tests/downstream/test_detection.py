@@ -14,13 +14,14 @@ from torchvision.models.detection.image_list import ImageList
 
 import pvt_timm  # noqa: F401
 from pvt_timm.detection import (
-    check_detection_inputs, coco_categories, describe_heads, detector_to_mmdet, faster_rcnn_from_mmdet,
-    mask_rcnn_from_mmdet, pvt_faster_rcnn, pvt_fpn_backbone, pvt_mask_rcnn, pvt_retinanet, retinanet_coco,
-    retinanet_from_mmdet)
+    coco_categories, describe_heads, detector_to_mmdet, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, pvt_faster_rcnn,
+    pvt_fpn_backbone, pvt_mask_rcnn, pvt_retinanet, retinanet_coco, retinanet_from_mmdet)
 from pvt_timm.detection.mask_rcnn import AlignedRoIAlign
 from pvt_timm.detection.parts import paste_masks
 
-SMALL = dict(out_channels=32, model_args=dict(img_size=64), min_size=64, max_size=128)
+SIZES = dict(out_channels=32, model_args=dict(img_size=64), min_size=64, max_size=128)
+SMALL = dict(
+    retinanet=SIZES, faster_rcnn=dict(SIZES, box_channels=48), mask_rcnn=dict(SIZES, box_channels=48, mask_channels=24))
 BUILD = dict(retinanet=pvt_retinanet, faster_rcnn=pvt_faster_rcnn, mask_rcnn=pvt_mask_rcnn)
 LOAD = dict(retinanet=retinanet_from_mmdet, faster_rcnn=faster_rcnn_from_mmdet, mask_rcnn=mask_rcnn_from_mmdet)
 
@@ -30,14 +31,13 @@ def boxes(*rows):
 
 
 def target(*rows, labels=None):
-    return dict(boxes=boxes(*rows), labels=torch.ones(len(rows), dtype=torch.int64) if labels is None else labels)
+    return dict(boxes=boxes(*rows), labels=torch.tensor(labels or [1] * len(rows), dtype=torch.int64))
 
 
 def build_small(kind, num_classes=3, **kwargs):
     """A detector of 32 channels whose scores and boxes differ."""
     torch.manual_seed(0)
-    heads = dict(retinanet={}, faster_rcnn=dict(box_channels=48), mask_rcnn=dict(box_channels=48, mask_channels=24))
-    model = BUILD[kind]('test_pvt', num_classes, **{**SMALL, **heads[kind], **kwargs})
+    model = BUILD[kind]('test_pvt', num_classes, **SMALL[kind], **kwargs)
     for m in (model.head if kind == 'retinanet' else model.rpn).modules():
         if isinstance(m, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(m.weight)
@@ -66,13 +66,12 @@ def detector(request, small_retinanet):
 def test_backbone_levels(extra, names, sides):
     backbone = pvt_fpn_backbone('test_pvt', out_channels=24, extra_levels=extra)
     out = backbone(torch.rand(2, 3, 64, 64))
-    assert list(out) == backbone.names == names
+    assert list(out) == names
     assert [tuple(x.shape) for x in out.values()] == [(2, 24, s, s) for s in sides]
     assert backbone.out_channels == 24
 
 
-def test_backbone_takes_features_of_timm_scripts_and_holds_no_unused_parameter():
-    torch.manual_seed(0)
+def test_backbone_takes_features_of_timm_and_holds_no_unused_parameter():
     backbone = pvt_fpn_backbone('test_pvt', out_channels=16, out_indices=(1, 2, 3), extra_levels='p6p7').eval()
     plain = timm.create_model('test_pvt', features_only=True, out_indices=(1, 2, 3)).eval()
     plain.load_state_dict(backbone.body.state_dict())
@@ -81,10 +80,8 @@ def test_backbone_takes_features_of_timm_scripts_and_holds_no_unused_parameter()
     sum(v.sum() for v in maps.values()).backward()
     assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
     other = backbone.fpn({str(i): f for i, f in enumerate(plain(x))})
-    scripted = torch.jit.script(backbone)(x)
     for k, v in maps.items():
         torch.testing.assert_close(other[k], v, rtol=0, atol=0)
-        torch.testing.assert_close(scripted[k], v)
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -104,18 +101,12 @@ def test_backbone_refuses(arguments, message):
 def test_torchvision_detectors_train_and_detect_on_mixed_sizes():
     torch.manual_seed(0)
     images = [torch.rand(3, 64, 80), torch.rand(3, 90, 50)]
-    targets = [target((5, 5, 40, 50), labels=torch.tensor([1])), target()]
-    masks = [dict(t, masks=torch.ones(len(t['boxes']), *x.shape[1:], dtype=torch.uint8))
-             for t, x in zip(targets, images)]
-    sizes = dict(min_size=64, max_size=128)
-    pyramid = AnchorGenerator(((16,), (32,), (64,), (96,), (128,)), ((0.5, 1.0, 2.0),) * 5)
-    models = [
-        (RetinaNet(pvt_fpn_backbone('test_pvt', out_channels=16, extra_levels='pool'), 3, **sizes), targets),
-        (FasterRCNN(pvt_fpn_backbone('test_pvt', out_channels=16), 3, rpn_anchor_generator=pyramid, **sizes), targets),
-        (MaskRCNN(pvt_fpn_backbone('test_pvt', out_channels=16), 3, rpn_anchor_generator=pyramid, **sizes), masks),
-    ]
-    for model, target_list in models:
-        losses = model.train()(images, target_list)
+    targets = [dict(t, masks=torch.ones(len(t['boxes']), *x.shape[1:], dtype=torch.uint8))
+               for t, x in zip((target((5, 5, 40, 50)), target()), images)]
+    anchors = dict(rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,), (96,), (128,)), ((0.5, 1.0, 2.0),) * 5))
+    for cls, kwargs in ((RetinaNet, {}), (FasterRCNN, anchors), (MaskRCNN, anchors)):
+        model = cls(pvt_fpn_backbone('test_pvt', out_channels=16), 3, min_size=64, max_size=128, **kwargs)
+        losses = model.train()(images, targets)
         sum(losses.values()).backward()
         assert all(x.isfinite() for x in losses.values())
         assert all(p.grad.isfinite().all() for p in model.backbone.body.parameters())
@@ -136,14 +127,13 @@ def test_torchvision_detector_scripts():
 # ---- RetinaNet as published
 
 
-@pytest.mark.parametrize('generator_of, first_stride, base, octave', [
-    (lambda: build_small('retinanet').anchor_generator, 8, 4, 3),
-    (lambda: build_small('faster_rcnn').rpn.anchor_generator, 4, 8, 1),
-])
-def test_anchors_are_centred_on_fixed_strides_and_not_rounded(generator_of, first_stride, base, octave):
+@pytest.mark.parametrize('kind, first_stride, base, octave', [('retinanet', 8, 4, 3), ('faster_rcnn', 4, 8, 1)])
+def test_anchors_are_centred_on_fixed_strides_and_not_rounded(kind, first_stride, base, octave):
+    model = build_small(kind)
+    generator = (model if kind == 'retinanet' else model.rpn).anchor_generator
     grids = ((50, 84), (25, 42), (13, 21), (7, 11), (4, 6))
     images = ImageList(torch.zeros(1, 3, 400, 672), [(400, 667)])
-    anchors, = generator_of()(images, [torch.zeros(1, 1, *grid) for grid in grids])
+    anchors, = generator(images, [torch.zeros(1, 1, *grid) for grid in grids])
     levels = anchors.split([3 * octave * h * w for h, w in grids])
     for stride, level, (h, w) in zip((first_stride * 2 ** i for i in range(5)), levels, grids):
         level = level.reshape(h, w, 3, octave, 4)  # ratio, then scale
@@ -171,7 +161,8 @@ def test_box_coders_bound_the_size_on_both_sides(coder_of, scale):
 
 
 def test_settings_are_the_published_ones():
-    model, retinanet = pvt_mask_rcnn('test_pvt'), pvt_retinanet('test_pvt')
+    model, retinanet = pvt_mask_rcnn('test_pvt'), pvt_retinanet('pvt_tiny')
+    assert sum(p.numel() for p in retinanet.parameters()) == 22_964_212  # of mmdetection's model
     rpn, heads = model.rpn, model.roi_heads
     assert rpn._pre_nms_top_n == dict(training=2000, testing=1000)
     assert rpn._post_nms_top_n == dict(training=1000, testing=1000)
@@ -241,25 +232,11 @@ def test_boxes_outside_of_the_image_are_dropped(small_retinanet):
     anchors[1] = torch.tensor([10., 10., 80., 20.])
     outputs = dict(cls_logits=[logits], bbox_regression=[torch.zeros(1, 9, 4)])
     model = copy.copy(small_retinanet)
-    model.score_thresh = 0.05
+    model.score_thresh, model.detections_per_img = 0.05, 1  # those dropped take nobody's place
     found = model.postprocess_detections(outputs, [[anchors]], [(64, 64)])[0]
     torch.testing.assert_close(found['boxes'], boxes((10, 10, 64, 20)))
     assert found['labels'].tolist() == [1]
     torch.testing.assert_close(found['scores'], torch.tensor([2.]).sigmoid())
-
-
-def test_postprocessing_equals_torchvision_where_no_box_leaves_the_image(small_retinanet):
-    model = small_retinanet
-    generator = torch.Generator().manual_seed(0)
-    anchors = boxes((20, 20, 40, 44)).repeat(60, 1) + torch.rand(60, 1, generator=generator) * 15
-    outputs = dict(
-        cls_logits=[torch.randn(1, 60, 3, generator=generator)],
-        bbox_regression=[torch.randn(1, 60, 4, generator=generator) * 0.1])
-    ours = model.postprocess_detections(outputs, [[anchors]], [(64, 64)])[0]
-    theirs = RetinaNet.postprocess_detections(model, outputs, [[anchors]], [(64, 64)])[0]
-    assert len(ours['labels']) > 10
-    for k in ours:
-        torch.testing.assert_close(ours[k], theirs[k])
 
 
 def test_one_image_equals_a_batch_of_different_sizes(detector):
@@ -275,7 +252,6 @@ def test_one_image_equals_a_batch_of_different_sizes(detector):
     for k in alone:
         torch.testing.assert_close(alone[k], first[k], rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(alone[k], strided[k], rtol=1e-8, atol=1e-8)
-    assert model([]) == []
     for image, found in zip(images, mixed):
         assert len(found['boxes']) <= 100
         assert found['boxes'].isfinite().all()
@@ -313,7 +289,7 @@ def test_training_lowers_the_loss(kind):
     model.backbone.body.stages_0.requires_grad_(False)
     images = [torch.zeros(3, 64, 64), torch.zeros(3, 64, 80)]
     images[0][:, 10:44, 12:50] = 1
-    targets = [target((12, 10, 50, 44), labels=torch.tensor([2])), target()]
+    targets = [target((12, 10, 50, 44), labels=[2]), target()]
     if kind == 'mask_rcnn':
         targets = [dict(t, masks=(x[:1].repeat(len(t['boxes']), 1, 1) > 0).byte()) for t, x in zip(targets, images)]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -334,13 +310,10 @@ def test_training_lowers_the_loss(kind):
     (lambda m, x: m([x[0][0]]), r'image 0 as \(3, height, width\), got \[64, 64\]'),
     (lambda m, x: m([x[0], x[0][:1]]), r'image 1 .* got \[1, 64, 64\]'),
     (lambda m, x: m([x[0][:, :0]]), r'got \[3, 0, 64\]'),
-    (lambda m, x: m([x[0].permute(1, 2, 0)]), r'got \[64, 64, 3\]'),
-    (lambda m, x: m.train()([], []), 'at least one image to train on'),
-    (lambda m, x: m.train()(x, []), r'one target per image \(1\), got 0'),
     (lambda m, x: m.train()(x, [target(), target()]), r'one target per image \(1\), got 2'),
-    (lambda m, x: m.train()(x, [target((1, 1, 5, 5), labels=torch.tensor([3 + m.first_label]))]), 'got . in target 0'),
-    (lambda m, x: m.train()(x, [target((1, 1, 5, 5), labels=torch.tensor([m.first_label - 1]))]), 'labels from .'),
-    (lambda m, x: m.train()(x, [target((1, 1, 5, 5), labels=torch.tensor([1, 1]))]), r'one label per box \(1\)'),
+    (lambda m, x: m.train()(x, [target((1, 1, 5, 5), labels=[3 + m.first_label])]), 'got . in target 0'),
+    (lambda m, x: m.train()(x, [target((1, 1, 5, 5), labels=[m.first_label - 1])]), 'labels from .'),
+    (lambda m, x: m.train()(x, [target((1, 1, 5, 5), labels=[1, 1])]), r'one label per box \(1\)'),
     (lambda m, x: m.train()(x, [target((5, 5, 1, 1))]), 'positive height and width'),  # torchvision's own
     (lambda m, x: m.train()(x, [target((1, 1, float('nan'), 9))]), 'target 0, got NaN'),
 ])
@@ -348,14 +321,6 @@ def test_bad_input_is_refused(detector, call, message):
     with pytest.raises((ValueError, AssertionError), match=message):
         call(copy.copy(detector), [torch.rand(3, 64, 64)])
     detector.eval()
-
-
-def test_check_for_other_detectors():
-    image, good = torch.rand(3, 64, 64), target((1, 1, 5, 5))
-    check_detection_inputs([image], [good], num_classes=1, first_label=1)
-    check_detection_inputs([image[:1]], [target((1, 1, 5, 5), labels=torch.tensor([99]))], in_chans=1)
-    with pytest.raises(ValueError, match='labels from 1 to 1, got 0'):
-        check_detection_inputs([image], [target((1, 1, 5, 5), labels=torch.tensor([0]))], num_classes=1, first_label=1)
 
 
 @pytest.mark.parametrize('kind', list(BUILD))
@@ -447,7 +412,7 @@ def with_(name, *shape):
     ('retinanet', without('neck', 'bbox_head'), 'Expected a RetinaNet, got a model with nothing beside its backbone'),
     ('retinanet', without('backbone'), 'Expected a PVT v1 checkpoint'),
     ('retinanet', with_('neck.lateral_convs.0.conv.weight', 16, 64, 1, 1),
-     r'Wrong shape .*neck.lateral_convs.0.conv.weight \[16, 64, 1, 1\] instead of \[32, 32, 1, 1\]'),
+     r'Wrong shape .*neck.lateral_convs.0.conv.weight \[16, 64, 1, 1\] instead of \[16, 32, 1, 1\]'),
     ('retinanet', with_('bbox_head.retina_cls.weight', 28, 32, 3, 3), r'Wrong shape .*retina_cls.weight \[28,'),
     ('retinanet', lambda d: d.update({'neck.fpn_convs.1.conv.bias': None}), 'Expected a tensor for neck.fpn_convs.1'),
     ('retinanet', without('backbone.layers.1.1.1.norm1.bias'), 'Missing in the checkpoint: .*norm1.bias'),
@@ -455,13 +420,11 @@ def with_(name, *shape):
     ('mask_rcnn', with_('roi_head.mask_head.convs.4.conv.bias', 24), 'Not part .*convs.4'),
     ('mask_rcnn', without('rpn_head.rpn_reg'), 'Missing in the checkpoint: rpn_head.rpn_reg.weight, .*bias'),
     ('mask_rcnn', without('roi_head.mask_head.upsample'), 'Missing in the checkpoint: roi_head.mask_head.upsample'),
-    ('mask_rcnn', without('roi_head.bbox_head.shared_fcs.1'), 'Missing .*shared_fcs.1.weight'),
     # one box for all classes; other widths; another number of classes in one part; another number of anchors
     ('mask_rcnn', with_('roi_head.bbox_head.fc_reg.weight', 4, 48), r'fc_reg.weight \[4, 48\] instead of \[12, 48\]'),
     ('mask_rcnn', with_('roi_head.bbox_head.fc_cls.weight', 3, 48), r'fc_cls.weight \[3,'),
     ('mask_rcnn', with_('roi_head.bbox_head.shared_fcs.0.weight', 96, 1568), 'shared_fcs.0'),
     ('mask_rcnn', with_('rpn_head.rpn_cls.weight', 9, 32, 1, 1), r'rpn_cls.weight \[9,'),
-    ('faster_rcnn', with_('neck.fpn_convs.0.conv.weight', 16, 32, 3, 3), 'fpn_convs.0'),
     ('faster_rcnn', without('roi_head'), 'Expected a Faster R-CNN, got a model with neck, rpn_head beside'),
 ])
 def test_checkpoint_errors_name_what_is_wrong(kind, change, message):
@@ -516,11 +479,5 @@ def test_pretrained_detector_by_url(tmp_path, monkeypatch):
     for k, v in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[k], v), k
     assert loaded.categories[15] == 'cat' and loaded.category_ids[15] == 17
-
-
-def test_detector_without_weights_is_ready_for_coco():
-    model = retinanet_coco('pvt_tiny', pretrained=False)
-    assert sum(p.numel() for p in model.parameters()) == 22_964_212  # of mmdetection's model
-    assert len(model.category_ids) == 80 and not model.training
     with pytest.raises(ValueError, match=r"\('pvt_tiny', 'pvt_small', 'pvt_medium'\), got 'pvt_large'"):
         retinanet_coco('pvt_large')

@@ -1,37 +1,30 @@
 """OpenMMLab's own detectors and segmenter with random weights, as a reference to compare with.
 
-Runs without compiled parts: mmcv's operators are stand-ins, except for its batched NMS, which is written down here on
-top of torchvision's NMS, and its RoIAlign, which is torchvision's. Needs mmdet 3.3.0, mmsegmentation 1.2.2, mmcv-lite
-2.1.0, mmengine 0.10.7 and setuptools<80.
+Runs without compiled parts: mmcv's operators are stand-ins, except for its batched NMS and its RoIAlign, which are
+torchvision's. Needs mmdet 3.3.0, mmsegmentation 1.2.2, mmcv-lite 2.1.0, mmengine 0.10.7 and setuptools<80.
 """
 import importlib.machinery
-import os
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torchvision
 
+DEPTHS = dict(t=[2, 2, 2, 2], s=[3, 4, 6, 3], m=[3, 4, 18, 3], l=[3, 8, 27, 3])
+# kind -> config of mmdetection or mmsegmentation, and of the original code
+CONFIGS = {
+    'retinanet': ('retinanet_r50_fpn.py', 'detection/configs/retinanet_pvt_{}_fpn_1x_coco.py'),
+    'mask_rcnn': ('mask-rcnn_r50_fpn.py', 'detection/configs/mask_rcnn_pvt_{}_fpn_1x_coco.py'),
+    'faster_rcnn': ('faster-rcnn_r50_fpn.py', None),
+    'semantic_fpn': ('fpn_r50.py', 'segmentation/configs/sem_fpn/PVT/fpn_pvt_{}_ade20k_40k.py'),
+}
+
 
 def _batched_nms(boxes, scores, idxs, nms_cfg, class_agnostic=False):
-    """mmcv.ops.nms.batched_nms: classes are kept apart by an offset, in groups from 10000 boxes on."""
-    cfg = dict(nms_cfg)
-    cfg.pop('type')
-    iou_threshold = cfg.pop('iou_threshold')
-    assert not cfg and not class_agnostic
-    if not len(boxes):
-        keep = boxes.new_zeros(0, dtype=torch.long)
-    elif len(boxes) < 10000:
-        offsets = idxs.to(boxes) * (boxes.max() + 1)
-        keep = torchvision.ops.nms(boxes + offsets[:, None], scores, iou_threshold)
-    else:
-        mask = torch.zeros_like(scores, dtype=torch.bool)
-        for i in idxs.unique():
-            group = (idxs == i).nonzero().view(-1)
-            mask[group[torchvision.ops.nms(boxes[group], scores[group], iou_threshold)]] = True
-        keep = mask.nonzero().view(-1)
-        keep = keep[scores[keep].argsort(descending=True)]
+    assert set(nms_cfg) == {'type', 'iou_threshold'} and not class_agnostic
+    keep = torchvision.ops.batched_nms(boxes, scores, idxs, nms_cfg['iou_threshold'])
     return torch.cat([boxes[keep], scores[keep, None]], dim=1), keep
 
 
@@ -79,50 +72,13 @@ def do_without_compiled_parts():
         transformer.MultiScaleDeformableAttention = type('MultiScaleDeformableAttention', (torch.nn.Module,), {})
 
 
-DEPTHS = dict(t=[2, 2, 2, 2], s=[3, 4, 6, 3], m=[3, 4, 18, 3], l=[3, 8, 27, 3])
-
-
-def _configs(package):
-    return Path(os.path.dirname(package.__file__), '.mim', 'configs')
-
-
-def _settings(kind, letter, checkout, **changes):
-    """Settings of a model in a config of mmdetection and mmsegmentation, or of a checkout of the original code."""
-    from mmengine.config import Config
-    if checkout is not None:
-        folder, name = {
-            'retinanet': ('detection', f'retinanet_pvt_{letter}_fpn_1x_coco'),
-            'mask_rcnn': ('detection', f'mask_rcnn_pvt_{letter}_fpn_1x_coco'),
-            'semantic_fpn': ('segmentation', f'sem_fpn/PVT/fpn_pvt_{letter}_ade20k_40k'),
-        }[kind]
-        config = Config.fromfile(checkout / folder / 'configs' / f'{name}.py')
-        model = config.model
-        model.backbone.pretrained = None
-    else:
-        import mmdet
-        import mmseg
-        config = Config.fromfile(_configs(mmseg if kind == 'semantic_fpn' else mmdet) / '_base_' / 'models' / {
-            'retinanet': 'retinanet_r50_fpn.py', 'mask_rcnn': 'mask-rcnn_r50_fpn.py',
-            'faster_rcnn': 'faster-rcnn_r50_fpn.py', 'semantic_fpn': 'fpn_r50.py'}[kind])
-        model = config.model
-        model.backbone = dict(type='mmdet.PyramidVisionTransformer', num_layers=DEPTHS[letter])
-        model.neck.in_channels = [64, 128, 320, 512]
-        if kind == 'semantic_fpn':
-            model.decode_head.num_classes = 150
-    model.pop('pretrained', None)
-    if kind == 'semantic_fpn':
-        model.decode_head.norm_cfg = dict(type='BN')  # of one process
-    return model
-
-
-def build(kind: str, letter: str = 't', seed: int = 0, delta_std: float = 3.0, checkout=None):
+def build(kind: str, letter: str = 't', delta_std: float = 1., checkout=None):
     """OpenMMLab's own model of its own config, with random weights scaled so that scores, boxes and masks spread.
 
     Args:
-        kind: 'retinanet', 'mask_rcnn', 'faster_rcnn' or 'semantic_fpn'.
+        kind: Key of `CONFIGS`.
         letter: Variant 't', 's', 'm' or 'l'.
-        seed: For the weights.
-        delta_std: Standard deviation of box deltas. Trained models are under 1, over 2 the bounds of sizes are met.
+        delta_std: Standard deviation of box deltas.
         checkout: Of the original code, for its config and backbone.
     """
     do_without_compiled_parts()
@@ -130,66 +86,78 @@ def build(kind: str, letter: str = 't', seed: int = 0, delta_std: float = 3.0, c
     import mmdet.utils
     import mmseg.registry
     import mmseg.utils
+    from mmengine.config import Config
     from mmengine.registry import DefaultScope
     segmenter = kind == 'semantic_fpn'
     package = mmseg if segmenter else mmdet
     mmdet.utils.register_all_modules(init_default_scope=False)
     package.utils.register_all_modules(init_default_scope=False)
     models = package.registry.MODELS
+    theirs, originals = CONFIGS[kind]
     if checkout is not None:
         from reference import load_original
         original = load_original('segmentation' if segmenter else 'detection', checkout)
         name = f'pvt_{dict(t="tiny", s="small", m="medium", l="large")[letter]}'
         models.register_module(name=name, module=getattr(original, name), force=True)
-    with DefaultScope.overwrite_default_scope('mmseg' if segmenter else 'mmdet'):
-        model = models.build(_settings(kind, letter, checkout)).eval()
-    generator = torch.Generator().manual_seed(seed)
+        config = Config.fromfile(checkout / originals.format(letter)).model
+        config.backbone.pretrained = None
+    else:
+        config = Config.fromfile(Path(package.__file__).parent / '.mim/configs/_base_/models' / theirs).model
+        config.backbone = dict(type='mmdet.PyramidVisionTransformer', num_layers=DEPTHS[letter])
+        config.neck.in_channels = [64, 128, 320, 512]
+    config.pop('pretrained', None)
+    if segmenter:
+        config.decode_head.update(num_classes=150, norm_cfg=dict(type='BN'))  # of one process
+    with DefaultScope.overwrite_default_scope(package.__name__):
+        model = models.build(config).eval()
+    with torch.no_grad():
+        _fill(model, kind, delta_std)
+    return model
+
+
+def _fill(model, kind, delta_std):
+    generator = torch.Generator().manual_seed(0)
 
     def normal(shape):
         return torch.randn(shape, generator=generator)
 
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.startswith('backbone.'):
-                if 'pos_embed' in name or p.ndim > 1:
-                    p.copy_(normal(p.shape) * (0.2 if 'pos_embed' in name else 0.04))
-                else:  # norm weights around 1, biases around 0
-                    p.copy_(normal(p.shape) * 0.1 + ('norm' in name and 'weight' in name))
-            elif p.ndim > 1:
-                p.copy_(normal(p.shape) * 1.4 / p[0].numel() ** 0.5)
-            else:
-                p.copy_(normal(p.shape) * 0.1 + ('bn.weight' in name))
-        for name, buffer in model.named_buffers():
-            if name.endswith('running_mean'):
-                buffer.copy_(normal(buffer.shape) * 0.1)
-            elif name.endswith('running_var'):
-                buffer.copy_(normal(buffer.shape).exp())
+    for name, p in model.named_parameters():
+        if 'pos_embed' in name:
+            p.copy_(normal(p.shape) * 0.2)
+        elif p.ndim > 1:
+            p.copy_(normal(p.shape) * (0.04 if name.startswith('backbone.') else 1.4 / p[0].numel() ** 0.5))
+        else:  # weights of norms around 1, biases around 0
+            p.copy_(normal(p.shape) * 0.1 + (('norm' in name or 'bn' in name) and 'weight' in name))
+    for name, buffer in model.named_buffers():
+        if name.endswith('running_mean'):
+            buffer.copy_(normal(buffer.shape) * 0.1)
+        elif name.endswith('running_var'):
+            buffer.copy_(normal(buffer.shape).exp())
 
-        def scale(layer, values, std, bias=0.):
-            """Let a layer whose outputs are `values` have outputs with this deviation."""
-            layer.weight.mul_(std / torch.cat([x.flatten() for x in values]).std())
-            layer.bias.fill_(bias)
+    def scale(layer, values, std, bias=0.):
+        """Let a layer whose outputs are `values` have outputs with this deviation."""
+        layer.weight.mul_(std / torch.cat([x.flatten() for x in values]).std())
+        layer.bias.fill_(bias)
 
-        x = model.neck(model.backbone(normal((1, 3, 128, 160))))
-        if kind == 'retinanet':
-            scores, deltas = model.bbox_head(x)
-            # scores of 0.002 to 0.7, not so high that many are equal to 1 in float32
-            scale(model.bbox_head.retina_cls, scores, 1.2, -3.)
-            scale(model.bbox_head.retina_reg, deltas, delta_std)
-        elif kind != 'semantic_fpn':
-            scores, deltas = model.rpn_head(x)
-            scale(model.rpn_head.rpn_cls, scores, 2.)
-            scale(model.rpn_head.rpn_reg, deltas, delta_std / 3)
-            corners = torch.rand(64, 2, generator=generator) * 80
-            rois = torch.cat([torch.zeros(64, 1), corners, corners + 10 + normal((64, 2)).abs() * 30], dim=1)
-            out = model.roi_head._bbox_forward(x, rois)
-            scale(model.roi_head.bbox_head.fc_cls, [out['cls_score']], 2.)
-            scale(model.roi_head.bbox_head.fc_reg, [out['bbox_pred']], delta_std)
-            if kind == 'mask_rcnn':
-                scale(model.roi_head.mask_head.conv_logits, [model.roi_head._mask_forward(x, rois)['mask_preds']], 2.)
-    return model
+    x = model.neck(model.backbone(normal((1, 3, 128, 160))))
+    if kind == 'retinanet':
+        scores, deltas = model.bbox_head(x)
+        scale(model.bbox_head.retina_cls, scores, 1.2, -3.)  # not so high that many are equal to 1 in float32
+        scale(model.bbox_head.retina_reg, deltas, delta_std)
+    elif kind != 'semantic_fpn':
+        scores, deltas = model.rpn_head(x)
+        scale(model.rpn_head.rpn_cls, scores, 2.)
+        scale(model.rpn_head.rpn_reg, deltas, delta_std / 3)
+        corners = torch.rand(64, 2, generator=generator) * 80
+        rois = torch.cat([torch.zeros(64, 1), corners, corners + 10 + normal((64, 2)).abs() * 30], dim=1)
+        out = model.roi_head._bbox_forward(x, rois)
+        scale(model.roi_head.bbox_head.fc_cls, [out['cls_score']], 2.)
+        scale(model.roi_head.bbox_head.fc_reg, [out['bbox_pred']], delta_std)
+        if kind == 'mask_rcnn':
+            scale(model.roi_head.mask_head.conv_logits, [model.roi_head._mask_forward(x, rois)['mask_preds']], 2.)
 
 
+@torch.no_grad()
 def predict(model, image: torch.Tensor, original: tuple, resized: tuple):
     """Detections for a padded and normalised image (1, 3, H, W), boxes and masks in pixels of the original image."""
     from mmdet.models.roi_heads.mask_heads import fcn_mask_head
@@ -199,11 +167,8 @@ def predict(model, image: torch.Tensor, original: tuple, resized: tuple):
         batch_input_shape=tuple(image.shape[-2:]),
         scale_factor=(resized[1] / original[1], resized[0] / original[0])))
     paste = fcn_mask_head._do_paste_mask  # takes masks to float32, and so must be given boxes
-    fcn_mask_head._do_paste_mask = lambda masks, boxes, *args, **kwargs: paste(masks, boxes.float(), *args, **kwargs)
-    try:
-        with torch.no_grad():
-            found = model.predict(image, [sample], rescale=True)[0].pred_instances
-    finally:
-        fcn_mask_head._do_paste_mask = paste
+    with mock.patch.object(fcn_mask_head, '_do_paste_mask', lambda masks, boxes, *args, **kwargs: paste(
+            masks, boxes.float(), *args, **kwargs)):
+        found = model.predict(image, [sample], rescale=True)[0].pred_instances
     masks = dict(masks=found.masks) if 'masks' in found else {}
     return dict(boxes=found.bboxes, scores=found.scores, labels=found.labels, **masks)
