@@ -11,24 +11,20 @@ from .errors import Parser, run_command
 from .predict import add_demo, add_features, add_list, add_predict
 from .train import add_run, add_train
 
-__all__ = ['build_parser', 'main']
+__all__ = ['main']
 
 
-def build_parser() -> Parser:
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line `argv`, by default that of the process. Returns the exit code, see `run_command`."""
     parser = Parser(prog='pvt-timm', description='Pyramid Vision Transformer (v1) for timm.')
     parser.add_argument('--version', action='version', version=f'pvt-timm {__version__}')
     parser.set_defaults(func=lambda args: parser.print_help())
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
     for add in (add_demo, add_list, add_predict, add_features, add_detect, add_segment, add_train, add_run):
         add(subparsers)
-    return parser
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line `argv`, by default that of the process. Returns the exit code, see `run_command`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     own = 2 if argv[:1] in (['train'], ['run']) else len(argv)  # the rest belongs to the script
-    args = build_parser().parse_args(join_img_size(argv[:own]))
+    args = parser.parse_args(join_img_size(argv[:own]))
     args.script_args = argv[own:]
     script: List[str] = []  # a command that starts one returns its command line
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries and hints, the error itself follows
