@@ -80,7 +80,7 @@ class RoundingTransform(GeneralizedRCNNTransform):
             min_size = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
             scale = min(self.max_size / max(h, w), min_size / min(h, w))
             size = max(int(w * scale + 0.5), 1), max(int(h * scale + 0.5), 1)
-        image, target = _resize_image_and_masks(image, 0, 0, target, size)
+        image, target = _resize_image_and_masks(image, None, None, target, size)
         if target is not None:
             target['boxes'] = resize_boxes(target['boxes'], (h, w), image.shape[-2:])
         return image, target
