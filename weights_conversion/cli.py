@@ -1,5 +1,6 @@
 """ The command line: `python -m weights_conversion`, also `pvt-convert`. """
 import argparse
+import functools
 import json
 import signal
 import sys
@@ -67,7 +68,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     command = argv[0] if argv and argv[0] in ('inspect', 'publish') else ''
     args = vars(_parser(command).parse_args(argv[bool(command):]))
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     from pvt_timm.cli.errors import run_command
 
@@ -75,6 +76,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     as_json, quiet = args.pop('json'), args.pop('quiet')
     args['progress'] = not quiet and sys.stderr.isatty()
+    if quiet:
+        disable_progress_bars()
     run = {'': _convert, 'inspect': _inspect, 'publish': _publish}[command]
     return run_command('pvt-convert', lambda: run(args, as_json, quiet))
 
@@ -88,7 +91,7 @@ def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
 
 def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
     from .converter import VerificationError, convert
-    from .publish import check_repo, push
+    from .upload import check_repo, push
 
     repo, private, dry_run = (args.pop(key) for key in ('push', 'private', 'dry_run'))
     if repo:
@@ -112,12 +115,9 @@ def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
 
 
 def _publish(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
-    from .publish import publish
+    from .upload import publish
 
-    def say(line: str) -> None:
-        if not quiet and not as_json:
-            print(line, flush=True)
-
+    say = (lambda line: None) if quiet or as_json else functools.partial(print, flush=True)
     results = publish(args.pop('to'), say=say, **args)
     if as_json:
         print(json.dumps(results, indent=2))

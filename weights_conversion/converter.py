@@ -19,7 +19,7 @@ from .targets import WRITERS, save_tensors, write_card
 
 __all__ = ['VerificationError', 'convert', 'inspect']
 
-DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+DTYPES = ('float32', 'float16', 'bfloat16')
 
 
 class VerificationError(ValueError):
@@ -99,9 +99,8 @@ def convert(
         target, class_row = _choose(weights, to, [part for part in PARTS if part in drop], new_size, dtype, report)
         tensors, written = (target.state_dict, None) if to == 'timm' else from_timm(target.state_dict, to)
         report.mapped = trace(weights.converted.mapped, written)
-        names = {name: source for timm, sources in weights.converted.mapped for name in timm for source in sources}
-        report.dropped.update({clean(names.get(k, k)): 'asked for with --drop'
-                               for k in weights.state_dict if k not in target.state_dict})
+        report.dropped.update({name: 'asked for with --drop' for timm, sources in weights.converted.mapped
+                               if not target.state_dict.keys() & set(timm) for name in sources})
         report.dtype = target.dtype_name()
         report.preprocessing['input_size'] = target.cfg['input_size']
 
@@ -133,11 +132,7 @@ def convert(
 
 
 def _choose(
-        weights: Weights,
-        to: str,
-        drop: List[str],
-        size: Optional[Tuple[int, int]],
-        dtype: Optional[str],
+        weights: Weights, to: str, drop: List[str], size: Optional[Tuple[int, int]], dtype: Optional[str],
         report: Report,
 ) -> Tuple[Weights, StateDict]:
     """What is to be written, and the class token row that timm has no place for, {} if there is none."""
@@ -161,9 +156,9 @@ def _choose(
     if to == 'transformers' and info.grid_size[0] != info.grid_size[1]:
         raise ValueError(f'The transformers format holds square images only, got {info.img_size}: say --img-size N.')
     if dtype and dtype != report.dtype:
-        state_dict, row = ({k: _cast(k, v, DTYPES[dtype]) for k, v in x.items()} for x in (state_dict, row))
+        state_dict, row = ({k: _cast(k, v, getattr(torch, dtype)) for k, v in x.items()} for x in (state_dict, row))
         report.notes.append(f'cast from {report.dtype} to {dtype}')
-        info = replace(info, dtype=DTYPES[dtype])
+        info = replace(info, dtype=getattr(torch, dtype))
     if not info.num_classes:
         cfg.pop('label_names', None)
     args = model_args_of(info, weights.variant, weights.model_args.get('global_pool'))

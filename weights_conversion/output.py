@@ -49,9 +49,9 @@ def new_folder(path: Path, force: bool) -> Iterator[Path]:
         new.mkdir()
         yield new
         check_output(path, force)  # again, as the work took its time
-        if path.is_dir():
-            path.rename(old)
         try:
+            if path.is_dir():
+                path.rename(old)
             new.rename(path)
         except BaseException:
             if old.is_dir() and not path.exists():

@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -32,6 +32,7 @@ POS_EMBED = 'stages.3.pos_embed'
 MIN_SIZE, MAX_SIZE = 32, 2048
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'lanczos', 'random')
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Weights:
     """A checkpoint under timm's names, and what is known about it."""
     source: Source
     converted: Converted  # how it was mapped
+    raw: StateDict  # as read, under the names of its format
     state_dict: StateDict  # the last position embedding has its class token row where the source has one
     info: Description
     variant: str  # name of the timm model
@@ -107,13 +109,18 @@ def read_weights(
             source.check_sha256(sha256)
         checkpoint = read_checkpoint(source.file, max_bytes)
         converted = map_to_timm(checkpoint, use_ema, prefix)
+        content, before = unwrap(checkpoint, use_ema)[0], converted.prefix
+        raw = {name: content[before + name if before + name in content else before + name.removeprefix('pvt.')]
+               for _, names in converted.mapped for name in names}  # transformers' PvtModel lacks the 'pvt.'
         trained = training_config(checkpoint)
-        notes = _notes(converted, unwrap(checkpoint, use_ema)[0])
-        del checkpoint
+        notes = _notes(converted, content)
+        del checkpoint, content
 
         state_dict, config = converted.state_dict, source.config
         args, beside = _object(config, 'model_args'), _object(config, 'pretrained_cfg')
-        stored = _size_in(args.get('img_size', config.get('image_size')))
+        theirs = {  # in the words of timm
+            'mean': config.get('image_mean'), 'std': config.get('image_std'), 'img_size': config.get('image_size')}
+        stored = training_config({'meta': args, 'args': theirs}).get('img_size')
         info = describe(state_dict, told or stored or trained.get('img_size') or img_size)
         if told and info.grid_size != (told[0] // 4, told[1] // 4):
             raise ValueError(
@@ -134,13 +141,14 @@ def read_weights(
         _check_config(config, args, variant)
         pool = trained.get('global_pool') or args.get('global_pool', config.get('global_pool'))
 
-        beside.update({key: config[f'image_{key}'] for key in ('mean', 'std') if f'image_{key}' in config})
-        cfg = _preprocessing({**beside, **trained}, info, variant, notes)
+        cfg = _preprocessing({**training_config({'meta': beside, 'args': theirs}), **trained}, info, variant, notes)
+        cfg.update({key: clean(beside[key], 200) for key in ('crop_mode', 'license', 'origin_url')
+                    if isinstance(beside.get(key), str)})
         names = _labels(source, trained, labels, info.num_classes, notes)
         cfg.update({'label_names': names} if names else {})
         weights = Weights(
-            source, converted, state_dict, info, variant, model_args_of(info, variant, pool), cfg, notes)
-        _check_against_model(weights)
+            source, converted, raw, state_dict, info, variant, model_args_of(info, variant, pool), cfg, notes)
+        check_keys(weights.for_model(), weights.create_model(device='meta').state_dict())
         yield weights
 
 
@@ -220,14 +228,6 @@ def _object(config: Dict[str, Any], key: str) -> Dict[str, Any]:
     return value
 
 
-def _size_in(size: Any) -> Optional[Tuple[int, int]]:
-    """Image size in a configuration, None if there is none that makes sense."""
-    try:
-        return check_size(size if isinstance(size, (int, list, tuple)) else None)
-    except ValueError:
-        return None
-
-
 def _read_class_row(file: Path, like: torch.Tensor) -> torch.Tensor:
     row = read_checkpoint(file, 2 ** 20).get(CLASS_ROW)
     if not isinstance(row, torch.Tensor) or row.shape != (1, 1, like.shape[2]) or row.dtype != like.dtype:
@@ -238,61 +238,34 @@ def _read_class_row(file: Path, like: torch.Tensor) -> torch.Tensor:
 
 def _check_config(config: Dict[str, Any], args: Dict[str, Any], variant: str) -> None:
     """Refuse an architecture that differs from the known one in what no state dict tells."""
-    usual = list(VARIANTS[variant]['num_heads'])
-    for name, expected, said in (
-            ('attention heads', usual, args.get('num_heads', config.get('num_attention_heads'))),
-            ('activation', 'gelu', config.get('hidden_act'))):
-        if said not in (None, expected):
-            raise ValueError(
-                f'Expected the {name} {expected}, as {variant} has, config.json says {clean(said, 60)}.')
-
-
-def _numbers(x: Any) -> bool:
-    return isinstance(x, (list, tuple)) and len(x) > 0 and all(map(_number, x))
-
-
-def _number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-
-
-_SOUND: Dict[str, Callable[[Any], bool]] = {
-    'mean': _numbers,
-    'std': _numbers,
-    'crop_pct': lambda x: _number(x) and 0 < x <= 1,
-    'crop_mode': ('center', 'squash', 'border').__contains__,
-    'interpolation': ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random').__contains__,
-    'license': lambda x: isinstance(x, str),
-    'origin_url': lambda x: isinstance(x, str),
-}
+    said = {'num_attention_heads': args.get('num_heads'), **config}
+    for name, expected in (('num_attention_heads', list(VARIANTS[variant]['num_heads'])), ('hidden_act', 'gelu')):
+        if said.get(name) not in (None, expected):
+            raise ValueError(f'Expected {name} {expected}, as {variant} has, config.json says {clean(said[name], 60)}.')
 
 
 def _preprocessing(said: Dict[str, Any], info: Description, variant: str, notes: List[str]) -> Dict[str, Any]:
-    """What is said, where it makes sense, else the model's default."""
+    """What is said (see `training_config`), where it makes sense, else the model's default."""
     default = default_cfg(variant).to_dict()
-    cfg = {key: default[key] for key in ('mean', 'std', 'crop_pct', 'interpolation')}
-    for key, fits in _SOUND.items():
-        if fits(said.get(key)):
-            cfg[key] = clean(said[key], 200) if isinstance(said[key], str) else said[key]
-        elif said.get(key) is not None:
-            notes.append(f'left out the {key} that is said to go with the weights: {clean(said[key], 60)}')
+    cfg = {key: said.get(key, default[key]) for key in ('mean', 'std', 'crop_pct', 'interpolation')}
+    for key, fits in (('crop_pct', cfg['crop_pct'] <= 1), ('interpolation', cfg['interpolation'] in _INTERPOLATIONS)):
+        if not fits:
+            notes.append(f'left out the {key} that is said to go with the weights: {clean(cfg[key], 60)}')
+            cfg[key] = default[key]
     if any(len(cfg[key]) not in (1, info.in_chans) for key in ('mean', 'std')):
         notes.append(f'mean and std of {info.in_chans} channels are not known: took the average of the usual ones')
     for key in ('mean', 'std'):
         values = tuple(cfg[key])
         average = round(sum(values) / len(values), 6)
         cfg[key] = values if len(values) == info.in_chans else (average,) * info.in_chans
-    size = said.get('img_size') or said.get('input_size')
-    size = _size_in(size[-2:]) if isinstance(size, (list, tuple)) else None
-    cfg['input_size'] = (info.in_chans, *(size or info.img_size))
+    size = said.get('img_size', info.img_size)
+    size = size if all(MIN_SIZE <= n <= MAX_SIZE for n in size) else info.img_size
+    cfg['input_size'] = (info.in_chans, *size)
     return cfg
 
 
 def _labels(
-        source: Source,
-        trained: Dict[str, Any],
-        file: Optional[PathLike],
-        count: int,
-        notes: List[str],
+        source: Source, trained: Dict[str, Any], file: Optional[PathLike], count: int, notes: List[str],
 ) -> Optional[List[str]]:
     """Names of the classes: from `file`, else what training keeps, else what config.json says."""
     if file is not None:
@@ -305,10 +278,3 @@ def _labels(
     if names and count and len(names) != count:
         notes.append(f'left out {len(names)} label names, the head has {count} classes')
     return names if names and len(names) == count else None
-
-
-def _check_against_model(weights: Weights) -> None:
-    """Compare names and shapes with the model that the checkpoint claims to be of."""
-    if weights.info.patch_size != 4:
-        raise ValueError(f'Expected patches of 4 pixels, got {weights.info.patch_size}.')
-    check_keys(weights.for_model(), weights.create_model(device='meta').state_dict())

@@ -2,14 +2,14 @@
 import json
 import re
 from collections import Counter
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional
+
+from pvt_timm.checkpoints import Pairs
 
 from .reading import Weights
 from .sources import clean
 
 __all__ = ['Report', 'trace']
-
-Pairs = Sequence[Tuple[Sequence[str], Sequence[str]]]
 
 
 class Report:
@@ -52,7 +52,8 @@ class Report:
             ('source', self.source),
             ('file', f'{self.file}, {self.bytes:,} bytes'),
             ('sha256', self.sha256 + (f' ({self.known})' if self.known else '')),
-            ('format', self.origin()),
+            ('format', self.format + (f', in {" > ".join(self.wrappers)}' if self.wrappers else '')
+             + (f', names start with {self.prefix!r}' if self.prefix else '')),
             ('model', f'{self.variant}, {self.parameters:,} values, {self.dtype}'),
             ('input', f'{self.in_chans} channels, position embeddings for {self.img_size[0]}x{self.img_size[1]}'),
             ('images', f'{"x".join(map(str, pre["input_size"][1:]))}, crop_pct {pre["crop_pct"]:g}, '
@@ -78,11 +79,6 @@ class Report:
             lines += [f'{name:<24} {a:>12.1e} {b:>13.1e}' for name, (a, b) in check['differences'].items()]
         return '\n'.join(lines)
 
-    def origin(self) -> str:
-        """Format of the source and what stood around the weights."""
-        return (self.format + (f', in {" > ".join(self.wrappers)}' if self.wrappers else '')
-                + (f', names start with {self.prefix!r}' if self.prefix else ''))
-
 
 # what runs: the stage, the block, weight and bias
 _RUNS = re.compile(r'(?<!ffn\.layers\.)\b\d+\b|(?<=block)\d+|(?<=embed)\d+|(?<=stages_)\d+|(?:weight|bias)$')
@@ -99,10 +95,8 @@ def trace(read: Pairs, written: Optional[Pairs] = None) -> List[Dict[str, Any]]:
         One row per kind of parameter: 'from', 'to' (joined by ' + ' where several are one, or one is several) and
         'count'. What the target does not have is left out.
     """
-    links = [(source, timm) for timm, source in read]
-    if written is not None:
-        sources = {name: source for timm, source in read for name in timm}
-        links = [(list(dict.fromkeys(s for name in timm for s in sources.get(name, ()))), target)
-                 for target, timm in written]
+    sources = {name: source for timm, source in read for name in timm}
+    links = [(dict.fromkeys(s for name in timm for s in sources.get(name, ())), target)
+             for target, timm in written or [(timm, timm) for timm, _ in read]]
     rows = Counter(tuple(' + '.join(_RUNS.sub('*', name) for name in side) for side in link) for link in links)
     return [{'from': source, 'to': target, 'count': count} for (source, target), count in rows.items()]

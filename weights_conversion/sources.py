@@ -7,8 +7,8 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Union
+from pathlib import Path, PurePosixPath
+from typing import Any, Dict, Iterator, Optional, Union
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import torch
@@ -19,6 +19,7 @@ __all__ = ['CLASS_ROW_FILE', 'SHA256', 'Source', 'clean', 'open_source']
 
 CLASS_ROW_FILE = 'class_row.safetensors'
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
+_NEIGHBOURS = (CLASS_ROW_FILE, 'preprocessor_config.json', 'config.json')  # a later one goes before
 _MAX_CONFIG_BYTES = 16 * 2 ** 20
 
 # sha256 of the public file of each pretrained tag, or its first 8 digits where no more is published
@@ -99,16 +100,12 @@ def open_source(spec: Union[str, 'os.PathLike[str]'], progress: bool = False) ->
             yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file, {})
     elif spec.startswith('hf-hub:'):
         yield _from_hub(spec)
-    elif re.match(r'[A-Za-z][A-Za-z0-9+.-]+://', spec):
-        raise ValueError(f"Expected a url with http or https, got {spec.partition(':')[0]}.")
     else:
-        file = find_checkpoint(spec)
-        has_neighbours = os.path.isdir(spec) or file.name in _HUB_FILES
-        yield _with_neighbours(spec, file, lambda name: file.parent / name if has_neighbours else None)
+        yield _with_neighbours(spec, find_checkpoint(spec))
 
 
 def _from_hub(spec: str) -> Source:
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -120,31 +117,34 @@ def _from_hub(spec: str) -> Source:
     def fetch(name: str) -> Optional[Path]:
         try:
             return Path(hf_hub_download(repo, name, revision=revision))
-        except LocalEntryNotFoundError:  # the network failed, or is off and the file is not in the cache
-            missing = try_to_load_from_cache(repo, name, revision=revision) is _CACHED_NO_EXIST  # as seen before
-            if not missing and (name in (wanted, _HUB_FILES[0]) or not HF_HUB_OFFLINE):
+        except EntryNotFoundError as e:
+            # the network failed, and the cache does not know either that the repository has no such file
+            if isinstance(e, LocalEntryNotFoundError) and not HF_HUB_OFFLINE and not try_to_load_from_cache(
+                    repo, name, revision=revision):
                 raise
-        except EntryNotFoundError:
-            pass
-        return None
+            return None
 
     names = [wanted] if wanted else list(_HUB_FILES)
-    found = next(((file, *name.rpartition('/')) for name in names if (file := fetch(name))), None)
-    if found is None:
-        raise ValueError(f'Expected {" or ".join(names)} in {spec}, found nothing of that name.')
-    file, folder, slash, name = found
-    return _with_neighbours(spec, file, lambda x: fetch(folder + slash + x) if name in _HUB_FILES else None)
+    file = next(filter(None, map(fetch, names)), None)
+    if file is None:
+        where = f'{spec}, offline' if HF_HUB_OFFLINE else spec
+        raise ValueError(f'Expected {" or ".join(names)} in {where}, found nothing of that name.')
+    for name in _NEIGHBOURS if file.name in _HUB_FILES else ():
+        fetch(str(PurePosixPath(wanted or name).with_name(name)))
+    return _with_neighbours(spec, file)
 
 
-def _with_neighbours(name: str, file: Path, find: Callable[[str], Optional[Path]]) -> Source:
-    """Read what `find` gives of the files that belong to a checkpoint."""
-    row = find(CLASS_ROW_FILE)
-    config = {**_read_json(find('preprocessor_config.json')), **_read_json(find('config.json'))}
-    return Source(name, file, config, row if row is not None and row.is_file() else None)
+def _with_neighbours(name: str, file: Path) -> Source:
+    """A checkpoint with the files that belong to it, if it is that of a folder or named as in one."""
+    if not os.path.isdir(name) and file.name not in _HUB_FILES:
+        return Source(name, file, {})
+    row, *configs = map(file.with_name, _NEIGHBOURS)
+    config = {key: value for path in configs for key, value in _read_json(path).items()}
+    return Source(name, file, config, row if row.is_file() else None)
 
 
-def _read_json(path: Optional[Path]) -> Dict[str, Any]:
-    if path is None or not path.is_file():
+def _read_json(path: Path) -> Dict[str, Any]:
+    if not path.is_file():
         return {}
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(f'Expected a {path.name} of at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}.')

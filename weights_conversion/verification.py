@@ -1,4 +1,5 @@
 """ Compare a conversion with the code that the weights came from: same weights, same images, float64. """
+import contextlib
 import importlib.util
 import math
 import os
@@ -13,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from pvt_timm.checkpoints import from_timm, unwrap
+from pvt_timm.checkpoints import from_timm
 from pvt_timm.files import read_checkpoint
 from pvt_timm.pvt import VARIANTS
 
@@ -64,18 +65,16 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
     reference = _reference(fmt, weights)
     _check_written(tensors, folder, to)
     if reference.format == fmt:
-        name, raw = reference.name, _raw_source(weights)
+        name, raw = reference.name, weights.raw
     else:  # the weights of a stand-in come through our table
         name = f'{reference.name} (in place of the code of the {fmt} format)'
         raw = from_timm(weights.for_model(), reference.format)[0]
     differences = _compare(weights, reference, raw)
     if to not in ('timm', fmt):  # the target's own code on what was written, where it is installed
-        try:
+        with contextlib.suppress(NoReferenceError):
             written = _reference(to, target)
             found = _compare(target, written, tensors) if written.format == to else {}
             differences.update({f'{output}, written': values for output, values in found.items()})
-        except NoReferenceError:
-            pass
     passed = all(exact <= TOLERANCE for _, exact in differences.values())
     return {'reference': name, 'tolerance': TOLERANCE, 'passed': passed, 'differences': differences}
 
@@ -92,10 +91,7 @@ def _compare(weights: Weights, reference: Reference, raw: StateDict) -> Dict[str
     ours.load_state_dict(weights.for_model())
     expected = _outputs(ours, [stage.blocks[-1] for stage in ours.stages], images)
     theirs = reference.model.double()
-    try:
-        theirs.load_state_dict(dict(raw))
-    except RuntimeError as e:
-        raise ValueError(f'{reference.name} does not load the weights: {" ".join(str(e).split())[:300]}') from e
+    theirs.load_state_dict(raw)
     as_it_ships = _outputs(theirs, reference.blocks, images)
     for norm in reference.norms:
         norm.eps = ORIGINAL_EPS
@@ -111,12 +107,10 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def _outputs(model: nn.Module, blocks: List[nn.Module], images: torch.Tensor) -> Dict[str, torch.Tensor]:
     """Tokens after every stage, and logits where there is a head."""
     out: Dict[str, torch.Tensor] = {}
-
-    def keep(name: str, result: Any) -> None:
-        out[name] = result[0] if isinstance(result, tuple) else result
-
-    hooks = [block.register_forward_hook(lambda _, __, result, name=f'stage {n + 1}': keep(name, result))
-             for n, block in enumerate(blocks)]
+    hooks = [
+        block.register_forward_hook(
+            lambda _, __, x, name=f'stage {n}': out.update({name: x[0] if isinstance(x, tuple) else x}))
+        for n, block in enumerate(blocks, 1)]
     result = model.eval()(images)
     for hook in hooks:
         hook.remove()
@@ -126,27 +120,11 @@ def _outputs(model: nn.Module, blocks: List[nn.Module], images: torch.Tensor) ->
     return out
 
 
-def _raw_source(weights: Weights) -> Dict[str, torch.Tensor]:
-    """The weights of the source under their own names, read again."""
-    file = weights.source.file
-    state_dict: Any = read_checkpoint(file, max(file.stat().st_size, 1))
-    for wrapper in weights.converted.wrappers:
-        state_dict = state_dict[wrapper]
-    state_dict = unwrap(state_dict)[0]  # weights in a dict of another name
-    prefix = weights.converted.prefix
-    names = [name for _, names in weights.converted.mapped for name in names]
-    # transformers' PvtModel lacks the 'pvt.' of PvtForImageClassification
-    return {k: state_dict[prefix + k if prefix + k in state_dict else prefix + k.removeprefix('pvt.')] for k in names}
-
-
 def _check_written(tensors: StateDict, folder: Path, to: str) -> None:
     """Read the written file back, for timm also in the way that users do."""
     _check_equal(read_checkpoint(folder), tensors)
     if to == 'timm':
-        try:
-            loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
-        except (RuntimeError, ValueError) as e:
-            raise ValueError(f'The written folder does not load in timm: {" ".join(str(e).split())[:300]}') from e
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
         # the model has one type, the file may have several
         _check_equal(loaded, {k: v.to(loaded[k].dtype) if k in loaded else v for k, v in tensors.items()})
 

@@ -1,8 +1,6 @@
 """ The converter: to timm and back without a changed bit, and folders that load wherever they should. """
 import argparse
-import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -15,24 +13,14 @@ import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from safetensors.torch import save_file
 
 import convert_files as files
 import pvt_timm
+from convert_files import run
 from pvt_timm.checkpoints import map_to_timm
 from pvt_timm.files import read_checkpoint
-from weights_conversion import VerificationError, convert, inspect
-from weights_conversion.cli import main
-
-
-def run(*argv):
-    """The command line in this process: exit code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(a) for a in argv])
-        except SystemExit as e:
-            code = e.code
-    return code, out.getvalue(), err.getvalue()
+from weights_conversion import VerificationError, convert, inspect, reading, sources, targets, verification
 
 
 @pytest.fixture
@@ -119,31 +107,22 @@ def test_any_form_there_and_back(
     assert report.preprocessing['input_size'] == (in_chans, *pixels)
 
 
-def test_every_pair_of_formats_agrees(original, tmp_path):
-    """original -> X -> Y gives the same as original -> Y, for all X and Y that hold everything."""
-    direct = {}
-    for to in ('timm', 'original', 'transformers'):
-        convert(original, tmp_path / to, to=to)
-        direct[to] = read_checkpoint(tmp_path / to)
-    for via in direct:
-        for to in direct:
-            convert(tmp_path / via, tmp_path / f'{via}-{to}', to=to)
-            assert files.same(read_checkpoint(tmp_path / f'{via}-{to}'), direct[to]), (via, to)
-
-
 # ---- nothing vanishes, nothing is made up ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize('options', [
-    '--drop norm', '--drop class_token', '--drop class_token norm', '--drop legs', '--model pvt_small',
-    '--model resnet50', '--sha256 01234567', '--sha256 abc', '--num-classes 3', '--img-size 16', '--img-size 5000',
-    '--img-size 64 64 64', '--source-size 64', '--max-bytes 1000', '--dry-run', '--push ../x'])
-def test_what_cannot_be_is_refused(options, original, refused):
-    refused(original, '--to', 'original', *options.split())
+@pytest.mark.parametrize('options, match', [
+    ('--to original --drop norm', 'together'), ('--to original --drop class_token', 'together'),
+    ('--to original --drop class_token norm', 'head only'), ('--drop norm', 'both'), ('--drop legs', 'legs'),
+    ('--model pvt_small', 'test_pvt'), ('--model resnet50', 'resnet50'), ('--sha256 01234567', 'damaged'),
+    ('--sha256 abc', 'hexadecimal'), ('--num-classes 3', 'or 7'), ('--img-size 16', 'from 32'),
+    ('--img-size 5000', 'to 2048'), ('--img-size 64 64 64', 'one or two'), ('--source-size 64', 'grid of 8x8'),
+    ('--max-bytes 1000', 'max_bytes'), ('--dry-run', '--push'), ('--push ../x', '../x'),
+    ('--to transformers --img-size 64 96', 'square'), ('--to mmdet', '--drop class_token norm head'),
+    ('--to mmdet --drop head class_token', 'place for norm:')])
+def test_what_cannot_be_is_refused(options, match, original, refused):
+    assert match in refused(original, *options.split())
 
 
-def test_mmdet_needs_the_drop_said_out_loud(original, refused, tmp_path):
-    assert '--drop class_token norm head' in refused(original, '--to', 'mmdet')
-    assert 'place for norm:' in refused(original, '--to', 'mmdet', '--drop', 'head', 'class_token')
+def test_mmdet_takes_a_classifier_without_what_it_has_no_place_for(original, tmp_path):
     report = convert(original, tmp_path / 'out', to='mmdet', drop=['head', 'norm', 'class_token'])
     assert sorted(report.dropped) == ['cls_token', 'head.bias', 'head.weight', 'norm.bias', 'norm.weight']
     assert read_checkpoint(tmp_path / 'out')['layers.3.1.0.pos_embed'].shape[1] == 1
@@ -188,6 +167,7 @@ def test_non_square_sizes_have_to_be_told(refused, tmp_path):
     code, _, err = run(file, '-o', tmp_path / 'out', '--source-size', 64, 96)
     assert code == 0, err
     assert load(tmp_path / 'out').stages[0].grid_size == (16, 24)
+    convert(tmp_path / 'out', tmp_path / 'square', to='transformers', img_size=64)
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -226,7 +206,6 @@ def test_num_classes(original, tmp_path):
 
 
 def test_known_files_are_named(original, monkeypatch):
-    from weights_conversion import sources
     assert inspect(original).known is None
     monkeypatch.setitem(sources.SHA256, 'pvt_tiny.in1k', hashlib.sha256(original.read_bytes()).hexdigest()[:8])
     assert '(pvt_tiny.in1k)' in run('inspect', original)[1]
@@ -336,12 +315,12 @@ def test_config_that_does_not_fit(refused, tmp_path):
     config.write_text('{')
     assert 'no valid JSON' in refused(config.parent)
     config.write_text(json.dumps({'image_mean': [.1, .3], 'pretrained_cfg': {
-        'std': ['a'], 'crop_pct': 1e9, 'interpolation': 'bilinear'}}))
+        'std': ['a'], 'crop_pct': 7, 'interpolation': 'cubic'}}))
     report = convert(config.parent, tmp_path / 'out')
     assert [' '.join(note.split()[:4]) for note in report.notes] == [
-        'left out the std', 'left out the crop_pct', 'mean and std of']
+        'left out the crop_pct', 'left out the interpolation', 'mean and std of']
     assert report.preprocessing == dict(
-        input_size=(3, 32, 32), mean=(.2,) * 3, std=(.5,) * 3, crop_pct=1, interpolation='bilinear')
+        input_size=(3, 32, 32), mean=(.2,) * 3, std=(.5,) * 3, crop_pct=1, interpolation='bicubic')
 
 
 SAID = dict(input_size=(3, 64, 64), mean=(.1, .2, .3), std=(.4, .5, .6), crop_pct=.9, interpolation='bilinear')
@@ -369,25 +348,17 @@ def test_what_training_says_about_itself_is_carried_along(how, to, tmp_path):
     model = timm.create_model('test_pvt', num_classes=4, global_pool=pool).eval()
     model.load_state_dict(source)
     x = torch.randn(2, 3, 64, 64)
+    direct, folder = load_model(checkpoint=file), load_model(checkpoint=tmp_path / 'out')
+    assert direct.labels == folder.labels == names and {k: direct.data[k] for k in SAID} == SAID
     with torch.inference_mode():
         expected = model(x)
-        direct = load_model(checkpoint=file)
-        assert torch.equal(direct.model(x), expected) and direct.labels == names
-        assert {k: direct.data[k] for k in SAID} == SAID
-        folder = load_model(checkpoint=tmp_path / 'out')
-        assert folder.labels == names and (to != 'timm' or folder.data == direct.data)
-        if to == 'transformers':
-            from transformers import AutoImageProcessor, PvtForImageClassification
+        assert torch.equal(direct.model(x), expected)
+        if to == 'timm':
+            assert folder.data == direct.data and torch.equal(folder.model(x), expected)
+        elif to == 'transformers':
+            from transformers import PvtForImageClassification
             found = PvtForImageClassification.from_pretrained(tmp_path / 'out').eval()
-            processor = AutoImageProcessor.from_pretrained(tmp_path / 'out')
-            assert processor.size['height'] == 64 and list(processor.image_std) == [.4, .5, .6]
-            assert [found.config.id2label[i] for i in range(4)] == names
             assert (found(x).logits - expected).abs().max() < 1e-4  # its eps deviates
-        elif to == 'timm':
-            found = load(tmp_path / 'out')
-            assert torch.equal(found(x), expected) and list(found.pretrained_cfg['label_names']) == names
-            data = timm.data.resolve_model_data_config(found)
-            assert {k: tuple(data[k]) if k in ('input_size', 'mean', 'std') else data[k] for k in SAID} == SAID
         else:
             assert files.same(map_to_timm(read_checkpoint(tmp_path / 'out')).state_dict, source)
 
@@ -405,24 +376,11 @@ def test_a_head_trained_on_the_mean_of_tokens(tmp_path):
     assert any('global_pool' in note for note in convert(file, tmp_path / 'original', to='original').notes)
 
 
-def test_squares_for_transformers(original, tmp_path):
-    with pytest.raises(ValueError, match='square'):
-        convert(original, tmp_path / 'out', to='transformers', img_size=(64, 96))
-    oblong = convert(original, tmp_path / 'oblong', img_size=(64, 96)).output
-    convert(oblong, tmp_path / 'square', to='transformers', img_size=64)
-
-
 def test_the_source_is_not_kept_in_place_of_the_output(original, tmp_path):
     folder = convert(original, tmp_path / 'timm').output
     with pytest.raises(ValueError, match='has a file of that name'):
         convert(folder, tmp_path / 'out', dtype='float16', keep_source=True)
     assert not (tmp_path / 'out').exists()
-
-
-def test_weights_in_a_dict_of_another_name_are_verified(tmp_path):
-    source = files.make('transformers', num_classes=4, fill=files.random_values)
-    file = files.save({'epoch': 3, 'net': source}, tmp_path / 'run.pth')
-    assert convert(file, tmp_path / 'out', verify=True).verification['passed']
 
 
 def test_labels_from_a_file(refused, tmp_path):
@@ -465,7 +423,8 @@ def test_verify(fmt, reference, to, tmp_path, monkeypatch):
     if reference == 'transformers':
         monkeypatch.delenv('PVT_CHECKOUT', raising=False)
     source = files.make(fmt, 'pvt_tiny', 6, img_size=64, fill=files.random_values)
-    result = convert(files.save(source, tmp_path / 'x.pth'), tmp_path / 'out', to=to, verify=True).verification
+    file = files.save({'epoch': 3, 'net': source}, tmp_path / 'x.pth')
+    result = convert(file, tmp_path / 'out', to=to, verify=True).verification
     assert result['passed'] and result['reference'].startswith(reference)
     assert ('in place of' in result['reference']) == (reference != 'whai362/PVT' and fmt == 'original')
     outputs = ['stage 1', 'stage 2', 'stage 3', 'stage 4', 'logits']
@@ -476,24 +435,20 @@ def test_verify(fmt, reference, to, tmp_path, monkeypatch):
     if reference == 'transformers':
         assert max(shipped for shipped, _ in result['differences'].values()) > 1e-8  # its eps deviates
     if to == 'timm':  # what was dropped, resized and cast is not compared
-        assert convert(tmp_path / 'x.pth', tmp_path / 'cut', verify=True, img_size=96, num_classes=0,
+        assert convert(file, tmp_path / 'cut', verify=True, img_size=96, num_classes=0,
                        dtype='float16').verification['passed']
 
 
 def test_verify_fails_over_the_tolerance(theirs, tmp_path, monkeypatch):
-    from weights_conversion import verification
     monkeypatch.setattr(verification, 'ORIGINAL_EPS', 1e-6)
     code, out, err = run(theirs, '-o', tmp_path / 'out', '--verify')
     assert code == 2 and 'FAILED' in out and len(err.splitlines()) == 1 and not (tmp_path / 'out').exists()
 
 
 def test_verify_notices_a_wrong_mapping(theirs, tmp_path, monkeypatch):
-    from weights_conversion import reading
-
     def swapped(*args):
-        done = map_to_timm(*args)
-        kv = done.state_dict['stages.2.blocks.0.attn.kv.weight']
-        done.state_dict['stages.2.blocks.0.attn.kv.weight'] = torch.cat(kv.chunk(2)[::-1])
+        done, key = map_to_timm(*args), 'stages.2.blocks.0.attn.kv.weight'
+        done.state_dict[key] = torch.cat(done.state_dict[key].chunk(2)[::-1])
         return done
 
     monkeypatch.setattr(reading, 'map_to_timm', swapped)
@@ -502,8 +457,6 @@ def test_verify_notices_a_wrong_mapping(theirs, tmp_path, monkeypatch):
 
 
 def test_verify_notices_a_wrong_file(theirs, tmp_path, monkeypatch):
-    from weights_conversion import targets
-    save_file = targets.save_file
     monkeypatch.setattr(targets, 'save_file', lambda tensors, *args, **kwargs: save_file(
         {k: v.nextafter(v + 1) if k == 'norm.bias' else v for k, v in tensors.items()}, *args, **kwargs))
     with pytest.raises(ValueError, match='differs from what was meant in norm.bias'):
@@ -552,14 +505,16 @@ def test_url(hub, original, tmp_path):
 
 
 @pytest.mark.parametrize('kind', [404, 500, 'drop', 'truncate', 'short', 'html', 'garbage'])
-def test_broken_downloads(kind, hub, original, refused, tmp_path):
+def test_broken_downloads(kind, hub, no_waits, original, refused, tmp_path):
     url = hub.add_file('v2/pvt.pth', original)
     hub.fail(kind, times=1)
     refused(url)
     convert(url, tmp_path / 'out')
+    hub.fail(kind)
+    refused('hf-hub:foo/bar')
 
 
-def test_hub_source(hub, no_waits, tmp_path):
+def test_hub_source(hub, no_waits, tmp_path, monkeypatch):
     source = _transformers_folder(tmp_path / 'hf', id2label={str(i): f'kind {i}' for i in range(4)})
     sha = hub.add_repo('some/pvt', {p.name: p for p in source.iterdir()})
     old = files.make('original', seed=9)
@@ -575,6 +530,22 @@ def test_hub_source(hub, no_waits, tmp_path):
     hub.fail(500)  # what was seen before needs no network
     convert('hf-hub:some/pvt', tmp_path / 'c')
     assert files.same(read_checkpoint(tmp_path / 'a'), read_checkpoint(tmp_path / 'c'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert inspect('hf-hub:some/pvt').labels == 4
+    with pytest.raises(ValueError, match='offline'):
+        inspect('hf-hub:some/other')
+
+
+def test_only_what_is_known_to_be_missing_is_left_out(hub, no_waits, refused, tmp_path, monkeypatch):
+    """Without its config.json a checkpoint would lose its labels in silence."""
+    folder = _transformers_folder(tmp_path / 'hf', id2label={str(i): f'kind {i}' for i in range(4)})
+    hub.add_repo('some/pvt', {p.name: p for p in folder.iterdir()})
+    hub.fail(500, 'config.json')
+    refused('hf-hub:some/pvt')
+    hub.fail(500)
+    refused('hf-hub:some/pvt')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert inspect('hf-hub:some/pvt').labels == 0
 
 
 @pytest.mark.parametrize('spec', [
@@ -591,15 +562,7 @@ def test_names_that_are_refused(spec, hub, original, refused):
     refused(spec.replace('{hub}', hub.url))
 
 
-@pytest.mark.parametrize('what', ['drop', 500, 404])
-def test_hub_out_of_reach(what, hub, no_waits, refused):
-    hub.fail(what)
-    refused('hf-hub:foo/bar')
-
-
 def test_push(original, hub, token, tmp_path):
-    code, out, _ = run(original, '-o', tmp_path / 'dry', '--push', 'me/pvt', '--dry-run')
-    assert code == 0 and 'would upload' in out and not hub.has_repo('me/pvt') and hub.requests == []
     code, out, _ = run(original, '-o', tmp_path / 'out', '--push', 'me/pvt', '--private', '--json')
     assert code == 0 and json.loads(out)['push']['url'].endswith('me/pvt')
     uploaded = hub.repo_files('me/pvt')
@@ -625,9 +588,10 @@ def test_commands_of_the_readme(hub, token, tmp_path, monkeypatch):
     assert len(commands) == 12
     for command in commands:
         command = command.replace('https://github.com', hub.url).replace('SHA256', sha256).replace('OWNER/REPO', 'me/x')
-        code, _, err = run(*shlex.split(command)[1:])
+        code, out, err = run(*shlex.split(command)[1:])
         assert code == 0, (command, err)
-    assert hub.has_repo('me/x')
+        assert hub.has_repo('me/x') == command.endswith('--push me/x')
+        assert ('would upload' in out) == ('--dry-run' in command)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

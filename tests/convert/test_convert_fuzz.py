@@ -4,8 +4,8 @@
 always the same, `PVT_FUZZ_FIRST` starts at another one. The process may map 2 GB more than at the start.
 """
 import argparse
-import contextlib
 import copy
+import functools
 import io
 import json
 import logging
@@ -29,12 +29,10 @@ from safetensors.torch import load_file, save
 
 import convert_files as files
 from pvt_timm.checkpoints import FORMATS, from_timm
-from weights_conversion.cli import main
 
 CASES = int(os.environ.get('PVT_FUZZ_CASES', 200))
 FIRST = int(os.environ.get('PVT_FUZZ_FIRST', 0))
 SECONDS = 60  # for one case, on a busy machine; a usual one takes less than a tenth
-MEMORY = 600 * 2 ** 20  # that all cases together may add to the peak
 ADDRESSES = 2 * 2 ** 30  # that one case may map over what is there at the start
 
 
@@ -190,55 +188,26 @@ def damage(r, data):
     return bytes(data)
 
 
-def lying_header(r, d):
-    """A safetensors file whose header is no longer true."""
-    data = save({k: v.contiguous() for k, v in d.items()})
-    size, = struct.unpack('<Q', data[:8])
-    header, body = json.loads(data[8:8 + size]), data[8 + size:]
-    key = r.choice(sorted(header))
-    entry = header[key]
-    huge = r.choice([-1, 0, 1, len(body), len(body) + 1, 2 ** 31, 2 ** 53, 2 ** 63, 2 ** 64 - 1, 2 ** 70, 1.5, 'x',
-                     None])
-    entry.update(r.choice([
-        {}, {'data_offsets': [huge, entry['data_offsets'][1]]}, {'data_offsets': [entry['data_offsets'][0], huge]},
-        {'data_offsets': [huge, huge]}, {'data_offsets': header[r.choice(sorted(header))]['data_offsets']},
-        {'shape': [huge]}, {'shape': [1] * r.choice([10, 100, 10000]) + entry['shape']}, {'shape': None},
-        {'dtype': r.choice(['F64', 'I32', 'BF16', 'F4', 'U8', 'F8_E4M3', 'nothing', 7])}]))
-    header.update(r.choice([{}, {}, {'__metadata__': r.choice([
-        1, {'a': 1}, {'format': 'tf'}, [], {'format': 'pt', 'x': 'y' * 10000}])}]))
-    text = r.choice([json.dumps(header)] * 4 + [
-        '[' * r.choice([10, 2000, 200000]), json.dumps(r.choice([[], 3, 'x', None, {key: []}, {key: 1}])),
-        json.dumps(header)[:-1] + f', {json.dumps(key)}: {json.dumps(entry)}}}']).encode()
-    length = r.choice([len(text)] * 8 + [2 ** 63, 2 ** 40, 100_000_001, len(text) - 1, len(text) + 1, 0])
-    return struct.pack('<Q', length) + text + r.choice([body, body, body, body[:-1], body + b'\0', b'', body * 2])
-
-
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
-_BASES = {}
-
-
+@functools.cache
 def base(fmt):
-    if fmt not in _BASES:
-        _BASES[fmt] = files.make(fmt, num_classes=3, fill=files.random_values)
-    return dict(_BASES[fmt])
+    return files.make(fmt, num_classes=3, fill=files.random_values)
 
 
 def case(n, folder):
     """File, arguments."""
     r = random.Random(n)
-    d = base(r.choice(files.FORMATS))
+    d = dict(base(r.choice(files.FORMATS)))
     name = r.choice(['x.pth', 'x.bin', 'x.safetensors', 'x', 'model.safetensors'])
     file = folder / name
-    kind = r.choice(['content', 'content', 'structure', 'bytes', 'bytes', 'bytes', 'header', 'foreign', 'noise'])
+    kind = r.choice(['content', 'content', 'structure', 'bytes', 'bytes', 'bytes', 'foreign', 'noise'])
     writer = r.choice(['zip', 'legacy', 'safetensors'])
     prefix = r.choice(['', '', 'module.', 'backbone.'])
-    content = files.wrap(d, r.choice([None, 'model', 'state_dict']), prefix) if writer != 'safetensors' else files.wrap(
-        d, None, prefix)
+    wrapper = r.choice([None, 'model', 'state_dict']) if writer != 'safetensors' else None
+    content = files.wrap(d, wrapper, prefix)
     if kind == 'foreign':
         file.write_bytes(foreign(r, d))
-    elif kind == 'header':
-        file.write_bytes(lying_header(r, d))
     elif kind == 'noise':
         file.write_bytes(r.choice([
             b'', b'\x80\x02', b'PK\x03\x04', b'<html>', r.randbytes(r.randrange(1, 3000)),
@@ -309,20 +278,6 @@ def check_output(file, out, report):
     assert json.loads((out / 'config.json').read_text())['architecture'] == 'test_pvt'
 
 
-@contextlib.contextmanager
-def limited():
-    """A limit on addresses for this process, and no lines from its log."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    mapped = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES, hard))
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        logging.disable(logging.NOTSET)
-
-
 def run_case(n, folder):
     """Run case `n`, return how it ended."""
     folder.mkdir()
@@ -332,52 +287,44 @@ def run_case(n, folder):
             kind, file, argv = case(n, folder)
         argv += ['--output', str(folder / 'out'), '--json']
         before = sorted(p.name for p in folder.iterdir())
-        out, err = io.StringIO(), io.StringIO()
         start = time.monotonic()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter('error')  # a warning would be a second line
-            code = main(argv)
+            code, out, err = files.run(*argv)
         assert time.monotonic() - start < SECONDS
         after = sorted(p.name for p in folder.iterdir())
         if code == 0:
-            assert err.getvalue() == ''
-            assert after == sorted([*before, 'out'])
+            assert err == '' and after == sorted([*before, 'out'])
             if not {'--dtype', '--num-classes', '--img-size'} & set(argv):
-                check_output(file, folder / 'out', json.loads(out.getvalue()))
+                check_output(file, folder / 'out', json.loads(out))
         else:
-            assert code == 2 and out.getvalue() == ''
-            lines = err.getvalue().splitlines()
-            assert len(lines) == 1 and lines[0].startswith('pvt-convert: error: ') and len(lines[0]) > 35, lines
-            assert lines[0].isprintable() and 'Traceback' not in lines[0]
-            assert after == before
+            assert (code, out, after) == (2, '', before)
+            assert err.startswith('pvt-convert: error: ') and len(err) > 36 and err[:-1].isprintable(), err
         assert not Trap.fired
         return kind, code
     finally:
         shutil.rmtree(folder)
 
 
-def fuzz(first, count, folder: Path):
-    for fmt in files.FORMATS:
-        base(fmt)
-    run_case(first, folder / 'warm-up')
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ends = Counter()
-    with limited():
-        for n in range(first, first + count):
-            try:
-                ends[run_case(n, folder / 'case')] += 1
-            except Exception as e:
-                raise AssertionError(f'case {n}: {type(e).__name__}: {e}') from e
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
-    assert grown < MEMORY, f'{grown / 1e6:.0f} MB'
-    return ends, grown
-
-
 @pytest.mark.timeout(0)
 def test_every_case_ends_well(tmp_path):
-    ends, grown = fuzz(FIRST, CASES, tmp_path)
-    print(f'{sum(ends.values())} cases, peak memory +{grown / 1e6:.0f} MB: {dict(sorted(ends.items()))}')
+    for fmt in files.FORMATS:
+        base(fmt)
+    run_case(FIRST, tmp_path / 'warm-up')
+    ends = Counter()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES, before[1]))
+    logging.disable(logging.WARNING)
+    try:
+        for n in range(FIRST, FIRST + CASES):
+            ends[run_case(n, tmp_path / 'case')] += 1
+    except Exception as e:
+        raise AssertionError(f'case {n}: {type(e).__name__}: {e}') from e
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        logging.disable(logging.NOTSET)
+    print(dict(sorted(ends.items())))
     if CASES >= 100:
-        assert {kind for kind, code in ends if code == 2} == {
-            'content', 'structure', 'bytes', 'header', 'foreign', 'noise'}
+        assert {kind for kind, code in ends if code == 2} == {'content', 'structure', 'bytes', 'foreign', 'noise'}
         assert {kind for kind, code in ends if code == 0} >= {'content', 'structure', 'bytes'}

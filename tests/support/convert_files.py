@@ -1,5 +1,7 @@
 """ Checkpoints of every format for the converter's tests, with random bit patterns as weights. """
 import argparse
+import contextlib
+import io
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 import pvt_timm  # noqa: F401  registers the models
 from pvt_timm.checkpoints import from_timm
+from weights_conversion.cli import main
 
 StateDict = Dict[str, torch.Tensor]
 
@@ -90,3 +93,14 @@ def same(a: StateDict, b: StateDict) -> bool:
     """Same keys, types, shapes and bit patterns."""
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(bits(a[k]), bits(b[k])) for k in a)
+
+
+def run(*argv: Any) -> Tuple[Any, str, str]:
+    """`pvt-convert` in this process: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()

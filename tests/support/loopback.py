@@ -59,23 +59,21 @@ class LoopbackServer:
     def __init__(self):
         self.clear()
         handler = type('Handler', (_Handler,), dict(loopback=self))
-        # The second one is the host of large files: the client does not follow a redirect to another host by itself.
-        self._servers = [ThreadingHTTPServer(('127.0.0.1', 0), handler) for _ in range(2)]
-        self.url, self.cdn_url = (f'http://127.0.0.1:{httpd.server_address[1]}' for httpd in self._servers)
-        for httpd in self._servers:
-            httpd.daemon_threads = True
-            threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
+        self._server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+        self._server.daemon_threads = True
+        # By its other name it is the host of large files: the client does not follow a redirect to another host itself.
+        port = self._server.server_address[1]
+        self.url, self.cdn_url = f'http://127.0.0.1:{port}', f'http://localhost:{port}'
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
-        for httpd in self._servers:
-            httpd.shutdown()
-            httpd.server_close()
+        self._server.shutdown()
+        self._server.server_close()
 
     def clear(self) -> None:
         """Forget all repositories, files, faults and requests."""
         self._repos: Dict[str, _Repo] = {}
         self._files: Dict[str, Union[_File, str]] = {}  # path to a file, or to where it is redirected
-        self._blobs: Dict[str, _File] = {}
         self._faults: List[list] = []  # kind, path, how often it is left
         self.requests: List[Tuple[str, str]] = []
 
@@ -92,7 +90,6 @@ class LoopbackServer:
         """
         files = {name: _File(content) for name, content in files.items()}
         repo = self._repos.setdefault(repo_id, _Repo(gated=gated))
-        self._blobs.update({f.sha256: f for f in files.values()})
         return repo.commit(files, sha=commit, ref=ref)
 
     def repo_files(self, repo_id: str) -> Dict[str, bytes]:
@@ -163,10 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         ('POST', '/api/validate-yaml', 'validate_yaml'),
         ('POST', '/api/models/REPO/preupload/REV', 'preupload'),
         ('POST', '/api/models/REPO/commit/REV', 'commit'),
-        ('POST', r'/REPO\.git/info/lfs/objects/batch', 'lfs_batch'),
-        ('PUT', '/lfs-upload/(?P<oid>[0-9a-f]{64})', 'lfs_put'),
         ('GET', '/REPO/resolve/REV/(?P<name>.+)', 'resolve'),
-        ('GET', '/cdn/(?P<oid>[0-9a-f]{64})/.*', 'cdn'),
+        ('GET', '/cdn/REV/REPO/(?P<name>.+)', 'cdn'),
     )]
 
     def log_message(self, *args):
@@ -203,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {'X-Error-Message': message, **dict(zip(('X-Error-Code', 'X-Repo-Commit'), more))}
             self.send_json({'error': message}, status, headers)
 
-    do_GET = do_HEAD = do_POST = do_PUT = answer
+    do_GET = do_HEAD = do_POST = answer
 
     def read_body(self) -> bytes:
         if 'chunked' not in self.headers.get('Transfer-Encoding', ''):
@@ -279,11 +274,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.send(302, b'Found. Redirecting', {
             **headers, 'X-Linked-Size': str(f.size), 'X-Linked-ETag': f'"{f.sha256}"',
-            # the name in the address lets `fail` and `count` find the download by it
-            'Location': f'{self.loopback.cdn_url}/cdn/{f.sha256}/{repo}/{name}'})
+            'Location': f'{self.loopback.cdn_url}/cdn/{sha}/{repo}/{name}'})
 
-    def cdn(self, oid: str):
-        self.send_file(self.loopback._blobs[oid])
+    def cdn(self, revision: str, repo: str, name: str):
+        self.send_file(self.loopback._repos[repo].commits[revision][name])
 
     # upload
 
@@ -306,27 +300,10 @@ class _Handler(BaseHTTPRequestHandler):
         found, sha = self.find(repo, revision)
         answer = []
         for path in (f['path'] for f in json.loads(self.body)['files']):
-            lfs, there = path.endswith(LFS_SUFFIXES), found.commits[sha].get(path)
-            answer.append({'path': path, 'shouldIgnore': False, 'uploadMode': 'lfs' if lfs else 'regular'})
-            if there:  # by which the client leaves out what has not changed
-                answer[-1]['oid'] = there.sha256 if lfs else there.git_oid
+            there = found.commits[sha].get(path)  # by whose hash the client leaves out what has not changed
+            answer.append({'path': path, 'shouldIgnore': False, 'uploadMode': 'regular',
+                           'oid': there.git_oid if there else None})
         self.send_json({'files': answer})
-
-    def lfs_batch(self, repo: str):
-        self.need_token()
-        objects = json.loads(self.body)['objects']
-        for x in objects:
-            if x['oid'] not in self.loopback._blobs:
-                x['actions'] = {'upload': {'href': f'{self.loopback.cdn_url}/lfs-upload/{x["oid"]}', 'header': {}}}
-        self.send_json(
-            {'transfer': 'basic', 'objects': objects}, headers={'Content-Type': 'application/vnd.git-lfs+json'})
-
-    def lfs_put(self, oid: str):
-        f = _File(self.body)
-        if f.sha256 != oid:
-            raise _Error(400, f'Expected sha256 {oid}, got {f.sha256}')
-        self.loopback._blobs[oid] = f
-        self.send(200)
 
     def commit(self, repo: str, revision: str):
         self.need_token()
@@ -336,11 +313,9 @@ class _Handler(BaseHTTPRequestHandler):
             value = line['value']
             if line['key'] == 'header':
                 message = value['summary']
-            elif line['key'] == 'file':
-                files[value['path']] = _File(base64.b64decode(value['content']))
             else:
-                assert line['key'] == 'lfsFile'
-                files[value['path']] = self.loopback._blobs[value['oid']]
+                assert line['key'] == 'file'
+                files[value['path']] = _File(base64.b64decode(value['content']))
         new = found.commit(files, message, ref=revision)
         self.send_json({'success': True, 'commitOid': new, 'commitUrl': f'{self.loopback.url}/{repo}/commit/{new}'})
 

@@ -2,6 +2,7 @@
 import json
 import re
 from pathlib import Path
+from string import Template
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from huggingface_hub import HfApi
@@ -13,13 +14,14 @@ from pvt_timm.pvt import TOP1
 from .converter import convert
 from .reading import PathLike, default_cfg
 from .sources import SHA256
+from .targets import CARDS
 
 __all__ = ['check_repo', 'publish', 'push']
 
 # Box AP on COCO val2017 as OpenMMLab publishes it with its detectors
 BOX_AP = {'pvt_tiny.retinanet_coco': 36.6, 'pvt_small.retinanet_coco': 40.4, 'pvt_medium.retinanet_coco': 41.7}
 
-_MEASURED = re.compile(r'(<!-- measured -->).*?(<!-- end -->)', re.DOTALL)
+_MEASURED = re.compile(r'(?<=<!-- measured -->).*?(?=<!-- end -->)', re.DOTALL)
 
 
 def push(folder: PathLike, repo: str, *, private: bool = False, dry_run: bool = False) -> Dict[str, Any]:
@@ -94,7 +96,7 @@ def publish(
     if unknown:
         raise ValueError(f'Expected names in {", ".join(SHA256)}, got {unknown[0]!r}.')
     check_repo(f'{owner}/x')
-    accuracy = json.loads(Path(measured).read_text(encoding='utf-8')) if measured else {}
+    accuracy = _read_measured(measured) if measured else {}
     results = []
     for tag in only or SHA256:
         folder, repo = Path(output, tag), f'{owner}/{tag}'
@@ -107,80 +109,34 @@ def publish(
             convert(
                 source, folder, model=tag.partition('.')[0], sha256=SHA256[tag], verify=None, progress=progress,
                 keep_source=tag in BOX_AP, about=_about(tag, repo, cfg))
-        _fill_in(folder / 'README.md', tag, accuracy)
+        if tag in accuracy:
+            _fill_in(folder / 'README.md', accuracy[tag])
         results.append(push(folder, repo, private=private, dry_run=dry_run))
         say(f'{tag}: {"would be uploaded to" if dry_run else "is in"} {results[-1]["url"] or repo}')
     return results
 
 
 def _about(tag: str, repo: str, cfg: Any) -> str:
-    """What the card says before the table of provenance."""
-    what, published, use = _DETECTOR if tag in BOX_AP else _CLASSIFIER
-    values = dict(
-        TAG=tag, REPO=repo, VARIANT=tag.partition('.')[0], SCORE=str(TOP1.get(tag, BOX_AP.get(tag))),
-        ORIGIN=cfg.origin_url, LICENSE=cfg.license, FILE=(cfg.url or '').rpartition('/')[2])
-    text = _ABOUT.replace('WHAT', what).replace('PUBLISHED', published).replace('USE', use.rstrip())
-    return re.sub('|'.join(values), lambda m: values[m.group()], text)
+    """What the card says before the report of the conversion."""
+    card = CARDS / ('backbone.md' if tag in BOX_AP else 'classifier.md')
+    return Template(card.read_text(encoding='utf-8')).substitute(
+        TAG=tag, REPO=repo, VARIANT=tag.partition('.')[0], SCORE={**TOP1, **BOX_AP}[tag], ORIGIN=cfg.origin_url,
+        LICENSE=cfg.license, FILE=(cfg.url or '').rpartition('/')[2])
 
 
-def _fill_in(card: Path, tag: str, accuracy: Dict[str, Any]) -> None:
-    """Put what was measured at its place in a card."""
-    if tag not in accuracy.get('models', {}):
-        return
-    found = accuracy['models'][tag]
-    text = (f'{found["top1"]:.3f}% top-1, {found["top5"]:.3f}% top-5 on {found["images"]:,} images, with pvt-timm\'s '
-            f'benchmarks/training/imagenet.py, torch {accuracy["torch"]}, timm {accuracy["timm"]}')
-    new = _MEASURED.sub(lambda m: m[1] + text + m[2], card.read_text(encoding='utf-8'))
-    save_atomically(card, lambda f: f.write(new.encode()))
+def _fill_in(card: Path, measured: str) -> None:
+    text = _MEASURED.sub(lambda _: measured, card.read_text(encoding='utf-8'))
+    save_atomically(card, lambda f: f.write(text.encode()))
 
 
-_ABOUT = '''\
-# TAG
-
-WHAT, a [Pyramid Vision Transformer](https://arxiv.org/abs/2102.12122) (v1), in the format of
-[timm](https://github.com/huggingface/pytorch-image-models) and [pvt-timm](https://pypi.org/project/pvt-timm/). The
-values are those of the source, unchanged.
-
-| Accuracy | |
-|---|---|
-| published | PUBLISHED |
-| measured with these files | <!-- measured -->not measured<!-- end --> |
-
-License: LICENSE, as ORIGIN. `pip install pvt-timm` first.
-
-```python
-import timm
-import pvt_timm  # registers the models
-backbone = timm.create_model('hf-hub:REPO', pretrained=True, features_only=True)
-USE
-```
-'''
-_CLASSIFIER = (
-    'ImageNet-1K classifier VARIANT',
-    'SCORE% top-1 on the ImageNet-1K validation set, by the authors of the paper (ORIGIN)',
-    '''\
-model = timm.create_model('hf-hub:REPO', pretrained=True)
-
-# transformers
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-processor = AutoImageProcessor.from_pretrained('REPO')
-model = AutoModelForImageClassification.from_pretrained('REPO')
-
-# torchvision: a detector to train on this backbone
-from pvt_timm.detection import pvt_retinanet
-detector = pvt_retinanet('hf-hub:REPO', num_classes=80, pretrained_backbone=True)
-''')
-_DETECTOR = (
-    'Backbone VARIANT of a RetinaNet trained on COCO',
-    'box AP SCORE on COCO val2017 as a whole detector, by OpenMMLab (ORIGIN)',
-    '''\
-
-# transformers
-from transformers import AutoModel
-model = AutoModel.from_pretrained('REPO')
-
-# torchvision: the whole detector, from OpenMMLab's file
-from huggingface_hub import hf_hub_download
-from pvt_timm.detection import retinanet_from_mmdet
-detector = retinanet_from_mmdet(hf_hub_download('REPO', 'FILE'))
-''')
+def _read_measured(file: PathLike) -> Dict[str, str]:
+    """Tag to what the results of benchmarks/training/imagenet.py say about it."""
+    try:
+        found = json.loads(Path(file).read_text(encoding='utf-8'))
+        versions = f'torch {found["torch"]}, timm {found["timm"]}'
+        return {
+            tag: f'{row["top1"]:.3f}% top-1, {row["top5"]:.3f}% top-5 on {row["images"]:,} images, with pvt-timm\'s '
+                 f'benchmarks/training/imagenet.py, {versions}'
+            for tag, row in found['models'].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise ValueError(f'Expected results of benchmarks/training/imagenet.py in {file}, got something else.') from e
