@@ -80,11 +80,15 @@ def test_takes_what_the_machine_has(start, folder, monkeypatch, gpu, bfloat16, c
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: bfloat16)
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bfloat16)
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+    fused = []
+    monkeypatch.setattr(timm.layers, 'set_fused_attn', fused.append)
     code, argv, err = start(*args, config=config)
     settings = yaml.safe_load(RECIPES[config].read_text()) if config else {}
     assert code == 0
     assert err.count('\n') == bool(changed) and all(f'{k}: {v}' in err for k, v in changed.items())
-    assert yaml.safe_load(Path(argv[-1]).read_text()) == {**settings, **changed}
+    settings.update(changed)
+    assert yaml.safe_load(Path(argv[-1]).read_text()) == settings
+    assert fused == ([False] if gpu is None and settings.get('amp') and settings['amp_dtype'] == 'bfloat16' else [])
 
 
 def test_goes_on_from_the_newest_complete_checkpoint(start, folder):
