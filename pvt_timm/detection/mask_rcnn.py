@@ -54,7 +54,7 @@ class PvtFasterRCNN(PublishedDetector, FasterRCNN):
     rpn: Any
     roi_heads: Any
 
-    def __init__(self, backbone: PvtFpnBackbone, num_classes: int = 80, box_channels: int = 1024, **kwargs: Any):
+    def __init__(self, backbone: PvtFpnBackbone, num_classes: int, box_channels: int = 1024, **kwargs: Any):
         """
         Args:
             backbone: Five levels with strides 4 to 64.
@@ -82,7 +82,7 @@ class PvtMaskRCNN(PvtFasterRCNN, MaskRCNN):
     """
 
     def __init__(
-            self, backbone: PvtFpnBackbone, num_classes: int = 80, box_channels: int = 1024, mask_channels: int = 256,
+            self, backbone: PvtFpnBackbone, num_classes: int, box_channels: int = 1024, mask_channels: int = 256,
             **kwargs: Any):
         """As `PvtFasterRCNN`. `mask_channels` is the width of the layers of the mask head."""
         settings: Dict[str, Any] = dict(

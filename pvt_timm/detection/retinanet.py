@@ -25,7 +25,7 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
     box_coder: Any
     detections_per_img: Any
 
-    def __init__(self, backbone: PvtFpnBackbone, num_classes: int = 80, **kwargs: Any):
+    def __init__(self, backbone: PvtFpnBackbone, num_classes: int, **kwargs: Any):
         """
         Args:
             backbone: Five levels with strides 8 to 128.
