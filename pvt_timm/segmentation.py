@@ -159,5 +159,8 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
     model, dataset = from_openmmlab(checkpoint, 'Semantic FPN', semantic_fpn, _TABLE, prefix, **kwargs)
     names, palette = ade20k_classes() if model.num_classes == 150 else ([], [])
     model.categories = [str(name) for name in dataset.get('classes') or names]
-    model.palette = [tuple(color) for color in dataset.get('palette') or palette]
+    colors = dataset.get('palette') or palette
+    if not all(isinstance(c, (list, tuple)) and len(c) == 3 and all(isinstance(x, int) for x in c) for c in colors):
+        raise ValueError(f'Expected red, green and blue per class as palette in the checkpoint, got {colors[:3]}.')
+    model.palette = [tuple(color) for color in colors]
     return model

@@ -74,6 +74,12 @@ def test_names_and_colours_of_ade20k():
     assert all(len(c) == 3 and 0 <= min(c) <= max(c) <= 255 for c in colors)
 
 
+@pytest.mark.parametrize('color', ['red', (0, 0), ('0', '0', '0'), 7])
+def test_colours_that_are_none(color):
+    with pytest.raises(ValueError, match='as palette in the checkpoint, got'):
+        semantic_fpn_from_mmseg({'state_dict': segmenter_to_mmseg(build()), 'meta': {'PALETTE': [color] * 5}})
+
+
 @pytest.mark.parametrize('change, message', [
     (lambda d: d.pop('decode_head.scale_heads.3.2.bn.running_mean'), 'Missing .*scale_heads.3.2.bn.running_mean'),
     (lambda d: d.update({'auxiliary_head.conv.weight': torch.ones(1)}), 'Not part of the model.*auxiliary_head'),
