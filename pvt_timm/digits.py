@@ -87,7 +87,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('output', metavar='FOLDER', help='folder to write train/ and validation/ into')
     args = parser.parse_args(argv)
     try:
-        write_digits(args.output)
+        print(f'{write_digits(args.output)}: 1437 images in train, 360 in validation')
     except (ImportError, OSError) as e:
         parser.exit(2, f'Cannot write the digits to {args.output}: {e}\n')
 

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from pvt_timm.checkpoints import describe, drop_parts, from_timm
+from pvt_timm.cli.errors import clean
 from pvt_timm.pvt import resize_pos_embeds
 
 from .output import check_output, new_folder
@@ -14,7 +15,7 @@ from .reading import (
     CLASS_ROW, PARTS, POS_EMBED, PathLike, Size, StateDict, Weights, check_size, default_cfg, is_finite, model_args_of,
     read_weights)
 from .report import Report, trace
-from .sources import CLASS_ROW_FILE, clean
+from .sources import CLASS_ROW_FILE
 from .targets import WRITERS, save_tensors, write_card
 
 __all__ = ['VerificationError', 'convert', 'inspect']

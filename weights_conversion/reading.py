@@ -13,11 +13,12 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 import pvt_timm  # noqa: F401  registers the models
 from pvt_timm.checkpoints import (
     Converted, Description, check_keys, describe, drop_parts, map_to_timm, training_config, unwrap)
+from pvt_timm.cli.errors import clean
 from pvt_timm.files import MAX_BYTES, read_checkpoint
 from pvt_timm.labels import labels_beside, labels_in, read_labels
 from pvt_timm.pvt import VARIANTS, find_variant
 
-from .sources import Source, clean, open_source
+from .sources import Source, open_source
 
 __all__ = ['CLASS_ROW', 'PARTS', 'POS_EMBED', 'Weights', 'check_size', 'default_cfg', 'is_finite', 'model_args_of',
            'read_weights']

@@ -5,9 +5,9 @@ from collections import Counter
 from typing import Any, Dict, List, Optional
 
 from pvt_timm.checkpoints import Pairs
+from pvt_timm.cli.errors import clean
 
 from .reading import Weights
-from .sources import clean
 
 __all__ = ['Report', 'trace']
 

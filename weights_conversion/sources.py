@@ -15,7 +15,7 @@ import torch
 
 from pvt_timm.files import find_checkpoint
 
-__all__ = ['CLASS_ROW_FILE', 'SHA256', 'Source', 'clean', 'open_source']
+__all__ = ['CLASS_ROW_FILE', 'SHA256', 'Source', 'open_source']
 
 CLASS_ROW_FILE = 'class_row.safetensors'
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
@@ -32,13 +32,6 @@ SHA256 = {
     'pvt_small.retinanet_coco': 'b6c94a5b',
     'pvt_medium.retinanet_coco': '55effa1b',
 }
-
-
-def clean(text: Any, limit: int = 300) -> str:
-    """Text from elsewhere as one printable line."""
-    text = str(text)[:4 * limit]
-    text = ''.join(c if c.isprintable() else c.encode('unicode_escape', 'backslashreplace').decode() for c in text)
-    return text if len(text) <= limit else text[:limit - 3] + '...'
 
 
 @dataclass

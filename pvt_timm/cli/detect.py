@@ -16,7 +16,7 @@ from ..detection import (
     describe_heads, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, retinanet_coco, retinanet_from_mmdet)
 from ..files import read_checkpoint, save_atomically
 from ..segmentation import semantic_fpn_from_mmseg
-from .errors import UserError, printable
+from .errors import UserError, clean
 from .pictures import new_figure
 from .predict import open_image
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
             print(f'{path}: {len(rows)} {args.key}' + (f', drawn in {pictures[path]}' if pictures else ''))
             for row in rows:
                 at = '  at ' + ', '.join(f'{x:.0f}' for x in row['box']) if 'box' in row else ''
-                print(f'  {row.get("score", row.get("share")):6.1%}  {printable(row["name"])}{at}', flush=True)
+                print(f'  {row.get("score", row.get("share")):6.1%}  {clean(row["name"])}{at}', flush=True)
     if args.json:
         print(json.dumps(dict(model=type(model).__name__.removeprefix('Pvt'), images=results), indent=2))
 

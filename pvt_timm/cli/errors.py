@@ -5,12 +5,12 @@ import io
 import os
 import pickle
 import sys
-from typing import Callable, NoReturn, Optional, Tuple, Type
+from typing import Any, Callable, NoReturn, Optional, Tuple, Type
 
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-__all__ = ['EXPECTED', 'Parser', 'UserError', 'one_line', 'printable', 'run_command']
+__all__ = ['EXPECTED', 'Parser', 'UserError', 'clean', 'one_line', 'run_command']
 
 
 class UserError(Exception):
@@ -33,18 +33,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {message} (see {self.prog} --help)\n')
 
 
-def printable(text: str) -> str:
-    """Text from elsewhere, which may hold what would change a terminal."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+def clean(text: Any, limit: int = 300) -> str:
+    """Text from elsewhere as one line that cannot change a terminal."""
+    text = str(text)[:4 * limit]
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+    return text if len(text) <= limit else text[:limit - 3] + '...'
 
 
 def one_line(error: BaseException, limit: int = 1000) -> str:
-    """What an exception says, in one line that a terminal can show whatever a file name or a key in it holds."""
+    """What an exception says, in one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f'{error.strerror}: {error.filename}'
-    text = printable(' '.join(text.split()))
-    return text if len(text) <= limit else f'{text[:limit]} ...'
+    return clean(' '.join(text.split()), limit)
 
 
 def run_command(prog: str, command: Callable[[], Optional[int]]) -> int:

@@ -62,14 +62,8 @@ def false_colour(levels: Sequence[torch.Tensor], image: torch.Tensor) -> List[np
 
 
 def draw_pyramid(
-        image: Image.Image,
-        features: Sequence[torch.Tensor],
-        output: Union[str, Path],
-        title: Optional[str] = None,
-        img_size: Optional[Tuple[int, int]] = None,
-        note: str = '',
-        cells: Tuple[int, int] = (1, 1),
-) -> None:
+        image: Image.Image, features: Sequence[torch.Tensor], output: Union[str, Path], title: Optional[str] = None,
+        img_size: Optional[Tuple[int, int]] = None, note: str = '', cells: Tuple[int, int] = (1, 1)) -> None:
     """Draw an image and its four feature levels, each labelled with stride, channels, height and width.
 
     Args:

@@ -22,7 +22,7 @@ from .. import digits, pvt
 from ..files import save_atomically
 from ..labels import labels_in, read_labels
 from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, checkpoint_filter_fn
-from .errors import EXPECTED, UserError, one_line, printable
+from .errors import EXPECTED, UserError, clean, one_line
 from .pictures import draw_pyramid
 
 __all__ = ['add_demo', 'add_features', 'add_list', 'add_predict', 'extract', 'load_model', 'open_image', 'predict']
@@ -44,13 +44,9 @@ class Classifier:
 
 
 def load_model(
-        model: Optional[str] = None,
-        checkpoint: Optional[Union[str, Path]] = None,
-        dense: bool = False,
-        img_size: Optional[Tuple[int, int]] = None,
-        labels: Optional[Union[str, Path]] = None,
-        prefix: Optional[str] = None,
-) -> Classifier:
+        model: Optional[str] = None, checkpoint: Optional[Union[str, Path]] = None, dense: bool = False,
+        img_size: Optional[Tuple[int, int]] = None, labels: Optional[Union[str, Path]] = None,
+        prefix: Optional[str] = None) -> Classifier:
     """Create a model with its weights, never with random ones.
 
     Args:
@@ -63,9 +59,11 @@ def load_model(
         prefix: What stands before the names of the weights, needed where the checkpoint holds several PVTs.
 
     Raises:
-        UserError: The model is not known, or has no (fitting) weights. What the libraries raise where weights cannot
-            be had or read is left alone.
+        UserError: The model is not known, or has no (fitting) weights, or `img_size` has more pixels than Pillow's
+            limit for images. What the libraries raise where weights cannot be had or read is left alone.
     """
+    if img_size and math.prod(img_size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise UserError(f'Expected a size of {Image.MAX_IMAGE_PIXELS} pixels at most, got {img_size}')
     if checkpoint is None and model is not None and model.startswith('hf-hub:'):
         model, checkpoint = None, model
     variant = split_model_name_tag(model)[0] if model else None
@@ -90,6 +88,8 @@ def load_model(
     data = resolve_model_data_config(network, pretrained_cfg=cfg)
     if network.in_chans not in (1, 3):
         raise UserError(f'Expected a model for images with 1 or 3 channels, {name} takes {network.in_chans}')
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise UserError(f'{name} has weights that are not finite, it is damaged')
     data['input_size'] = (network.in_chans, *(img_size or data['input_size'][1:]))
     names = next((x for x in map(labels_in, (cfg, network.pretrained_cfg)) if x and len(x) == network.num_classes), [])
     if not names and network.num_classes == 1000:
@@ -126,40 +126,18 @@ def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
         raise UserError(f'Cannot read the image {path}: {one_line(e)}') from e
 
 
-def _check_pixels(height: int, width: int) -> None:
-    """Refuse what would only end in a lack of memory, at Pillow's limit for images."""
-    if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise UserError(f'Expected an image of {Image.MAX_IMAGE_PIXELS} pixels at most, got {height}x{width}')
-
-
-def _check_finite(classifier: Classifier, *outputs: torch.Tensor) -> None:
-    if not all(x.isfinite().all() for x in outputs):
-        raise UserError(f'{classifier.name} gives values that are not finite, the weights are damaged')
-
-
 @torch.inference_mode()
 def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[Tuple[int, float]]:
     """Most likely classes of an image with their probabilities."""
-    _check_pixels(*fit_size(*image.size, short=max(classifier.data['input_size'][1:]), multiple=1))
     transform = create_transform(**classifier.data, is_training=False)
     logits = classifier.model(transform(image)[None])[0].float()
-    _check_finite(classifier, logits)
     values, indices = logits.softmax(-1).topk(min(topk, logits.numel()))
     return list(zip(indices.tolist(), values.tolist()))
 
 
-def fit_size(width: int, height: int, short: int, multiple: int) -> Tuple[int, int]:
-    """Height and width with `short` as the shorter side and about the same aspect, in whole multiples."""
-    scale = short / min(width, height)
-    h, w = (max(multiple, int(math.floor(n * scale / multiple + 0.5)) * multiple) for n in (height, width))
-    return h, w
-
-
 @torch.inference_mode()
 def extract(
-        classifier: Classifier,
-        image: Image.Image,
-        img_size: Optional[Tuple[int, int]] = None,
+        classifier: Classifier, image: Image.Image, img_size: Optional[Tuple[int, int]] = None,
 ) -> Tuple[List[torch.Tensor], Tuple[int, int]]:
     """Dense features of a whole image.
 
@@ -174,12 +152,12 @@ def extract(
     """
     model, data = classifier.model, classifier.data
     if img_size is None:
-        img_size = fit_size(*image.size, short=min(data['input_size'][1:]), multiple=model.reductions[-1])
-    _check_pixels(*img_size)
+        stride, scale = model.reductions[-1], min(data['input_size'][1:]) / min(image.size)
+        h, w = (max(1, round(n * scale / stride)) * stride for n in (image.height, image.width))
+        img_size = h, w
     squash = dict(data, input_size=(data['input_size'][0], *img_size), crop_pct=1., crop_mode='squash')
     x = create_transform(**squash, is_training=False)(image)
     features = model.forward_intermediates(x[None], intermediates_only=True)
-    _check_finite(classifier, *features)
     return [f[0].contiguous() for f in features], img_size
 
 
@@ -229,7 +207,7 @@ def run_predict(args: argparse.Namespace) -> None:
         if not args.json:
             print(path)
             for item in top:
-                print(f'  {item["probability"]:7.2%}  {printable(str(item["label"]))}', flush=True)
+                print(f'  {item["probability"]:7.2%}  {clean(item["label"])}', flush=True)
     if args.json:
         print(json.dumps(dict(
             model=classifier.name, img_size=classifier.data['input_size'][1:], images=results), indent=2))

@@ -46,7 +46,6 @@ def files(tmp_path_factory):
     (root / 'truncated.pth').write_bytes((root / 'original.pth').read_bytes()[:5000])
     (root / 'text.png').write_text('no image')
     (root / 'cut.png').write_bytes(DIGIT.read_bytes()[:200])
-    Image.new('RGB', (20000, 2)).save(root / 'thin.png')
     Image.effect_noise((150, 90), 90).convert('RGB').save(root / 'photo.jpg')
     return root
 
@@ -177,7 +176,6 @@ def test_weights_from_the_hub(cli, hub, no_waits, tmp_path, monkeypatch):
     (['predict', '{files}', *TEST_PVT], 'Is a directory'),
     (['predict', '{files}/text.png', *TEST_PVT], 'cannot identify image'),
     (['predict', '{files}/cut.png', *TEST_PVT], 'cut.png: image file is truncated'),
-    (['predict', '{files}/thin.png', '--img-size', '224', *TEST_PVT], 'pixels at most'),
     (['predict'], 'required: IMAGE'),
     (['predict', '{digit}', '--model', 'pvt_smal'], "Unknown model 'pvt_smal', expected one of pvt_tiny"),
     (['predict', '{digit}', '--model', 'pvt_small.foo'], 'Invalid pretrained tag (foo)'),
@@ -215,7 +213,7 @@ def test_user_errors(cli, files, tmp_path, argv, says):
     (UserError('a\nb  c'), 2, 'a b c'),
     (ValueError('\x1b[31m \udcff'), 2, '\\x1b[31m \\udcff'),
     (FileNotFoundError(2, 'No such file', 'x'), 2, 'No such file: x'),
-    (RuntimeError('x' * 5000), 2, 'x' * 1000 + ' ...'),
+    (RuntimeError('x' * 5000), 2, 'x' * 997 + '...'),
     (MemoryError(), 2, 'MemoryError'),
     (KeyboardInterrupt(), 130, None),
     (KeyError('a mistake of ours'), None, None), (TypeError('a mistake of ours'), None, None),
