@@ -90,7 +90,7 @@ def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
 
 
 def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
-    from .converter import VerificationError, convert
+    from .converter import convert
     from .upload import check_repo, push
 
     repo, private, dry_run = (args.pop(key) for key in ('push', 'private', 'dry_run'))
@@ -98,12 +98,7 @@ def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
         check_repo(repo)
     elif private or dry_run:
         raise ValueError('Expected --push OWNER/REPO with --private or --dry-run.')
-    try:
-        report = convert(**args)
-    except VerificationError as e:
-        if not quiet:
-            print(e.report.to_json() if as_json else e.report.to_text())
-        raise
+    report = convert(**args)
     pushed = push(args['output'], repo, private=private, dry_run=dry_run) if repo else None
     if as_json:
         print(json.dumps({**vars(report), 'push': pushed}, indent=2))

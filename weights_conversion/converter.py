@@ -5,30 +5,21 @@ from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg
 
 from pvt_timm.checkpoints import describe, drop_parts, from_timm
 from pvt_timm.cli.errors import clean
 from pvt_timm.pvt import resize_pos_embeds
 
+from . import verification
 from .output import check_output, new_folder
 from .reading import (
-    CLASS_ROW, PARTS, POS_EMBED, PathLike, Size, StateDict, Weights, check_size, default_cfg, is_finite, model_args_of,
-    read_weights)
+    CLASS_ROW, PARTS, POS_EMBED, PathLike, Size, StateDict, Weights, check_size, is_finite, model_args_of, read_weights)
 from .report import Report, trace
 from .sources import CLASS_ROW_FILE
 from .targets import WRITERS, save_tensors, write_card
 
-__all__ = ['VerificationError', 'convert', 'inspect']
-
-DTYPES = ('float32', 'float16', 'bfloat16')
-
-
-class VerificationError(ValueError):
-    """The outputs differ by more than the tolerance. `report` says where."""
-
-    def __init__(self, message: str, report: Report):
-        super().__init__(message)
-        self.report = report
+__all__ = ['convert', 'inspect']
 
 
 def inspect(source: PathLike, **options: Any) -> Report:
@@ -78,11 +69,12 @@ def convert(
         What was done.
 
     Raises:
-        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for.
+        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for. A
+            `VerificationError` says how far the outputs differ.
         OSError: Something cannot be read or written.
         Exception: What the clients raise where something cannot be downloaded.
     """
-    for value, known, what in ((to, WRITERS, 'a target'), (dtype, (None, *DTYPES), 'a dtype'),
+    for value, known, what in ((to, WRITERS, 'a target'), (dtype, (None, 'float32', 'float16', 'bfloat16'), 'a dtype'),
                                *((part, PARTS, 'parts to drop') for part in drop)):
         if value not in known:
             raise ValueError(f'Expected {what} in {tuple(known)}, got {value!r}.')
@@ -118,14 +110,11 @@ def convert(
                     raise ValueError(f'Cannot keep {kept.name}, the {to} format has a file of that name.')
                 shutil.copyfile(weights.source.file, kept)
             if verify is not False:
-                from . import verification
                 try:
                     report.verification = verification.verify(weights, target, tensors, folder, to)
                 except verification.NoReferenceError:
                     if verify:
                         raise
-            if report.verification and not report.verification['passed']:
-                raise VerificationError('Verification failed, nothing was written.', report)
             write_card(folder, target, report, about)
             report.files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
         report.output = str(path)
@@ -139,7 +128,7 @@ def _choose(
     """What is to be written, and the class token row that timm has no place for, {} if there is none."""
     cfg = dict(weights.cfg)
     if report.known:  # else it is not ours to say
-        default = default_cfg(report.known)
+        default: Any = get_pretrained_cfg(report.known)
         cfg = {'license': default.license, 'origin_url': default.origin_url, **cfg}
     trained_size = cfg['input_size'][1:]
     if to == 'transformers' and size is None and [n // 4 for n in trained_size] != list(weights.info.grid_size):

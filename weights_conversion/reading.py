@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import timm
 import torch
-from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models import get_pretrained_cfg
 
 import pvt_timm  # noqa: F401  registers the models
 from pvt_timm.checkpoints import (
@@ -20,8 +20,7 @@ from pvt_timm.pvt import VARIANTS, find_variant
 
 from .sources import Source, open_source
 
-__all__ = ['CLASS_ROW', 'PARTS', 'POS_EMBED', 'Weights', 'check_size', 'default_cfg', 'is_finite', 'model_args_of',
-           'read_weights']
+__all__ = ['CLASS_ROW', 'PARTS', 'POS_EMBED', 'Weights', 'check_size', 'is_finite', 'model_args_of', 'read_weights']
 
 StateDict = Dict[str, torch.Tensor]
 PathLike = Union[str, 'os.PathLike[str]']
@@ -106,8 +105,9 @@ def read_weights(
     if model is not None and model not in VARIANTS:
         raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
     with open_source(spec, progress) as source:
-        if sha256 is not None:
-            source.check_sha256(sha256)
+        if sha256 is not None and (len(sha256) < 8 or not source.sha256.startswith(sha256.lower())):
+            raise ValueError(f'Expected a file with sha256 {ascii(sha256)} (8 digits or more), got {source.sha256}: '
+                             f'another one, or damaged.')
         checkpoint = read_checkpoint(source.file, max_bytes)
         converted = map_to_timm(checkpoint, use_ema, prefix)
         content, before = unwrap(checkpoint, use_ema)[0], converted.prefix
@@ -118,7 +118,7 @@ def read_weights(
         del checkpoint, content
 
         state_dict, config = converted.state_dict, source.config
-        args, beside = _object(config, 'model_args'), _object(config, 'pretrained_cfg')
+        args, beside = (x if isinstance(x, dict) else {} for x in map(config.get, ('model_args', 'pretrained_cfg')))
         theirs = {  # in the words of timm
             'mean': config.get('image_mean'), 'std': config.get('image_std'), 'img_size': config.get('image_size')}
         stored = training_config({'meta': args, 'args': theirs}).get('img_size')
@@ -153,13 +153,6 @@ def read_weights(
         yield weights
 
 
-def default_cfg(name: str) -> PretrainedCfg:
-    """Pretrained config of a timm model, with or without a tag."""
-    cfg = get_pretrained_cfg(name)
-    assert cfg is not None
-    return cfg
-
-
 def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
     """Height and width of a size.
 
@@ -189,7 +182,8 @@ def model_args_of(info: Description, variant: str, pool: Any = None) -> Dict[str
         pool: The pooling that is said to go with them, which no state dict tells.
     """
     args: Dict[str, Any] = {}
-    if info.img_size != tuple(default_cfg(variant).input_size[1:]):
+    default: Any = get_pretrained_cfg(variant)
+    if info.img_size != tuple(default.input_size[1:]):
         args['img_size'] = info.img_size[0] if info.img_size[0] == info.img_size[1] else list(info.img_size)
     if info.in_chans != 3:
         args['in_chans'] = info.in_chans
@@ -222,13 +216,6 @@ def _notes(converted: Converted, content: Mapping[str, Any]) -> List[str]:
     return notes
 
 
-def _object(config: Dict[str, Any], key: str) -> Dict[str, Any]:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f'Expected a JSON object as {key!r} in config.json, got {clean(value, 60)}.')
-    return value
-
-
 def _read_class_row(file: Path, like: torch.Tensor) -> torch.Tensor:
     row = read_checkpoint(file, 2 ** 20).get(CLASS_ROW)
     if not isinstance(row, torch.Tensor) or row.shape != (1, 1, like.shape[2]) or row.dtype != like.dtype:
@@ -247,12 +234,12 @@ def _check_config(config: Dict[str, Any], args: Dict[str, Any], variant: str) ->
 
 def _preprocessing(said: Dict[str, Any], info: Description, variant: str, notes: List[str]) -> Dict[str, Any]:
     """What is said (see `training_config`), where it makes sense, else the model's default."""
-    default = default_cfg(variant).to_dict()
-    cfg = {key: said.get(key, default[key]) for key in ('mean', 'std', 'crop_pct', 'interpolation')}
+    default: Any = get_pretrained_cfg(variant)
+    cfg = {key: said.get(key, getattr(default, key)) for key in ('mean', 'std', 'crop_pct', 'interpolation')}
     for key, fits in (('crop_pct', cfg['crop_pct'] <= 1), ('interpolation', cfg['interpolation'] in _INTERPOLATIONS)):
         if not fits:
             notes.append(f'left out the {key} that is said to go with the weights: {clean(cfg[key], 60)}')
-            cfg[key] = default[key]
+            cfg[key] = getattr(default, key)
     if any(len(cfg[key]) not in (1, info.in_chans) for key in ('mean', 'std')):
         notes.append(f'mean and std of {info.in_chans} channels are not known: took the average of the usual ones')
     for key in ('mean', 'std'):

@@ -55,18 +55,6 @@ class Source:
         """Pretrained tag whose public file this is."""
         return next((tag for tag, known in SHA256.items() if self.sha256.startswith(known)), None)
 
-    def check_sha256(self, expected: str) -> None:
-        """Compare with the hash (or its first 8 or more digits) that the user knows.
-
-        Raises:
-            ValueError: It differs, or `expected` is no hash.
-        """
-        expected = expected.strip().lower()
-        if not re.fullmatch(r'[0-9a-f]{8,64}', expected):
-            raise ValueError(f'Expected a sha256 of 8 to 64 hexadecimal digits, got {ascii(expected)}.')
-        if not self.sha256.startswith(expected):
-            raise ValueError(f'Expected a file with sha256 {expected}, got {self.sha256}: another one, or damaged.')
-
 
 @contextlib.contextmanager
 def open_source(spec: Union[str, 'os.PathLike[str]'], progress: bool = False) -> Iterator[Source]:

@@ -8,12 +8,13 @@ from typing import Any, Callable, Dict, Optional
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
 
 from pvt_timm.labels import LABELS_FILE
 from pvt_timm.pvt import VARIANTS
 from pvt_timm.version import __version__
 
-from .reading import StateDict, Weights, default_cfg
+from .reading import StateDict, Weights
 from .report import Report
 from .sources import CLASS_ROW_FILE
 
@@ -37,7 +38,7 @@ def write_timm(folder: Path, weights: Weights, tensors: StateDict) -> None:
     save_tensors(tensors, folder / 'model.safetensors')
     info, cfg = weights.info, dict(weights.cfg)
     names = cfg.pop('label_names', None)
-    default = default_cfg(weights.variant)
+    default: Any = get_pretrained_cfg(weights.variant)
     _write_json({
         'architecture': weights.variant,
         'num_classes': info.num_classes,

@@ -7,12 +7,13 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
+from timm.models import get_pretrained_cfg
 
 from pvt_timm.files import save_atomically
 from pvt_timm.pvt import TOP1
 
 from .converter import convert
-from .reading import PathLike, default_cfg
+from .reading import PathLike
 from .sources import SHA256
 from .targets import CARDS
 
@@ -104,7 +105,7 @@ def publish(
             say(f'{tag}: {folder} is there')
         else:
             say(f'{tag}: converting')
-            cfg = default_cfg(tag)
+            cfg: Any = get_pretrained_cfg(tag)
             source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else str(cfg.url)
             convert(
                 source, folder, model=tag.partition('.')[0], sha256=SHA256[tag], verify=None, progress=progress,

@@ -1,8 +1,8 @@
 """ Compare a conversion with the code that the weights came from: same weights, same images, float64. """
 import contextlib
-import importlib.util
 import math
 import os
+import runpy
 import types
 import warnings
 from dataclasses import dataclass
@@ -21,13 +21,17 @@ from pvt_timm.pvt import VARIANTS
 from .reading import Weights
 from .targets import transformers_config
 
-__all__ = ['CHECKOUT', 'NoReferenceError', 'TOLERANCE', 'import_original', 'verify']
+__all__ = ['CHECKOUT', 'NoReferenceError', 'TOLERANCE', 'VerificationError', 'import_original', 'verify']
 
 TOLERANCE = 1e-10  # float64
 CHECKOUT = 'PVT_CHECKOUT'  # environment variable with the path of a checkout of whai362/PVT
 ORIGINAL_EPS = 1e-5  # of the norms in patch embeddings and spatial reductions
 
 StateDict = Mapping[str, torch.Tensor]
+
+
+class VerificationError(ValueError):
+    """The outputs differ by more than the tolerance."""
 
 
 class NoReferenceError(ValueError):
@@ -59,6 +63,7 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
         the largest value or of 1) as the reference ships, and with the original's eps, which decides.
 
     Raises:
+        VerificationError: The outputs differ by more than `TOLERANCE`.
         ValueError: The written file is not what was meant, or no implementation to compare with is installed.
     """
     fmt = weights.converted.format
@@ -75,8 +80,10 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
             written = _reference(to, target)
             found = _compare(target, written, tensors) if written.format == to else {}
             differences.update({f'{output}, written': values for output, values in found.items()})
-    passed = all(exact <= TOLERANCE for _, exact in differences.values())
-    return {'reference': name, 'tolerance': TOLERANCE, 'passed': passed, 'differences': differences}
+    if not all(exact <= TOLERANCE for _, exact in differences.values()):
+        text = ', '.join(f'{output} by {exact:.1e}' for output, (_, exact) in differences.items())
+        raise VerificationError(f'Verification against {name} failed (tolerance {TOLERANCE:g}): {text}.')
+    return {'reference': name, 'tolerance': TOLERANCE, 'passed': True, 'differences': differences}
 
 
 @torch.inference_mode()
@@ -130,9 +137,8 @@ def _check_written(tensors: StateDict, folder: Path, to: str) -> None:
 
 
 def _check_equal(found: StateDict, meant: StateDict) -> None:
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # which are equal also for NaN
     wrong = found.keys() ^ meant.keys() or {k for k, v in meant.items() if found[k].dtype != v.dtype or not torch.equal(
-        *(x.detach().contiguous().view(bits[x.element_size()]) for x in (found[k], v)))}
+        *(x.detach().contiguous().view(torch.uint8) for x in (found[k], v)))}  # equal also for NaN
     if wrong:
         raise ValueError(f'The written file differs from what was meant in {min(wrong)}.')
 
@@ -196,16 +202,9 @@ def _original(weights: Weights, checkout: Path) -> Reference:
     return Reference(f'whai362/PVT in {checkout.name}', 'original', model, blocks, [])
 
 
-def import_original(checkout: Path) -> types.ModuleType:
-    """Import classification/pvt.py of a checkout, whose models stay out of timm's registry."""
-    file = checkout / 'classification' / 'pvt.py'
-    if not file.is_file():
-        raise ValueError(f'Expected a checkout of whai362/PVT in {CHECKOUT}, {file} is not there.')
-    spec = importlib.util.spec_from_file_location('_pvt_original', file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def import_original(checkout: Path) -> types.SimpleNamespace:
+    """What classification/pvt.py of a checkout defines. Its models stay out of timm's registry."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # it imports from timm's old places
         with mock.patch('timm.models.registry.register_model', lambda fn: fn):
-            spec.loader.exec_module(module)
-    return module
+            return types.SimpleNamespace(**runpy.run_path(str(checkout / 'classification' / 'pvt.py')))

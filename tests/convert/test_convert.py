@@ -20,7 +20,7 @@ import pvt_timm
 from convert_files import run
 from pvt_timm.checkpoints import map_to_timm
 from pvt_timm.files import read_checkpoint
-from weights_conversion import VerificationError, convert, inspect, reading, sources, targets, verification
+from weights_conversion import convert, inspect, reading, sources, targets, verification
 
 
 @pytest.fixture
@@ -62,16 +62,12 @@ KEYS = {  # the original's and transformers' counts are published facts
 @pytest.mark.parametrize('variant', [
     'pvt_tiny', 'pvt_small', pytest.param('pvt_medium', marks=pytest.mark.slow),
     pytest.param('pvt_large', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('fmt', files.FORMATS)
-def test_all_variants_there_and_back(fmt, variant, tmp_path):
+@pytest.mark.parametrize('fmt', KEYS)
+def test_published_forms_there_and_back(fmt, variant, tmp_path):
     source = files.make(fmt, variant, num_classes=1000, dtype=torch.bfloat16)
-    assert len(source) == KEYS.get(fmt, {}).get(variant, len(source))
-    expected = {f'pvt.{k}': v for k, v in source.items()} if fmt == 'transformers-base' else source
-    report = there_and_back(
-        files.save(source, tmp_path / 'x.pth'), expected, fmt.partition('-')[0], tmp_path, model=variant)
-    assert report.variant == variant
-    assert report.num_classes == (0 if fmt in files.DENSE or fmt == 'transformers-base' else 1000)
-    assert (tmp_path / 'timm' / 'class_row.safetensors').exists() == (fmt == 'original-dense')
+    assert len(source) == KEYS[fmt][variant]
+    report = there_and_back(files.save(source, tmp_path / 'x.pth'), source, fmt, tmp_path, model=variant)
+    assert (report.variant, report.num_classes) == (variant, 1000)
 
 
 @settings(
@@ -110,22 +106,16 @@ def test_any_form_there_and_back(
 # ---- nothing vanishes, nothing is made up ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize('options, match', [
-    ('--to original --drop norm', 'together'), ('--to original --drop class_token', 'together'),
+    ('--to original --drop norm', 'together'),
     ('--to original --drop class_token norm', 'head only'), ('--drop norm', 'both'), ('--drop legs', 'legs'),
     ('--model pvt_small', 'test_pvt'), ('--model resnet50', 'resnet50'), ('--sha256 01234567', 'damaged'),
-    ('--sha256 abc', 'hexadecimal'), ('--num-classes 3', 'or 7'), ('--img-size 16', 'from 32'),
+    ('--sha256 0', '8 digits'), ('--num-classes 3', 'or 7'), ('--img-size 16', 'from 32'),
     ('--img-size 5000', 'to 2048'), ('--img-size 64 64 64', 'one or two'), ('--source-size 64', 'grid of 8x8'),
     ('--max-bytes 1000', 'max_bytes'), ('--dry-run', '--push'), ('--push ../x', '../x'),
     ('--to transformers --img-size 64 96', 'square'), ('--to mmdet', '--drop class_token norm head'),
     ('--to mmdet --drop head class_token', 'place for norm:')])
 def test_what_cannot_be_is_refused(options, match, original, refused):
     assert match in refused(original, *options.split())
-
-
-def test_mmdet_takes_a_classifier_without_what_it_has_no_place_for(original, tmp_path):
-    report = convert(original, tmp_path / 'out', to='mmdet', drop=['head', 'norm', 'class_token'])
-    assert sorted(report.dropped) == ['cls_token', 'head.bias', 'head.weight', 'norm.bias', 'norm.weight']
-    assert read_checkpoint(tmp_path / 'out')['layers.3.1.0.pos_embed'].shape[1] == 1
 
 
 def test_a_dense_checkpoint_without_the_class_row(original, refused, tmp_path):
@@ -150,14 +140,12 @@ def test_a_dense_checkpoint_without_the_class_row(original, refused, tmp_path):
 
 
 def test_averaged_weights_are_preferred_as_in_timm(tmp_path):
-    plain, ema = files.make('original', seed=1), files.make('original', seed=2)
-    file = files.save({'model': plain, 'model_ema': ema, 'epoch': 1}, tmp_path / 'x.pth')
-    for options, taken, expected, other in (
-            ([], 'model_ema', ema, 'model'), (['--no-ema'], 'model', plain, 'model_ema')):
-        code, out, err = run(file, '-o', tmp_path / taken, '--to', 'original', '--json', *options)
+    weights = {'model': files.make('original', seed=1), 'model_ema': files.make('original', seed=2)}
+    file = files.save(weights, tmp_path / 'x.pth')
+    for options, taken in (([], 'model_ema'), (['--no-ema'], 'model')):
+        code, _, err = run(file, '-o', tmp_path / taken, '--to', 'original', *options)
         assert code == 0, err
-        assert json.loads(out)['wrappers'] == [taken] and other in json.loads(out)['dropped']
-        assert files.same(read_checkpoint(tmp_path / taken), expected)
+        assert files.same(read_checkpoint(tmp_path / taken), weights[taken])
 
 
 def test_non_square_sizes_have_to_be_told(refused, tmp_path):
@@ -178,12 +166,9 @@ def test_dtype(dtype, original, refused, tmp_path):
     source = read_checkpoint(original)
     assert files.same(read_checkpoint(tmp_path / 'out'), {k: v.to(getattr(torch, dtype)) for k, v in source.items()})
     assert report.dtype == dtype and any('cast' in note for note in report.notes) == (dtype != 'float32')
-    source['norm.weight'][3] = 1e6
-    large = files.save(source, tmp_path / 'y.pth')
     if dtype == 'float16':
-        assert 'norm.weight' in refused(large, '--dtype', 'float16')
-    else:
-        convert(large, tmp_path / 'large', dtype=dtype)
+        source['norm.weight'][3] = 1e6
+        assert 'norm.weight' in refused(files.save(source, tmp_path / 'y.pth'), '--dtype', 'float16')
 
 
 def test_img_size_equals_timm_resizing(original, tmp_path):
@@ -212,20 +197,20 @@ def test_known_files_are_named(original, monkeypatch):
 
 
 def test_existing_output_is_kept_unless_forced(original, tmp_path):
-    def refused(out, *options):
-        code, _, err = run(original, '-o', out, *options)
-        assert code == 2
-        return err
-
     out = tmp_path / 'deep' / 'er' / 'out'
     convert(original, out, to='original')
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert '--force' in refused(out) and {p.name: p.read_bytes() for p in out.iterdir()} == before
+    with pytest.raises(ValueError, match='--force'):
+        convert(original, out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     convert(original, out, force=True)
     assert sorted(p.name for p in out.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     (out / 'thesis.tex').write_text('years of work')
-    assert 'other files' in refused(out, '--force') and (out / 'thesis.tex').read_text() == 'years of work'
-    assert 'is a file' in refused(original) and [p.name for p in out.parent.iterdir()] == ['out']
+    with pytest.raises(ValueError, match='other files'):
+        convert(original, out, force=True)
+    assert (out / 'thesis.tex').read_text() == 'years of work' and [p.name for p in out.parent.iterdir()] == ['out']
+    with pytest.raises(ValueError, match='is a file'):
+        convert(original, original)
 
 
 def test_inspect_writes_nothing_and_says_it_all(tmp_path):
@@ -309,7 +294,7 @@ def test_labels_that_do_not_fit_are_left_out_with_a_word(id2label, tmp_path):
 def test_config_that_does_not_fit(refused, tmp_path):
     config = _transformers_folder(tmp_path / 'hf') / 'config.json'
     for wrong in ({'num_attention_heads': [1, 2, 4, 8]}, {'hidden_act': 'relu'}, {'architecture': 'pvt_tiny'},
-                  {'pretrained_cfg': 5}, {'model_args': [1]}, [], 'x' * 2 ** 24):
+                  [], 'x' * 2 ** 24):
         config.write_text(json.dumps(wrong))
         assert 'config.json' in refused(config.parent) or 'holds test_pvt' in refused(config.parent)
     config.write_text('{')
@@ -383,14 +368,11 @@ def test_the_source_is_not_kept_in_place_of_the_output(original, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_labels_from_a_file(refused, tmp_path):
+def test_labels_from_a_file(tmp_path):
     source = _transformers_folder(tmp_path / 'hf', id2label={str(i): f'old {i}' for i in range(4)})
-    names = tmp_path / 'names.txt'
-    names.write_text('a\nb\nc\nd\n')
-    assert convert(source, tmp_path / 'out', labels=names).labels == 4
+    (tmp_path / 'names.txt').write_text('a\nb\nc\nd\n')
+    convert(source, tmp_path / 'out', labels=tmp_path / 'names.txt')
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['a', 'b', 'c', 'd']
-    names.write_text('a\nb\n')
-    assert 'names of 4 classes' in refused(source, '--labels', names)
 
 
 def test_a_timm_fine_tune_keeps_its_configuration(tmp_path):
@@ -439,28 +421,22 @@ def test_verify(fmt, reference, to, tmp_path, monkeypatch):
                        dtype='float16').verification['passed']
 
 
-def test_verify_fails_over_the_tolerance(theirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, 'ORIGINAL_EPS', 1e-6)
-    code, out, err = run(theirs, '-o', tmp_path / 'out', '--verify')
-    assert code == 2 and 'FAILED' in out and len(err.splitlines()) == 1 and not (tmp_path / 'out').exists()
-
-
-def test_verify_notices_a_wrong_mapping(theirs, tmp_path, monkeypatch):
+def test_verify_notices_what_is_wrong(theirs, refused, monkeypatch):
     def swapped(*args):
         done, key = map_to_timm(*args), 'stages.2.blocks.0.attn.kv.weight'
         done.state_dict[key] = torch.cat(done.state_dict[key].chunk(2)[::-1])
         return done
 
-    monkeypatch.setattr(reading, 'map_to_timm', swapped)
-    with pytest.raises(VerificationError):
-        convert(theirs, tmp_path / 'out', verify=True)
+    def changed(tensors, *args, **kwargs):
+        save_file({k: v.nextafter(v + 1) if k == 'norm.bias' else v for k, v in tensors.items()}, *args, **kwargs)
 
-
-def test_verify_notices_a_wrong_file(theirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, 'save_file', lambda tensors, *args, **kwargs: save_file(
-        {k: v.nextafter(v + 1) if k == 'norm.bias' else v for k, v in tensors.items()}, *args, **kwargs))
-    with pytest.raises(ValueError, match='differs from what was meant in norm.bias'):
-        convert(theirs, tmp_path / 'out', verify=True)
+    for module, name, value, says in (
+            (verification, 'ORIGINAL_EPS', 1e-6, r'failed.*: stage 1 by \d\.\de-0[3-7],'),
+            (reading, 'map_to_timm', swapped, r'failed.*stage 2 by \d\.\de-1\d, stage 3 by \d\.\de-0[1-4],'),
+            (targets, 'save_file', changed, 'differs from what was meant in norm.bias')):
+        with monkeypatch.context() as m:
+            m.setattr(module, name, value)
+            assert re.search(says, refused(theirs, '--verify'))
 
 
 @pytest.mark.parametrize('to', ['timm', 'transformers'])
@@ -504,7 +480,7 @@ def test_url(hub, original, tmp_path):
     assert report.source == url and 'secret' not in (tmp_path / 'out' / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('kind', [404, 500, 'drop', 'truncate', 'short', 'html', 'garbage'])
+@pytest.mark.parametrize('kind', [500, 'drop', 'truncate', 'short', 'garbage'])
 def test_broken_downloads(kind, hub, no_waits, original, refused, tmp_path):
     url = hub.add_file('v2/pvt.pth', original)
     hub.fail(kind, times=1)
@@ -552,14 +528,12 @@ def test_only_what_is_known_to_be_missing_is_left_out(hub, no_waits, refused, tm
     'hf-hub:none/there', 'hf-hub:some/pvt@gone', 'hf-hub:some/pvt:gone.pth', 'hf-hub:pvt',
     'hf-hub:some/pvt:../../x.pth', 'hf-hub:../pvt',
     'hf-hub:some/..', 'hf-hub:some/pvt@../x', 'hf-hub:some/pvt:/etc/passwd', 'hf-hub:', 'hf-hub:a/b/c',
-    'hf-hub:some/pvt:a\\..\\b', 'hf-hub:gated/pvt', 'hf-hub:some/empty', 'ftp://localhost/x.pth', 'http://',
-    'http://[::1', 'http://localhost:1/x.pth', 'http://a b/x.pth', '{hub}/elsewhere.pth', '', 'nowhere.pth'])
-def test_names_that_are_refused(spec, hub, original, refused):
+    'hf-hub:some/pvt:a\\..\\b', 'hf-hub:some/empty', 'ftp://localhost/x.pth', 'http://',
+    'http://[::1', 'http://localhost:1/x.pth', 'http://a b/x.pth', '', 'nowhere.pth'])
+def test_names_that_are_refused(spec, hub, refused):
     hub.add_repo('some/pvt', {'model.safetensors': b'x'})
     hub.add_repo('some/empty', {'README.md': b'x'})
-    hub.add_repo('gated/pvt', {'model.safetensors': b'x'}, gated=True)
-    hub.add_redirect('elsewhere.pth', f'file://{original}')
-    refused(spec.replace('{hub}', hub.url))
+    refused(spec)
 
 
 def test_push(original, hub, token, tmp_path):

@@ -42,7 +42,6 @@ class _Repo:
     commits: Dict[str, Dict[str, _File]] = field(default_factory=dict)
     refs: Dict[str, str] = field(default_factory=dict)
     messages: List[str] = field(default_factory=list)
-    gated: bool = False
 
     def commit(self, files: Dict[str, _File], message: str = '', sha: Optional[str] = None, ref: str = 'main') -> str:
         sha = sha or hashlib.sha1(f'{len(self.commits)} {ref} {message}'.encode()).hexdigest()
@@ -54,7 +53,7 @@ class _Repo:
 class LoopbackServer:
     """The server, running in threads of this process until `close`. See the module's docstring."""
 
-    TOKEN = 'hf_loopback'  # any other may write too
+    TOKEN = 'hf_loopback'  # the client wants one, the server does not look at it
 
     def __init__(self):
         self.clear()
@@ -73,24 +72,18 @@ class LoopbackServer:
     def clear(self) -> None:
         """Forget all repositories, files, faults and requests."""
         self._repos: Dict[str, _Repo] = {}
-        self._files: Dict[str, Union[_File, str]] = {}  # path to a file, or to where it is redirected
+        self._files: Dict[str, _File] = {}
         self._faults: List[list] = []  # kind, path, how often it is left
         self.requests: List[Tuple[str, str]] = []
 
-    def add_repo(self, repo_id: str, files: Mapping[str, Content], commit: Optional[str] = None, ref: str = 'main',
-                 gated: bool = False) -> str:
-        """Add a commit with exactly `files` to a (new or present) model repository, return its hash.
+    def add_repo(
+            self, repo_id: str, files: Mapping[str, Content], commit: Optional[str] = None, ref: str = 'main') -> str:
+        """Add a commit with exactly `files` (name to bytes, text, or path) to a model repository, return its hash.
 
-        Args:
-            repo_id: 'owner/name'.
-            files: Name in the repository to content: bytes, text, or the path of a file.
-            commit: Full hash of the commit, made up if None.
-            ref: Branch or tag that points to it.
-            gated: Seen by all, files refused.
+        The branch or tag `ref` points to it afterwards.
         """
         files = {name: _File(content) for name, content in files.items()}
-        repo = self._repos.setdefault(repo_id, _Repo(gated=gated))
-        return repo.commit(files, sha=commit, ref=ref)
+        return self._repos.setdefault(repo_id, _Repo()).commit(files, sha=commit, ref=ref)
 
     def repo_files(self, repo_id: str) -> Dict[str, bytes]:
         """Contents of a repository, to look at what was uploaded. Empty if there is none."""
@@ -110,17 +103,13 @@ class LoopbackServer:
         self._files[path] = _File(content)
         return self.url + path
 
-    def add_redirect(self, path: str, target: str) -> None:
-        """Answer `path` with a redirect to the url `target`."""
-        self._files['/' + path] = target
-
     def fail(self, kind: Union[str, int], path: str = '', times: Optional[int] = None) -> None:
         """Inject a fault into requests that match.
 
         Args:
-            kind: A status code (404, 500, 503, ...); 'drop' closes the connection without an answer; 'truncate' sends
-                the first half of a file under the headers of all of it, then closes; 'short' sends the first half as if
-                it were all; 'garbage' sends other bytes of the right length; 'html' sends a web page instead.
+            kind: A status code; 'drop' closes the connection without an answer; 'truncate' sends the first half of a
+                file under the headers of all of it, then closes; 'short' sends the first half as if it were all;
+                'garbage' sends other bytes of the right length; 'html' sends a web page instead.
             path: Regular expression that is searched in the path. A large file of a repository is found under the
                 path of its repository too, although its bytes come from /cdn/, as on the real hub.
             times: How often, None for always.
@@ -185,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Error(self.fault, 'Injected fault')
             file = server._files.get(unquote(path))
             if file is not None:
-                self.send(302, headers={'Location': file}) if isinstance(file, str) else self.send_file(file)
+                self.send_file(file)
                 return
             for method, pattern, name in self.ROUTES:
                 m = re.fullmatch(pattern, path)
@@ -253,18 +242,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Error(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return found, sha
 
-    def need_token(self) -> None:
-        if not self.headers.get('Authorization', '').startswith('Bearer '):
-            raise _Error(401, 'Invalid username or password.')
-
     def model_info(self, repo: str, revision: str = 'main'):
         found, sha = self.find(repo, revision)
         self.send_json({'id': repo, 'sha': sha, 'siblings': [{'rfilename': n} for n in sorted(found.commits[sha])]})
 
     def resolve(self, repo: str, revision: str, name: str):
         found, sha = self.find(repo, revision)
-        if found.gated:
-            raise _Error(403, f'Access to model {repo} is restricted.', 'GatedRepo')
         f = found.commits[sha].get(name)
         if f is None:
             raise _Error(404, 'Entry not found', 'EntryNotFound', sha)
@@ -282,41 +265,29 @@ class _Handler(BaseHTTPRequestHandler):
     # upload
 
     def create_repo(self):
-        self.need_token()
         args = json.loads(self.body)
         repo_id = f'{args["organization"]}/{args["name"]}'
         exists = self.loopback.has_repo(repo_id)
         if not exists:
-            repo = _Repo()
-            repo.commit({}, 'initial commit')
-            self.loopback._repos[repo_id] = repo
+            self.loopback._repos[repo_id] = _Repo()
+            self.loopback._repos[repo_id].commit({}, 'initial commit')
         self.send_json({'url': f'{self.loopback.url}/{repo_id}'}, 409 if exists else 200)
 
     def validate_yaml(self):
         self.send_json({'errors': [], 'warnings': []})
 
     def preupload(self, repo: str, revision: str):
-        self.need_token()
         found, sha = self.find(repo, revision)
-        answer = []
-        for path in (f['path'] for f in json.loads(self.body)['files']):
-            there = found.commits[sha].get(path)  # by whose hash the client leaves out what has not changed
-            answer.append({'path': path, 'shouldIgnore': False, 'uploadMode': 'regular',
-                           'oid': there.git_oid if there else None})
-        self.send_json({'files': answer})
+        there = {name: f.git_oid for name, f in found.commits[sha].items()}  # the client leaves out what is unchanged
+        self.send_json({'files': [
+            {'path': f['path'], 'shouldIgnore': False, 'uploadMode': 'regular', 'oid': there.get(f['path'])}
+            for f in json.loads(self.body)['files']]})
 
     def commit(self, repo: str, revision: str):
-        self.need_token()
         found, sha = self.find(repo, revision)
-        files, message = dict(found.commits[sha]), ''
-        for line in map(json.loads, self.body.splitlines()):
-            value = line['value']
-            if line['key'] == 'header':
-                message = value['summary']
-            else:
-                assert line['key'] == 'file'
-                files[value['path']] = _File(base64.b64decode(value['content']))
-        new = found.commit(files, message, ref=revision)
+        header, *added = (line['value'] for line in map(json.loads, self.body.splitlines()))
+        files = {f['path']: _File(base64.b64decode(f['content'])) for f in added}
+        new = found.commit({**found.commits[sha], **files}, header['summary'], ref=revision)
         self.send_json({'success': True, 'commitOid': new, 'commitUrl': f'{self.loopback.url}/{repo}/commit/{new}'})
 
 
