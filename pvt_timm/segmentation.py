@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import normalize
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -50,11 +51,7 @@ class SemanticFpnHead(nn.Module):
         for i in range(4):
             layers: List[nn.Module] = []
             for j in range(max(i, 1)):
-                layers.append(nn.Sequential(
-                    nn.Conv2d(channels if j else in_channels, channels, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(channels),
-                    nn.ReLU(inplace=True),
-                ))
+                layers.append(Conv2dNormActivation(channels if j else in_channels, channels, 3))
                 if i:
                     layers.append(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=False))
             self.branches.append(nn.Sequential(*layers))
@@ -119,8 +116,6 @@ class SemanticFpn(nn.Module):
     def segment(self, image: torch.Tensor) -> torch.Tensor:
         """Classes (H, W) of an image (3, H, W) from 0 to 1, resized as published: the shorter side to `min_size`, at
         most `max_size`, up to the next multiple of 32."""
-        if image.ndim != 3 or image.shape[0] != len(self.mean) or 0 in image.shape:
-            raise ValueError(f'Expected an image ({len(self.mean)}, height, width), got {list(image.shape)}.')
         h, w = image.shape[1:]
         scale = min(self.min_size / min(h, w), self.max_size / max(h, w))
         size = [max(math.ceil(int(n * scale + 0.5) / 32), 1) * 32 for n in (h, w)]

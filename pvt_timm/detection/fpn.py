@@ -44,10 +44,7 @@ class PvtFpnBackbone(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        named: Dict[str, torch.Tensor] = {}
-        for i, feature in enumerate(self.body(x)):
-            named[str(i)] = feature
-        return self.fpn(named)
+        return self.fpn({str(i): feature for i, feature in enumerate(self.body(x))})
 
 
 def pvt_fpn_backbone(
@@ -64,7 +61,7 @@ def pvt_fpn_backbone(
         model_name: Name of a timm model, with or without a tag.
         pretrained: Load its weights.
         out_channels: Channels of the pyramid.
-        out_indices: Stages to take, 0 to 3 have strides 4 to 32.
+        out_indices: Stages to take, from fine to coarse, 0 to 3 have strides 4 to 32.
         extra_levels: Coarser levels. 'pool': one, subsampled (Faster and Mask R-CNN). 'p6p7': two convolutions on the
             last level of the pyramid (torchvision's RetinaNet and FCOS). 'p6p7_on_input': two on the last stage
             (the published PVT RetinaNet). None: none.
@@ -74,13 +71,10 @@ def pvt_fpn_backbone(
         A module with `out_channels`. Its maps are named '0', '1', ... and 'pool' or 'p6' and 'p7'.
 
     Raises:
-        ValueError: An argument is outside of what it accepts.
+        ValueError: There are no such `extra_levels`.
     """
     if extra_levels not in _EXTRA_LEVELS:
         raise ValueError(f'Expected extra_levels in {tuple(_EXTRA_LEVELS)}, got {extra_levels!r}.')
-    if list(out_indices) != sorted({i for i in out_indices if i >= 0}) or not out_indices:
-        # torchvision's pyramid goes from fine to coarse
-        raise ValueError(f'Expected out_indices to be rising stage indices such as (0, 1, 2, 3), got {out_indices}.')
     body = create_model(
         model_name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **model_args)
     feature_info: Any = body.feature_info

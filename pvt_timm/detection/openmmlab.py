@@ -15,8 +15,7 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from ..checkpoints import Table, check_keys, describe, drop_parts, from_timm, map_to_timm, remap, to_timm, unwrap
 from ..files import read_checkpoint
 from ..pvt import default_cfgs, find_variant
-from .mask_rcnn import PvtFasterRCNN, PvtMaskRCNN, pvt_faster_rcnn, pvt_mask_rcnn
-from .retinanet import PvtRetinaNet, pvt_retinanet
+from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet, pvt_faster_rcnn, pvt_mask_rcnn, pvt_retinanet
 
 StateDict = Dict[str, torch.Tensor]
 Checkpoint = Union[str, 'PathLike[str]', Mapping[str, Any]]
@@ -186,7 +185,7 @@ def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
 
 
 def _move_background(heads: StateDict, to_torchvision: bool) -> StateDict:
-    """Move the class without objects, in a two-stage detector under torchvision's names."""
+    """The background is the last class in OpenMMLab and the first in torchvision, where its boxes and masks are 0."""
     out = dict(heads)
     for key, value in heads.items():
         if 'box_predictor.cls_score' in key:
@@ -211,10 +210,8 @@ def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fm
 
 def _detector_from_mmdet(*args: Any, **kwargs: Any) -> Any:
     model, dataset = from_openmmlab(*args, **kwargs)
-    coco = coco_categories()
-    names = dataset.get('classes') or (list(coco.values()) if model.num_classes == len(coco) else [])
+    names = dataset.get('classes') or (coco_categories().values() if model.num_classes == 80 else ())
     model.categories = [str(name) for name in names]
-    model.category_ids = list(coco) if model.categories == list(coco.values()) else []
     return model
 
 
@@ -258,7 +255,7 @@ def retinanet_coco(model_name: str = 'pvt_small', cache_dir: Optional[str] = Non
         kwargs: Arguments for `PvtRetinaNet`, such as `min_size`.
 
     Returns:
-        The model in evaluation mode. `categories` names its 80 classes, `category_ids` are their ids in COCO's files.
+        The model in evaluation mode. `categories` names its 80 classes, see `coco_categories` for their ids.
     """
     urls = {name: cfg.cfgs['retinanet_coco'].url for name, cfg in default_cfgs.items() if 'retinanet_coco' in cfg.cfgs}
     if model_name not in urls:

@@ -10,6 +10,9 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, _resize_image_and_masks, resize_boxes
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops._utils import convert_boxes_to_roi_format
+from torchvision.ops.poolers import LevelMapper
 
 Detection = Dict[str, torch.Tensor]
 
@@ -51,6 +54,29 @@ class ClippedBoxCoder(BoxCoder):
         lowest = codes.new_tensor(self.weights[2:]) * -self.bbox_xform_clip
         codes = torch.cat([codes[..., :2], codes[..., 2:].maximum(lowest)], dim=-1)
         return super().decode_single(codes.flatten(1), boxes)
+
+
+class AlignedRoIAlign(MultiScaleRoIAlign):
+    """RoIAlign with half-pixel alignment on maps with strides 4 to 32, and as many samples as a box is large.
+
+    torchvision's infers strides from the first image that it sees, and has no such alignment.
+    """
+
+    def __init__(self, output_size: int):
+        super().__init__(['0', '1', '2', '3'], output_size, sampling_ratio=0)
+
+    def forward(
+            self, x: Dict[str, torch.Tensor], boxes: List[torch.Tensor],
+            image_shapes: List[Tuple[int, int]]) -> torch.Tensor:
+        maps = [x[name] for name in self.featmap_names]
+        rois = convert_boxes_to_roi_format(boxes).to(maps[0].dtype)
+        levels = LevelMapper(2, 5)(boxes)
+        out = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        for level, feature in enumerate(maps):
+            index = torch.where(levels == level)[0]
+            out[index] = roi_align(
+                feature, rois[index], self.output_size, 1 / (4 * 2 ** level), self.sampling_ratio, aligned=True)
+        return out
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
@@ -99,14 +125,14 @@ class RoundingTransform(GeneralizedRCNNTransform):
 class PublishedDetector(nn.Module):
     """What the detectors here have beside their torchvision classes, which follow it among the bases.
 
-    Refused are images and targets that torchvision would train on wrongly without a word, or fail on without saying
-    why, and keywords that it would swallow.
+    They take a list of images (3, H, W) of any sizes with values from 0 to 1. In evaluation they return one dict of
+    'boxes', 'scores' and 'labels' per image, in training (with `targets`) a dict of losses. Refused are targets that
+    torchvision would train on wrongly without a word, and keywords that it would swallow.
 
     Attributes:
         num_classes: Number of classes, the background not counted.
         first_label: Label of the first class: 0, or 1 where label 0 is the background.
         categories: Names of the classes, the first is that of `first_label`. Empty if not known.
-        category_ids: Their ids in COCO's annotation files, empty for other classes.
     """
     first_label = 0
     transform: Any
@@ -119,7 +145,6 @@ class PublishedDetector(nn.Module):
         super().__init__(*args, **kwargs)
         self.num_classes = num_classes
         self.categories: List[str] = []
-        self.category_ids: List[int] = []
         t = self.transform
         self.transform = RoundingTransform(
             t.min_size, t.max_size, t.image_mean, t.image_std, t.size_divisible, t.fixed_size)
@@ -127,19 +152,10 @@ class PublishedDetector(nn.Module):
     def forward(
             self, images: Sequence[torch.Tensor], targets: Optional[Sequence[Detection]] = None,
     ) -> Union[Dict[str, torch.Tensor], List[Detection]]:
-        in_chans = len(self.transform.image_mean)
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != in_chans or 0 in image.shape:
-                raise ValueError(f'Expected image {i} as ({in_chans}, height, width), got {list(image.shape)}.')
-        if targets is not None:
-            self._check_targets(targets, len(images))
-        return super().forward(images, targets)
-
-    def _check_targets(self, targets: Sequence[Detection], num_images: int) -> None:
-        if len(targets) != num_images:
-            raise ValueError(f'Expected one target per image ({num_images}), got {len(targets)}.')
+        if targets is not None and len(targets) != len(images):
+            raise ValueError(f'Expected one target per image ({len(images)}), got {len(targets)}.')
         first, last = self.first_label, self.first_label + self.num_classes - 1
-        for i, target in enumerate(targets):
+        for i, target in enumerate(targets or ()):
             boxes, labels = target['boxes'], target['labels']
             if labels.shape != boxes.shape[:1]:
                 raise ValueError(f'Expected one label per box ({len(boxes)}) in target {i}, got {list(labels.shape)}.')
@@ -148,3 +164,4 @@ class PublishedDetector(nn.Module):
             wrong = labels[(labels < first) | (labels > last)]
             if len(wrong):
                 raise ValueError(f'Expected labels from {first} to {last}, got {int(wrong[0])} in target {i}.')
+        return super().forward(images, targets)

@@ -1,23 +1,19 @@
 """torchvision's detectors on PVT: the backbone helper, the published detectors, whole checkpoints, bad input."""
 import copy
 import hashlib
-import itertools
-import math
 import threading
 
 import pytest
 import timm
 import torch
-from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 
 import pvt_timm  # noqa: F401
 from pvt_timm.detection import (
     coco_categories, describe_heads, detector_to_mmdet, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, pvt_faster_rcnn,
     pvt_fpn_backbone, pvt_mask_rcnn, pvt_retinanet, retinanet_coco, retinanet_from_mmdet)
-from pvt_timm.detection.mask_rcnn import AlignedRoIAlign
-from pvt_timm.detection.parts import paste_masks
+from pvt_timm.detection.parts import AlignedRoIAlign, paste_masks
 
 SIZES = dict(out_channels=32, model_args=dict(img_size=64), min_size=64, max_size=128)
 SMALL = dict(
@@ -84,47 +80,23 @@ def test_backbone_takes_features_of_timm_and_holds_no_unused_parameter():
         torch.testing.assert_close(other[k], v, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (dict(extra_levels='p6'), r"extra_levels in \('pool', 'p6p7', 'p6p7_on_input', None\), got 'p6'"),
-    (dict(out_indices=(2, 1)), r'rising stage indices .* got \(2, 1\)'),
-    (dict(out_indices=()), r'rising stage indices .* got \(\)'),
-    (dict(output_stride=16), 'output_stride 32 only'),
-])
-def test_backbone_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        pvt_fpn_backbone('test_pvt', **arguments)
+def test_backbone_refuses_other_levels():
+    with pytest.raises(ValueError, match=r"extra_levels in \('pool', 'p6p7', 'p6p7_on_input', None\), got 'p6'"):
+        pvt_fpn_backbone('test_pvt', extra_levels='p6')
 
 
-# ---- torchvision's own detectors
-
-
-def test_torchvision_detectors_train_and_detect_on_mixed_sizes():
+@pytest.mark.parametrize('cls, levels', [
+    (RetinaNet, dict(out_indices=(1, 2, 3), extra_levels='p6p7')), (FasterRCNN, {})])
+def test_torchvision_detectors_script(cls, levels):
     torch.manual_seed(0)
-    images = [torch.rand(3, 64, 80), torch.rand(3, 90, 50)]
-    targets = [dict(t, masks=torch.ones(len(t['boxes']), *x.shape[1:], dtype=torch.uint8))
-               for t, x in zip((target((5, 5, 40, 50)), target()), images)]
-    anchors = dict(rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,), (96,), (128,)), ((0.5, 1.0, 2.0),) * 5))
-    for cls, kwargs in ((RetinaNet, {}), (FasterRCNN, anchors), (MaskRCNN, anchors)):
-        model = cls(pvt_fpn_backbone('test_pvt', out_channels=16), 3, min_size=64, max_size=128, **kwargs)
-        losses = model.train()(images, targets)
-        sum(losses.values()).backward()
-        assert all(x.isfinite() for x in losses.values())
-        assert all(p.grad.isfinite().all() for p in model.backbone.body.parameters())
-        for x, got in zip(images, model.eval()(images)):
-            assert (got['boxes'] >= 0).all() and (got['boxes'][:, 2] <= x.shape[2] + 1e-3).all()
-
-
-def test_torchvision_detector_scripts():
-    torch.manual_seed(0)
-    backbone = pvt_fpn_backbone('test_pvt', out_channels=16, out_indices=(1, 2, 3), extra_levels='p6p7')
-    model = RetinaNet(backbone, 3, min_size=64, max_size=128, score_thresh=0.).eval()
+    model = cls(pvt_fpn_backbone('test_pvt', out_channels=16, **levels), 3, min_size=64, max_size=128).eval()
     images = [torch.rand(3, 64, 80)]
     _, scripted = torch.jit.script(model)(images)
     for k, v in model(images)[0].items():
         torch.testing.assert_close(scripted[0][k], v)
 
 
-# ---- RetinaNet as published
+# ---- detectors as published
 
 
 @pytest.mark.parametrize('kind, first_stride, base, octave', [('retinanet', 8, 4, 3), ('faster_rcnn', 4, 8, 1)])
@@ -198,20 +170,18 @@ def test_pooling_is_aligned_and_at_fixed_strides():
 @pytest.mark.parametrize('box', [
     (2.5, 3.25, 20.75, 17.5), (0, 0, 32, 24), (-9, -5, 7, 50), (28, 20, 31.9, 23.9), (5.2, 5.2, 5.4, 5.4)])
 def test_pasted_masks_are_sampled_at_pixel_centres(box):
-    mask = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    pasted = paste_masks(mask, torch.tensor([box], dtype=torch.float64), (24, 32))[0, 0]
+    """Masks that hold the coordinates of their own positions, from 0 to 1 over the box."""
     x1, y1, x2, y2 = box
-    for row, column in itertools.product(range(24), range(32)):
-        u, v = (column + .5 - x1) / (x2 - x1) * 28 - .5, (row + .5 - y1) / (y2 - y1) * 28 - .5
-        expected = sum(
-            mask[0, 0, i, j].item() * (1 - abs(v - i)) * (1 - abs(u - j))
-            for i in (math.floor(v), math.floor(v) + 1) for j in (math.floor(u), math.floor(u) + 1)
-            if 0 <= i < 28 and 0 <= j < 28)
-        if expected > 0.5 or -1 < u < 28 and -1 < v < 28 and (x2 - x1) > 28:
-            assert pasted[row, column].item() == pytest.approx(expected, abs=1e-9)
-        if not (x1 - 1 <= column + .5 <= x2 + 1 and y1 - 1 <= row + .5 <= y2 + 1):
-            assert pasted[row, column] == 0
-    assert paste_masks(mask[:0], boxes().double(), (24, 32)).shape == (0, 1, 24, 32)
+    own = (torch.arange(28, dtype=torch.float64) + 0.5) / 28
+    masks = torch.stack([own.expand(28, 28), own[:, None].expand(28, 28)])[:, None]
+    pasted = paste_masks(masks, torch.tensor([box, box], dtype=torch.float64), (24, 32))
+    assert pasted.shape == (2, 1, 24, 32)
+    u = ((torch.arange(32, dtype=torch.float64) + 0.5 - x1) / (x2 - x1)).expand(24, 32)
+    v = ((torch.arange(24, dtype=torch.float64) + 0.5 - y1) / (y2 - y1))[:, None].expand(24, 32)
+    inside = ((u - 0.5).abs() <= own[-1] - 0.5) & ((v - 0.5).abs() <= own[-1] - 0.5)
+    torch.testing.assert_close(pasted[:, 0, inside], torch.stack([u, v])[:, inside], rtol=0, atol=1e-9)
+    outside = ((u - 0.5).abs() > own[-1]) | ((v - 0.5).abs() > own[-1])
+    assert not pasted[:, 0, outside].any()
 
 
 @pytest.mark.parametrize('size, resized', [
@@ -243,18 +213,13 @@ def test_one_image_equals_a_batch_of_different_sizes(detector):
     generator = torch.Generator().manual_seed(0)
     model = copy.deepcopy(detector).double()  # no ties between scores
     images = [torch.rand(3, h, w, generator=generator).double() for h, w in ((64, 64), (64, 64), (1, 1), (40, 90))]
-    wide = torch.zeros(3, 64, 128, dtype=torch.float64)
-    wide[:, :, ::2] = images[0]
     with torch.no_grad():
-        alone, first, strided = model(images[:1])[0], model(images[:2])[0], model([wide[:, :, ::2]])[0]
-        mixed = model(images)
+        alone, first, mixed = model(images[:1])[0], model(images[:2])[0], model(images)
     assert len(alone['labels']) > 20 and alone['labels'].min() >= model.first_label
     for k in alone:
         torch.testing.assert_close(alone[k], first[k], rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(alone[k], strided[k], rtol=1e-8, atol=1e-8)
     for image, found in zip(images, mixed):
         assert len(found['boxes']) <= 100
-        assert found['boxes'].isfinite().all()
         assert (found['boxes'] <= torch.tensor([image.shape[2], image.shape[1]] * 2) + 1e-3).all()
         if 'masks' in found:
             assert found['masks'].shape == (len(found['boxes']), 1, *image.shape[1:])
@@ -293,7 +258,6 @@ def test_training_lowers_the_loss(kind):
     if kind == 'mask_rcnn':
         targets = [dict(t, masks=(x[:1].repeat(len(t['boxes']), 1, 1) > 0).byte()) for t, x in zip(targets, images)]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    frozen = copy.deepcopy(model.backbone.body.stages_0.state_dict())
     losses = []
     for _ in range(16):
         loss = sum(model(images, targets).values())
@@ -303,24 +267,18 @@ def test_training_lowers_the_loss(kind):
         losses.append(loss.item())
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
     assert [n for n, p in model.named_parameters() if p.grad is None and 'stages_0' not in n] == []
-    assert all(torch.equal(v, frozen[k]) for k, v in model.backbone.body.stages_0.state_dict().items())
 
 
-@pytest.mark.parametrize('call, message', [
-    (lambda m, x: m([x[0][0]]), r'image 0 as \(3, height, width\), got \[64, 64\]'),
-    (lambda m, x: m([x[0], x[0][:1]]), r'image 1 .* got \[1, 64, 64\]'),
-    (lambda m, x: m([x[0][:, :0]]), r'got \[3, 0, 64\]'),
-    (lambda m, x: m.train()(x, [target(), target()]), r'one target per image \(1\), got 2'),
-    (lambda m, x: m.train()(x, [target((1, 1, 5, 5), labels=[3 + m.first_label])]), 'got . in target 0'),
-    (lambda m, x: m.train()(x, [target((1, 1, 5, 5), labels=[m.first_label - 1])]), 'labels from .'),
-    (lambda m, x: m.train()(x, [target((1, 1, 5, 5), labels=[1, 1])]), r'one label per box \(1\)'),
-    (lambda m, x: m.train()(x, [target((5, 5, 1, 1))]), 'positive height and width'),  # torchvision's own
-    (lambda m, x: m.train()(x, [target((1, 1, float('nan'), 9))]), 'target 0, got NaN'),
+@pytest.mark.parametrize('targets, message', [
+    (lambda first: [target(), target()], r'one target per image \(1\), got 2'),
+    (lambda first: [target((1, 1, 5, 5), labels=[3 + first])], 'labels from . to ., got . in target 0'),
+    (lambda first: [target((1, 1, 5, 5), labels=[first - 1])], 'labels from . to ., got '),
+    (lambda first: [target((1, 1, 5, 5), labels=[1, 1])], r'one label per box \(1\)'),
+    (lambda first: [target((1, 1, float('nan'), 9))], 'target 0, got NaN'),
 ])
-def test_bad_input_is_refused(detector, call, message):
-    with pytest.raises((ValueError, AssertionError), match=message):
-        call(copy.copy(detector), [torch.rand(3, 64, 64)])
-    detector.eval()
+def test_wrong_targets_are_refused(detector, targets, message):
+    with pytest.raises(ValueError, match=message):
+        detector([torch.rand(3, 64, 64)], targets(detector.first_label))
 
 
 @pytest.mark.parametrize('kind', list(BUILD))
@@ -330,9 +288,6 @@ def test_keywords_count_or_are_refused(kind):
     assert batch.image_sizes == [(48, 80)] and batch.tensors.shape == (1, 3, 96, 96)
     with pytest.raises(TypeError, match='unexpected keyword arguments: min_sise'):
         build_small(kind, min_sise=600)
-    kwargs = dict(score_thresh=0.3) if kind == 'retinanet' else dict(box_score_thresh=0.3)
-    model = build_small(kind, **kwargs)
-    assert (model if kind == 'retinanet' else model.roi_heads).score_thresh == 0.3
 
 
 # ---- whole checkpoints of mmdetection and the original code
@@ -356,8 +311,6 @@ def test_checkpoint_lands(kind, fmt, eps, tmp_path):
         assert not model.state_dict()[k][:rows].any(), k
     assert {m.eps for m in model.backbone.body.modules() if isinstance(m, torch.nn.LayerNorm)} == eps
     assert model.categories[0] == 'person' and model.categories[-1] == 'toothbrush'
-    assert model.category_ids[0] == 1 and model.category_ids[-1] == 90 and len(model.category_ids) == 80
-    assert len(model([torch.rand(3, 40, 60)])) == 1
 
 
 def test_the_background_is_the_last_class_there():
@@ -379,7 +332,7 @@ def test_checkpoint_of_other_classes_and_wrappers():
     for checkpoint, names, prefix in (
             (bare, [], None), (wrapped, [], None), (named, ['a', 'b'], None), (two, [], 'student.backbone')):
         model = retinanet_from_mmdet(checkpoint, prefix=prefix)
-        assert model.num_classes == 2 and model.categories == names and model.category_ids == []
+        assert model.num_classes == 2 and model.categories == names
         assert torch.equal(model.head.regression_head.bbox_reg.weight, few.head.regression_head.bbox_reg.weight)
     with pytest.raises(ValueError, match="(?s)'student.backbone.'.*'teacher.backbone.'"):
         retinanet_from_mmdet(two)
@@ -387,9 +340,8 @@ def test_checkpoint_of_other_classes_and_wrappers():
 
 @pytest.mark.parametrize('meta, sizes', [
     (dict(config='dict(type="Resize", img_scale=(1066, 640)) dict(img_scale=(1066, 640))'), (640, 1066)),
-    (dict(cfg="train = dict(scale=(1333, 800)), test = dict(scale=(1333, 800))"), (800, 1333)),
-    (dict(config='img_scale=(1333, 480) img_scale=(1333, 800)'), (800, 1333)),  # several: the published one
-    ({}, (800, 1333)),
+    (dict(cfg='scale=(900, 700)'), (700, 900)),
+    (dict(config='img_scale=(1333, 480) img_scale=(900, 700)'), (800, 1333)),  # several: the published one
 ])
 def test_image_size_is_that_of_the_config(meta, sizes):
     state_dict = detector_to_mmdet(build_small('retinanet'))
@@ -408,23 +360,15 @@ def with_(name, *shape):
 
 @pytest.mark.parametrize('kind, change, message', [
     ('retinanet', without('neck.fpn_convs.4.conv.bias'), 'Missing in the checkpoint: neck.fpn_convs.4.conv.bias'),
-    ('retinanet', with_('neck.fpn_convs.0.bn.weight', 1), 'Not part .*neck.fpn_convs.0.bn'),
     ('retinanet', without('neck', 'bbox_head'), 'Expected a RetinaNet, got a model with nothing beside its backbone'),
     ('retinanet', without('backbone'), 'Expected a PVT v1 checkpoint'),
     ('retinanet', with_('neck.lateral_convs.0.conv.weight', 16, 64, 1, 1),
      r'Wrong shape .*neck.lateral_convs.0.conv.weight \[16, 64, 1, 1\] instead of \[16, 32, 1, 1\]'),
     ('retinanet', with_('bbox_head.retina_cls.weight', 28, 32, 3, 3), r'Wrong shape .*retina_cls.weight \[28,'),
-    ('retinanet', lambda d: d.update({'neck.fpn_convs.1.conv.bias': None}), 'Expected a tensor for neck.fpn_convs.1'),
     ('retinanet', without('backbone.layers.1.1.1.norm1.bias'), 'Missing in the checkpoint: .*norm1.bias'),
-    ('retinanet', with_('backbone.layers.9.1.2.gamma', 1), 'Not part of|Expected a PVT v1'),
     ('mask_rcnn', with_('roi_head.mask_head.convs.4.conv.bias', 24), 'Not part .*convs.4'),
-    ('mask_rcnn', without('rpn_head.rpn_reg'), 'Missing in the checkpoint: rpn_head.rpn_reg.weight, .*bias'),
-    ('mask_rcnn', without('roi_head.mask_head.upsample'), 'Missing in the checkpoint: roi_head.mask_head.upsample'),
-    # one box for all classes; other widths; another number of classes in one part; another number of anchors
+    # one box for all classes
     ('mask_rcnn', with_('roi_head.bbox_head.fc_reg.weight', 4, 48), r'fc_reg.weight \[4, 48\] instead of \[12, 48\]'),
-    ('mask_rcnn', with_('roi_head.bbox_head.fc_cls.weight', 3, 48), r'fc_cls.weight \[3,'),
-    ('mask_rcnn', with_('roi_head.bbox_head.shared_fcs.0.weight', 96, 1568), 'shared_fcs.0'),
-    ('mask_rcnn', with_('rpn_head.rpn_cls.weight', 9, 32, 1, 1), r'rpn_cls.weight \[9,'),
     ('faster_rcnn', without('roi_head'), 'Expected a Faster R-CNN, got a model with neck, rpn_head beside'),
 ])
 def test_checkpoint_errors_name_what_is_wrong(kind, change, message):
@@ -436,7 +380,6 @@ def test_checkpoint_errors_name_what_is_wrong(kind, change, message):
 
 def test_other_models_are_refused(tmp_path):
     mask_rcnn = detector_to_mmdet(build_small('mask_rcnn'))
-    resnet = {f'backbone.{k}': v for k, v in timm.create_model('resnet18').state_dict().items()}
     other = build_small('retinanet')
     other.backbone.body = timm.create_model('pvt_tiny', embed_dims=(32, 64, 160, 256), features_only=True)
     torch.save({'state_dict': mask_rcnn, 'meta': threading.Thread}, tmp_path / 'evil.pth')
@@ -444,7 +387,6 @@ def test_other_models_are_refused(tmp_path):
             (retinanet_from_mmdet, mask_rcnn, 'Expected a RetinaNet, got a Mask R-CNN'),
             (faster_rcnn_from_mmdet, mask_rcnn, 'Expected a Faster R-CNN, got a Mask R-CNN'),
             (retinanet_from_mmdet, timm.create_model('test_pvt').state_dict(), 'got a timm model'),
-            (mask_rcnn_from_mmdet, {**resnet, 'neck.x': torch.ones(1)}, 'Expected a PVT v1 checkpoint.*ResNet'),
             (retinanet_from_mmdet, detector_to_mmdet(other),
              r'PVT v1 variant, got depths \(2, 2, 2, 2\) and channels \(32, 64, 160'),
             (mask_rcnn_from_mmdet, tmp_path / 'evil.pth', 'threading.Thread')):
@@ -478,6 +420,6 @@ def test_pretrained_detector_by_url(tmp_path, monkeypatch):
     loaded = retinanet_coco('pvt_tiny', cache_dir=str(cache), min_size=64, max_size=96)  # from the cache
     for k, v in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[k], v), k
-    assert loaded.categories[15] == 'cat' and loaded.category_ids[15] == 17
+    assert loaded.categories[15] == coco_categories()[17] == 'cat' and list(coco_categories())[79] == 90
     with pytest.raises(ValueError, match=r"\('pvt_tiny', 'pvt_small', 'pvt_medium'\), got 'pvt_large'"):
         retinanet_coco('pvt_large')

@@ -29,9 +29,6 @@ def test_segment_takes_any_image(size, resized):
     assert labels.shape == size and labels.dtype == torch.int64
     ones = (1 - torch.tensor([.485, .456, .406])) / torch.tensor([.229, .224, .225])
     torch.testing.assert_close(seen, [ones[None, :, None, None].expand(1, 3, *resized)])
-    for bad in (torch.rand(1, *size), torch.rand(3, 0, 5), torch.rand(*size)):
-        with pytest.raises(ValueError, match=r'image \(3, height, width\)'):
-            model.segment(bad)
 
 
 def test_training_lowers_the_loss_with_a_frozen_stage_and_ignored_pixels():
