@@ -1,11 +1,7 @@
 """ The fused model: the results of the plain one everywhere, on the fast path where it should be and nowhere else. """
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import timm
@@ -16,8 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from forms import as_list, gradients, loss_of, make_input, make_model
 from pvt_timm import PyramidVisionTransformerStage, fuse, fused as fast
-
-ROOT = Path(__file__).resolve().parents[2]
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='PyTorch is built without oneDNN')
 needs_bf16 = pytest.mark.skipif(
@@ -66,8 +60,8 @@ def test_sizes(monkeypatch, fast_calls, size, dtype, tolerance, products):
 
 @needs_onednn
 @pytest.mark.parametrize('name, kwargs', [
-    *((f'pvt_{name}', dict(features_only=features)) for name in ('tiny', 'small', 'medium', 'large')
-      for features in (False, True)),
+    ('pvt_tiny', {}),
+    ('pvt_tiny', dict(features_only=True)),
     *(('test_pvt', kwargs) for kwargs in (
         dict(global_pool='avg'),
         dict(global_pool=''),
@@ -105,7 +99,7 @@ def test_slices(monkeypatch, name, tokens):
 
 
 @needs_bf16
-@pytest.mark.parametrize('name', ['test_pvt', 'pvt_tiny', 'pvt_small'])
+@pytest.mark.parametrize('name', ['test_pvt', 'pvt_tiny'])
 def test_bfloat16_is_as_good_as_plain(name):
     """As near to float32 as the plain bfloat16 model is, within a half."""
     model, x = make_model(name), make_input(4, 64, 96)
@@ -372,31 +366,3 @@ def test_threads_share_a_model():
         expected = [model(x) for x in inputs]
     with ThreadPoolExecutor(8) as pool:
         assert_same(list(pool.map(torch.no_grad()(fused.__call__), inputs)), expected)
-
-
-PEAK = """
-import re, sys, timm, torch, pvt_timm
-model = timm.create_model('pvt_tiny').eval().requires_grad_(False)
-if sys.argv[1] == 'fused':
-    model = pvt_timm.fuse(model, inplace=True)
-model(torch.randn(1, 3, 64, 64))
-x = torch.randn(1, 3, 640, 640)
-def memory(field):
-    return int(re.search(field + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
-open('/proc/self/clear_refs', 'w').write('5')
-before = memory('VmRSS')
-model(x)
-print(memory('VmHWM') - before)
-"""
-
-
-@needs_onednn
-@pytest.mark.slow
-@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='peak memory is read from Linux\' /proc')
-def test_memory_at_detection_size():
-    """Some activations of the first stage (6.5 MB each), neither its hidden ones (52 MB) nor attention matrices."""
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    plain, fused = (
-        int(subprocess.run([sys.executable, '-c', PEAK, kind], env=env, check=True, capture_output=True).stdout)
-        for kind in ('plain', 'fused'))
-    assert fused <= plain and fused < 60e6, (plain, fused)

@@ -33,14 +33,10 @@ def test_gradients(kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name,kwargs,dynamic', [
-    pytest.param('test_pvt', {}, False, id='static'),
-    pytest.param('test_pvt', {}, True, id='dynamic'),
-    pytest.param('test_pvt', dict(features_only=True), True, id='features-dynamic'),
-    pytest.param('pvt_tiny', {}, True, id='pvt_tiny-dynamic'),
-])
-def test_inductor(name, kwargs, dynamic):
-    model = make_model(name, **kwargs)
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_inductor(dynamic, kwargs):
+    model = make_model(**kwargs)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
     # the number of calls of the backend says nothing here, Inductor may be called twice for one compilation
     with torch._dynamo.config.patch(error_on_recompile=True):

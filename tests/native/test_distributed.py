@@ -2,7 +2,6 @@
 import datetime
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -10,28 +9,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import pvt_timm  # noqa: F401  registers the models
-from forms import gradients, loss_of
+from forms import gradients, loss_of, make_input, make_model
+from pvt_timm.pvt import Block
 
 WORLD_SIZE = 2
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason='needs a torch with the gloo backend')
 
 
-def make(features_only):
-    torch.manual_seed(0)
-    return timm.create_model('test_pvt', features_only=features_only).train()
-
-
-def images():
-    return torch.randn(2 * WORLD_SIZE, 3, 64, 96, generator=torch.Generator().manual_seed(1))
-
-
 def assert_trains_as_one_process(rank, model, parallel, reference):
     """`parallel` holds `model` and sees its part of the batch, `reference` sees all of it."""
+    images = make_input(2 * WORLD_SIZE, 64, 96)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, reference)]
     for _ in range(2):  # an unused parameter is an error in the second step
-        loss_of(parallel(images().chunk(WORLD_SIZE)[rank])).backward()
-        loss_of(reference(images())).backward()
+        loss_of(parallel(images.chunk(WORLD_SIZE)[rank])).backward()
+        loss_of(reference(images)).backward()
         found = {name: grad.full_tensor() if hasattr(grad, 'full_tensor') else grad
                  for name, grad in gradients(model).items()}
         torch.testing.assert_close(found, gradients(reference), rtol=1e-4, atol=1e-6)
@@ -41,7 +32,7 @@ def assert_trains_as_one_process(rank, model, parallel, reference):
 
 
 def ddp(rank, features_only, grad_checkpointing=False):
-    model, reference = make(features_only), make(features_only)
+    model, reference = (make_model(features_only=features_only).train() for _ in range(2))
     if rank:  # DDP must hand out the weights of rank 0
         with torch.no_grad():
             for p in model.parameters():
@@ -52,13 +43,13 @@ def ddp(rank, features_only, grad_checkpointing=False):
 
 
 def fsdp2(rank, features_only):
-    model, mesh = make(features_only), init_device_mesh('cpu', (WORLD_SIZE,))
-    for stage in [m for m in model.modules() if isinstance(m, pvt_timm.PyramidVisionTransformerStage)]:
-        for block in stage.blocks:
-            fully_shard(block, mesh=mesh)
+    model, reference = (make_model(features_only=features_only).train() for _ in range(2))
+    mesh = init_device_mesh('cpu', (WORLD_SIZE,))
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        fully_shard(block, mesh=mesh)
     model = fully_shard(model, mesh=mesh)
     assert any(p.to_local().numel() < p.numel() for p in model.parameters())
-    assert_trains_as_one_process(rank, model, model, make(features_only))
+    assert_trains_as_one_process(rank, model, model, reference)
 
 
 def start(rank, folder, case, kinds):

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from forms import SIZES, assert_equal_at, gradients, loss_of, make_input, make_model
+from forms import KINDS, SIZES, assert_equal_at, gradients, loss_of, make_input, make_model
 
 SIZE = (2, 256, 320)
 # Below 64 pixels the grid of the last stage is 1, which torch's symbolic shapes never generalise over.
@@ -18,15 +18,10 @@ def export(model, dynamic, strict=False):
     return torch.export.export(model, (make_input(*SIZE),), dynamic_shapes=dynamic_shapes, strict=strict)
 
 
-@pytest.mark.parametrize('name,kwargs,strict', [
-    pytest.param('test_pvt', {}, False, id='classification-non-strict'),
-    pytest.param('test_pvt', {}, True, id='classification-strict', marks=pytest.mark.slow),
-    pytest.param('test_pvt', dict(features_only=True), False, id='features-non-strict', marks=pytest.mark.slow),
-    pytest.param('test_pvt', dict(features_only=True), True, id='features-strict', marks=pytest.mark.slow),
-    pytest.param('pvt_tiny', {}, False, id='pvt_tiny-non-strict', marks=pytest.mark.slow),
-])
-def test_dynamic_batch_height_and_width(name, kwargs, strict, tmp_path):
-    model = make_model(name, **kwargs)
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('strict', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_dynamic_batch_height_and_width(strict, kwargs, tmp_path):
+    model = make_model(**kwargs)
     program = export(model, True, strict)
     # odd sizes, the smallest, and one whose first grid has as many tokens as the stored one but another shape
     assert_equal_at(program.module(), model, (*SIZES, (1, SMALLEST, SMALLEST), (1, 113, 227), (1, 64, 196)))

@@ -1,6 +1,5 @@
-""" What else a timm model has to stand: AMP, other dtypes, torch.func, TorchScript, tracing, FX. """
+""" What else a timm model has to stand: AMP, other dtypes, torch.func, TorchScript, tracing. """
 import pytest
-import timm
 import torch
 
 from forms import KINDS, SIZES, as_list, assert_equal_at, gradients, loss_of, make_input, make_model
@@ -8,26 +7,17 @@ from forms import KINDS, SIZES, as_list, assert_equal_at, gradients, loss_of, ma
 
 @pytest.mark.parametrize('kwargs', KINDS)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_autocast(dtype, kwargs):
+def test_autocast_and_dtype(dtype, kwargs):
     model, x = make_model(**kwargs).train(), make_input(2, 96, 64)
     expected = as_list(model(x))
     with torch.autocast('cpu', dtype=dtype):
         outputs = as_list(model(x))
     loss_of(outputs).backward()
-    for o, e in zip(outputs, expected, strict=True):
-        assert (o.float() - e).norm() <= 0.03 * e.norm()
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(model).values())
-
-
-@pytest.mark.parametrize('kwargs', KINDS)
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
-def test_dtype(dtype, kwargs):
-    model, x = make_model(**kwargs), make_input(2, 96, 64)
-    with torch.no_grad():
-        expected, outputs = as_list(model(x)), as_list(model.to(dtype)(x.to(dtype)))
-    for o, e in zip(outputs, expected, strict=True):
-        assert o.dtype == dtype
-        assert (o.float() - e).norm() <= 0.03 * e.norm()
+    low = as_list(model.to(dtype)(x.to(dtype)))
+    assert {o.dtype for o in low} == {dtype}
+    for a, b, e in zip(outputs, low, expected, strict=True):
+        assert max((a.float() - e).norm(), (b.float() - e).norm()) <= 0.03 * e.norm()
 
 
 def test_per_sample_gradients():
@@ -45,11 +35,8 @@ def test_per_sample_gradients():
 
 
 @pytest.mark.parametrize('kwargs', [
-    *KINDS,
-    pytest.param(dict(features_only=True, feature_cls='getter'), id='getter'),
-    pytest.param(dict(class_token=False), id='dense'),
-    pytest.param(dict(global_pool='avg', num_classes=7), id='avg'),
-])
+    *KINDS, dict(features_only=True, feature_cls='getter'), dict(class_token=False),
+    dict(global_pool='avg', num_classes=7)], ids=str)
 def test_torchscript(kwargs, tmp_path):
     model = make_model(**kwargs)
     torch.jit.script(model).save(tmp_path / 'model.pt')
@@ -60,13 +47,3 @@ def test_torchscript(kwargs, tmp_path):
 def test_traced_at_one_size_runs_at_others(kwargs):
     model = make_model(**kwargs)
     assert_equal_at(torch.jit.trace(model, make_input(2, 256, 320), check_trace=False), model)
-
-
-def test_fx_graph():
-    fx = pytest.importorskip('torchvision.models.feature_extraction')
-    model = make_model()
-    tracer = dict(
-        leaf_modules=timm.models.get_notrace_modules(), autowrap_functions=timm.models.get_notrace_functions())
-    nodes = fx.get_graph_node_names(model, tracer_kwargs=tracer)[1]
-    graph = fx.create_feature_extractor(model, nodes[-1:], tracer_kwargs=tracer)
-    assert_equal_at(graph, model, (*SIZES, (1, 64, 196)))

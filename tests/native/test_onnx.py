@@ -2,23 +2,19 @@
 import pytest
 import torch
 
-from forms import SIZES, assert_equal_at, make_input, make_model
+from forms import KINDS, SIZES, assert_equal_at, make_input, make_model
 
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
-FEATURES = dict(features_only=True)
 
 
-@pytest.mark.parametrize('name, kwargs, dynamic, dynamo', [
-    ('test_pvt', {}, False, False), ('test_pvt', {}, True, False),
-    ('test_pvt', FEATURES, False, False), ('test_pvt', FEATURES, True, False),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('test_pvt', {}, False, True), ('test_pvt', {}, True, True), ('test_pvt', FEATURES, True, True),
-        ('pvt_tiny', {}, True, True), ('pvt_tiny', {}, True, False)))])
-def test_same_in_onnxruntime(name, kwargs, dynamic, dynamo, tmp_path):
-    model, path = make_model(name, **kwargs), str(tmp_path / 'model.onnx')
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('dynamic', [False, True])
+@pytest.mark.parametrize('dynamo', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_same_in_onnxruntime(dynamo, dynamic, kwargs, tmp_path):
+    model, path = make_model(**kwargs), str(tmp_path / 'model.onnx')
     axes = {}
     if dynamic and dynamo:
         axes = dict(dynamic_shapes=({i: torch.export.Dim.DYNAMIC for i in AXES},))

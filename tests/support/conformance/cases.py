@@ -8,7 +8,7 @@ MERGED = 'PVT_CONFORMANCE_MERGED'
 # The models that timm's tests are run for
 MODELS = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large', *(() if MERGED in os.environ else ('test_pvt',)))
 
-# What is appended to timm's lists of that name. The models with class token return tokens, not a feature map.
+# What is added to timm's lists of that name. The models with class token return tokens, not a feature map.
 FILTERS = dict(
     NON_STD_FILTERS=[f'{name}*' for name in MODELS],
     FEAT_INTER_FILTERS=['pvt', 'digits'],  # the modules of pvt_tiny and its like, and of test_pvt

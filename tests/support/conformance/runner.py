@@ -2,11 +2,12 @@
 
 timm's wheel holds no tests, its source distribution does. The one of the installed version is fetched with pip,
 unpacked into a temporary folder, and run there by pytest with `plugin.py`. The only change to the unpacked files is
-that our names are appended to the lists of `FILTERS`.
+that our names are put into the lists of `FILTERS`.
 """
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -45,15 +46,11 @@ def fetch_tests(folder: Path) -> Path:
 
 
 def add_filters(file: Path) -> None:
-    """Append our names to the lists that are assigned at the top level of a file."""
-    lines = file.read_text().splitlines(keepends=True)
-    nodes = [
-        node for node in ast.parse(''.join(lines)).body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in FILTERS]
-    for node in reversed(nodes):
-        name = node.targets[0].id
-        lines.insert(node.end_lineno, f'{name} += {FILTERS[name]!r}  # added by pvt_timm\n')
-    file.write_text(''.join(lines))
+    """Put our names into the lists that are assigned at the top level of a file."""
+    text = file.read_text()
+    for name, ours in FILTERS.items():
+        text = re.sub(rf'^{name} = \[', rf'{name} = [*{ours!r}, ', text, flags=re.MULTILINE)
+    file.write_text(text)
 
 
 def functions_with_names(tests: Path) -> List[str]:
