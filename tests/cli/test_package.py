@@ -1,8 +1,7 @@
 """What makes it a package: torch.hub, systems that are not this one's, the notes of a release."""
 import re
+import shutil
 from pathlib import Path
-
-import pytest
 
 from pvt_timm.version import __version__
 
@@ -28,21 +27,16 @@ def test_no_paths_of_one_system():
         assert not found, (file, found)
 
 
-@pytest.mark.parametrize('date, tag, error', [
-    ('2026-01-31', f'v{__version__}', None),
-    ('soon', f'v{__version__}', 'Expected a section'),
-    ('2026-01-31', 'v9', 'Expected the tag')])
-def test_release_notes(python, tmp_path, date, tag, error):
+def test_release_notes(python, tmp_path):
     """What release.yml publishes with a tag is that version's section."""
-    for name in ('.ci/release_notes.py', 'pvt_timm/version.py', 'CHANGELOG.md'):
-        text = (ROOT / name).read_text(encoding='utf-8')
-        if name == 'CHANGELOG.md':
-            text = re.sub(r'## \[(Unreleased\]|\d.*)', f'## [{__version__}] - {date}', text, count=1)
-            text += '\n## [0.0.1] - 2020-01-01\n\n- Older news\n'
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding='utf-8')
-    done = python('.ci/release_notes.py', tag)
-    if error is None:
-        assert done.returncode == 0 and done.stdout.startswith('### Added') and 'Older' not in done.stdout
-    else:
-        assert done.returncode == 1 and error in done.stderr
+    for name in ('.ci/release_notes.py', 'pvt_timm/version.py'):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    news = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8') + '\n## [0.0.1] - 2020-01-01\n\n- Older news\n'
+    for date, tag, says in (('2026-01-31', f'v{__version__}', ''), ('soon', f'v{__version__}', 'Expected a section'),
+                            ('2026-01-31', 'v9', 'Expected the tag')):
+        text = re.sub(r'## \[(Unreleased\]|\d.*)', f'## [{__version__}] - {date}', news, count=1)
+        (tmp_path / 'CHANGELOG.md').write_text(text, encoding='utf-8')
+        done = python('.ci/release_notes.py', tag)
+        assert done.returncode == bool(says) and says in done.stderr
+        assert done.stdout.startswith('### Added') != bool(says) and 'Older' not in done.stdout
