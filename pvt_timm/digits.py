@@ -47,12 +47,6 @@ def test_pvt(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransforme
 test_pvt.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a test where it is imported
 
 
-def upscale(image: np.ndarray) -> np.ndarray:
-    """Enlarge grey levels 0..16 (H, W) four times to 0..255 (4 * H, 4 * W), bilinear and exact whatever the library."""
-    x = F.interpolate(torch.from_numpy(image)[None, None].double(), scale_factor=4, mode='bilinear')[0, 0]
-    return (x * 255 / 16 + 0.5).byte().numpy()
-
-
 def write_digits(output: Union[str, Path]) -> Path:
     """Write the image folder `output`, created if it is not there, and return it.
 
@@ -68,6 +62,9 @@ def write_digits(output: Union[str, Path]) -> Path:
         if (output / split).exists():
             raise FileExistsError(f'Expected a folder without {split!r}, but {output / split} exists.')
     output.mkdir(parents=True, exist_ok=True)
+    # from 8x8 grey levels 0 to 16, bilinear in float64, so that all versions of the libraries write the same
+    large = F.interpolate(torch.from_numpy(digits.images)[:, None].double(), scale_factor=4, mode='bilinear')[:, 0]
+    images = (large * 255 / 16 + 0.5).byte().numpy()
     rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
     # written aside first, so that a split is there completely or not at all
     with tempfile.TemporaryDirectory(prefix='.digits-', dir=output) as aside:
@@ -75,7 +72,7 @@ def write_digits(output: Union[str, Path]) -> Path:
             for n, i in enumerate(rng.permutation(np.flatnonzero(digits.target == label))):
                 folder = Path(aside, 'validation' if n < HELD_OUT_PER_LABEL else 'train', str(label))
                 folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(upscale(digits.images[i])).save(folder / f'{i:04d}.png')
+                Image.fromarray(images[i]).save(folder / f'{i:04d}.png')
         for split in os.listdir(aside):
             os.replace(Path(aside, split), output / split)
     return output

@@ -13,19 +13,10 @@ from conformance.runner import run
 
 # What timm's own lists of models must have given to all of our models, so that an empty run cannot pass
 EVERY_MODEL = (
-    'test_model_forward',
-    'test_model_backward',
-    'test_model_default_cfgs_non_std',
-    'test_model_load_pretrained',
-    'test_model_features_pretrained',
-    'test_model_forward_torchscript',
-    'test_model_forward_features',
-    'test_model_forward_intermediates_features',
-    'test_model_forward_intermediates',
-    'test_model_forward_fx',
-    'test_model_backward_fx',
-    'test_model_forward_fx_torchscript',
-)
+    'test_model_forward', 'test_model_backward', 'test_model_default_cfgs_non_std', 'test_model_load_pretrained',
+    'test_model_features_pretrained', 'test_model_forward_torchscript', 'test_model_forward_features',
+    'test_model_forward_intermediates_features', 'test_model_forward_intermediates', 'test_model_forward_fx',
+    'test_model_backward_fx', 'test_model_forward_fx_torchscript')
 pytestmark = [pytest.mark.conformance, pytest.mark.timeout(3000)]
 
 
