@@ -30,6 +30,7 @@ from .sliced_mlp import SLICE_TOKENS, SlicedMlp
 __all__ = ['FusedStage', 'fuse']
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+Parts = Dict[str, Tuple[type, ...]]  # types that a module may have, by its name in its parent
 
 # Tokens (of whole images) that go through all blocks of a stage together: they fit the last level of cache
 STAGE_TOKENS = 12544
@@ -37,12 +38,20 @@ STAGE_TOKENS = 12544
 # and 1.3x in bfloat16 on a Zen 4. With 49 keys they cost 15%, on a CPU without AVX-512 10% of 800x1344.
 MANY_KEYS = 128
 
-# What the fused forward knows how to compute. Any other module (an adapter, a quantized linear, another norm) is left
-# to the plain path.
-_KNOWN = frozenset((
-    Attention, Block, DropPath, LayerNorm, Mlp, PatchEmbed, SlicedMlp,
-    nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList,
-))
+# What the fused forward knows how to compute, and where. Anything else (an adapter, a quantized linear, a norm in place
+# of a dropout) is left to the plain path.
+_NORM, _DROP, _PATH = (nn.LayerNorm, LayerNorm), (nn.Dropout, nn.Identity), (DropPath, nn.Identity)
+_STAGE: Parts = dict(patch_embed=(PatchEmbed,), pos_drop=_DROP, blocks=(nn.ModuleList,))
+_MLP: Parts = dict(fc1=(nn.Linear,), act=(nn.GELU,), drop1=_DROP, norm=(nn.Identity,), fc2=(nn.Linear,), drop2=_DROP)
+_PARTS: Dict[type, Parts] = {
+    PatchEmbed: dict(proj=(nn.Conv2d,), norm=_NORM),
+    nn.ModuleList: {'*': (Block,)},
+    Block: dict(norm1=_NORM, attn=(Attention,), drop_path1=_PATH, norm2=_NORM, mlp=(SlicedMlp, Mlp), drop_path2=_PATH),
+    Attention: dict(q=(nn.Linear,), kv=(nn.Linear,), attn_drop=_DROP, proj=(nn.Linear,), proj_drop=_DROP,
+                    sr=(nn.Conv2d,), norm=_NORM),
+    Mlp: _MLP,
+    SlicedMlp: _MLP,
+}
 _RANDOM = frozenset((Attention, DropPath, nn.Dropout))  # those of them whose training mode matters
 _lock = Lock()  # at most one thread packs
 
@@ -228,32 +237,29 @@ class FusedStage(PyramidVisionTransformerStage):
         key: List[Any] = []
         requires_grad = False
         parameters: List[Any] = [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
-        modules = list(self._modules.values())
-        while modules:
-            m = modules.pop()
-            if m is None:
-                continue
-            if type(m) not in _KNOWN or 'forward' in m.__dict__:
-                return _State(f'{type(m).__module__}.{type(m).__qualname__} has no fast form')
-            if m.training and type(m) in _RANDOM:
-                return _State('dropout in training mode')
-            if m._forward_hooks or m._forward_pre_hooks:
-                return _State('hooks on inner modules')
-            if type(m) is nn.GELU and m.approximate != 'none':
-                return _State('approximate GELU')
-            if m._modules:
-                modules.extend(m._modules.values())
-            if (
-                    type(m) is nn.Conv2d and (
-                        m.kernel_size != m.stride or m.padding != (0, 0) or m.dilation != (1, 1) or m.groups != 1)
-                    or isinstance(m, Mlp) and not (type(m.act) is nn.GELU and type(m.norm) is nn.Identity)
-                    or not isinstance(m, Mlp) and any(
-                        name.startswith('norm') and type(child) is nn.Identity for name, child in m._modules.items())
-            ):
-                return _State(f'a {type(m).__name__} of another form')
-            if m._parameters:
-                key.append(id(m))  # packed weights are found by module
-                parameters.extend(m._parameters.values())
+        todo: List[Tuple[Any, Parts]] = [(self._modules, _STAGE)]
+        while todo:
+            modules, parts = todo.pop()
+            for name, m in modules.items():
+                if m is None:
+                    continue
+                kind = type(m)
+                if kind not in (parts.get(name) or parts.get('*', ())) or 'forward' in m.__dict__:
+                    return _State(f'{kind.__module__}.{kind.__qualname__} as {name} has no fast form')
+                if m.training and kind in _RANDOM:
+                    return _State('dropout in training mode')
+                if m._forward_hooks or m._forward_pre_hooks:
+                    return _State('hooks on inner modules')
+                if kind is nn.GELU and m.approximate != 'none':
+                    return _State('approximate GELU')
+                if kind is nn.Conv2d and (
+                        m.kernel_size != m.stride or m.padding != (0, 0) or m.dilation != (1, 1) or m.groups != 1):
+                    return _State('patches that overlap or are padded')
+                if m._modules:
+                    todo.append((m._modules, _PARTS.get(kind, {})))
+                if m._parameters:
+                    key.append(id(m))  # packed weights are found by module
+                    parameters.extend(m._parameters.values())
         for p in parameters:
             if p is None:
                 continue

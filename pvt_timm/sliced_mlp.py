@@ -29,6 +29,7 @@ class SlicedMlp(Mlp):
             and x.device.type == 'cpu'
             and x.shape[0] * x.shape[1] > SLICE_TOKENS
             and type(self.fc1) is type(self.fc2) is nn.Linear
+            and all(type(m).__module__.startswith(('torch.nn.', 'timm.layers.')) for m in self.children())
             and not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.children())
         )
 

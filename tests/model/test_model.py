@@ -428,12 +428,18 @@ def test_mlp_slices_change_nothing(batch, tokens, dtype):
     assert torch.equal(mlp(x), whole)  # with gradients
 
 
+class Centered(nn.Identity):
+    def forward(self, x):
+        return x - x.mean(1, keepdim=True)
+
+
 def test_mlp_slices_are_left_where_somebody_looks():
     x = torch.randn(2, SLICE_TOKENS, 16)
     seen = []
     for change in (
             lambda mlp: mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(out.shape)),
             lambda mlp: setattr(mlp, 'fc1', nn.Sequential(mlp.fc1)),
+            lambda mlp: setattr(mlp, 'drop2', Centered()),
             lambda mlp: mlp.train(),
             lambda mlp: mlp.drop2.train(),
             lambda mlp: mlp.drop1.train(),
