@@ -67,19 +67,6 @@ def test_backbone_levels(extra, names, sides):
     assert backbone.out_channels == 24
 
 
-def test_backbone_takes_features_of_timm_and_holds_no_unused_parameter():
-    backbone = pvt_fpn_backbone('test_pvt', out_channels=16, out_indices=(1, 2, 3), extra_levels='p6p7').eval()
-    plain = timm.create_model('test_pvt', features_only=True, out_indices=(1, 2, 3)).eval()
-    plain.load_state_dict(backbone.body.state_dict())
-    x = torch.rand(1, 3, 70, 96)
-    maps = backbone(x)
-    sum(v.sum() for v in maps.values()).backward()
-    assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
-    other = backbone.fpn({str(i): f for i, f in enumerate(plain(x))})
-    for k, v in maps.items():
-        torch.testing.assert_close(other[k], v, rtol=0, atol=0)
-
-
 def test_backbone_refuses_other_levels():
     with pytest.raises(ValueError, match=r"extra_levels in \('pool', 'p6p7', 'p6p7_on_input', None\), got 'p6'"):
         pvt_fpn_backbone('test_pvt', extra_levels='p6')

@@ -22,7 +22,6 @@ LOAD = dict(
     semantic_fpn=semantic_fpn_from_mmseg)
 MODELS = [(kind, code) for kind in LOAD for code in ('mmdet', 'original')]
 MODELS.remove(('faster_rcnn', 'original'))  # which has no config of it
-SIZES = [(160, 224), (256, 256), (33, 500), (250, 333)]
 
 
 def build_both(kind, code, letter='t', delta_std=None):
@@ -107,7 +106,7 @@ def share_of_identical(a, b, box_tol=0.01, score_tol=1e-4):
 # ---- detectors
 
 
-@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('size', [(160, 224), (256, 256), (33, 500), (250, 333)])
 @pytest.mark.parametrize('kind, code', [m for m in MODELS if m[0] != 'semantic_fpn'])
 def test_detector_float64(kind, code, size):
     theirs, ours = both(kind, code)
@@ -139,9 +138,8 @@ def test_retinanet_on_resized_images(original):
     assert share_of_identical(*detections(theirs, ours, image, x.tensors, original, resized.shape[:2])) >= 0.99
 
 
-@pytest.mark.parametrize('code', ['mmdet', 'original'])
-def test_mask_rcnn_on_resized_images(code):
-    theirs, ours = both('mask_rcnn', code)
+def test_mask_rcnn_on_resized_images():
+    theirs, ours = both('mask_rcnn', 'mmdet')
     image = smooth_image(120, 200).double() / 255
     ours.transform.min_size, ours.transform.max_size = (256,), 426
     x = ours.transform([image])[0]
@@ -177,10 +175,9 @@ def test_semantic_fpn_float64(code, size):
     assert torch.equal(a.argmax(dim=1), b.argmax(dim=1))
 
 
-@pytest.mark.parametrize('code', ['mmdet', 'original'])
-def test_semantic_fpn_of_an_image_of_another_size(code):
+def test_semantic_fpn_of_an_image_of_another_size():
     """`segment` against mmsegmentation's resize to the image's own size, on the same resized image."""
-    theirs, ours = both('semantic_fpn', code)
+    theirs, ours = both('semantic_fpn', 'mmdet')
     ours.min_size, ours.max_size = 128, 256
     seen = []
     handle = ours.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -3,7 +3,6 @@
 Runs without compiled parts: mmcv's operators are stand-ins, except for its batched NMS and its RoIAlign, which are
 torchvision's. Needs mmdet 3.3.0, mmsegmentation 1.2.2, mmcv-lite 2.1.0, mmengine 0.10.7 and setuptools<80.
 """
-import importlib.machinery
 import sys
 import types
 from pathlib import Path
@@ -28,20 +27,14 @@ def _batched_nms(boxes, scores, idxs, nms_cfg, class_agnostic=False):
     return torch.cat([boxes[keep], scores[keep, None]], dim=1), keep
 
 
-class _RoIAlign(torch.nn.Module):
+class _RoIAlign(torchvision.ops.RoIAlign):
     """mmcv.ops.RoIAlign with its defaults."""
 
-    def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0, aligned=True):
-        super().__init__()
-        self.output_size = torch.nn.modules.utils._pair(output_size)
-        self.settings = dict(spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, aligned=aligned)
-
-    def forward(self, x, rois):
-        return torchvision.ops.roi_align(x, rois, self.output_size, **self.settings)
+    def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0):
+        super().__init__((output_size, output_size), spatial_scale, sampling_ratio, aligned=True)
 
 
 class _Standin(types.ModuleType):
-    __path__ = []
     batched_nms = staticmethod(_batched_nms)
     RoIAlign = _RoIAlign
 
@@ -51,22 +44,11 @@ class _Standin(types.ModuleType):
         return type(name, (torch.nn.Module,), {})
 
 
-class _Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == 'mmcv.ops' or name.startswith('mmcv.ops.'):
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        return _Standin(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
 def do_without_compiled_parts():
     """Let OpenMMLab's packages be imported with mmcv-lite."""
-    if not any(isinstance(f, _Finder) for f in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    for name in ('ops', 'ops.carafe', 'ops.deform_conv', 'ops.merge_cells', 'ops.modulated_deform_conv',
+                 'ops.multi_scale_deform_attn', 'ops.nms', 'ops.roi_align'):
+        sys.modules.setdefault(f'mmcv.{name}', _Standin(name))
     import mmcv.cnn.bricks.transformer as transformer
     if not hasattr(transformer, 'MultiScaleDeformableAttention'):
         transformer.MultiScaleDeformableAttention = type('MultiScaleDeformableAttention', (torch.nn.Module,), {})
