@@ -63,14 +63,12 @@ def write(content, path, how):
 # ---- nothing is executed --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('value, name', [
-    (Call(os.system, ('touch executed',)), 'executed: it wants posix.system'), (Call(open, ('executed', 'w')), 'open'),
-    (Call(eval, ('open("executed", "w")',)), 'eval'), (Call(exec, ('open("executed", "w")',)), 'exec'),
-    (Call(subprocess.Popen, (['touch', 'executed'],)), 'Popen'), (Call(getattr, ('x', 'upper')), 'getattr'),
-    (Call(torch.load, ('executed',)), 'load'), (Call(torch.nn.Linear, (10 ** 5, 10 ** 6)), 'Linear'),
-    (Call(np.fromfile, ('executed',)), 'fromfile'), (Call(datetime.date, (2020, 1, 1)), 'date'),
-    (datetime.datetime(2020, 1, 1), 'datetime.datetime'), (pathlib.Path('x'), 'pathlib'),
-    (np.array([None, 1]), "'O8'"), (np.datetime64('2020-01-01'), "'M8'"), (np.float32, 'numpy.float32'),
-    (np.zeros(2, dtype='f4,i4'), "'V8'")], ids=lambda x: x if isinstance(x, str) else '')
+    (Call(os.system, ('touch executed',)), 'executed: it wants posix.system'), (Call(np.fromfile, ('x',)), 'fromfile'),
+    (Call(eval, ('open("executed", "w")',)), 'eval'), (Call(torch.nn.Linear, (10 ** 5, 10 ** 6)), 'Linear'),
+    (Call(getattr, ('x', 'upper')), 'getattr'), (datetime.datetime(2020, 1, 1), 'datetime.datetime'),
+    (pathlib.Path('x'), 'pathlib'), (np.array([None, 1]), "'O8'"), (np.datetime64('2020-01-01'), "'M8'"),
+    (np.float32, 'numpy.float32'), (np.zeros(2, dtype='f4,i4'), "'V8'")],
+    ids=lambda x: x if isinstance(x, str) else '')
 @pytest.mark.parametrize('how', ['zip', 'legacy', 'plain pickle'])
 def test_foreign_objects_are_refused_by_name(value, name, how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -105,7 +103,6 @@ def cli(main, *argv):
 
 
 WAYS_IN = {
-    'reader': lambda e: read_checkpoint(e.file),
     'file': lambda e: timm.create_model('test_pvt', True, pretrained_cfg_overlay=dict(file=str(e.file))),
     'checkpoint_path': lambda e: timm.create_model('test_pvt', checkpoint_path=str(e.file)),
     'folder': lambda e: timm.create_model(f'local-dir:{e.folder}', pretrained=True),
@@ -113,13 +110,11 @@ WAYS_IN = {
         'test_pvt', True, pretrained_cfg_overlay=dict(file=None, hf_hub_id=None, url=e.url)),
     'hub': lambda e: timm.create_model('hf-hub:some/pvt', pretrained=True),
     'convert': lambda e: convert(e.file, e.out),
-    'convert a folder': lambda e: convert(e.folder, e.out),
     'inspect a url': lambda e: inspect(e.url),
     'pvt-convert of the hub': lambda e: cli(pvt_convert_main, 'hf-hub:some/pvt', '--output', e.out),
     'predict': lambda e: cli(pvt_timm_main, 'predict', e.image, '--checkpoint', e.file),
     'predict with a folder': lambda e: cli(pvt_timm_main, 'predict', e.image, '--checkpoint', e.folder),
     'predict of the hub': lambda e: cli(pvt_timm_main, 'predict', e.image, '--model', 'hf-hub:some/pvt'),
-    'predict with a url': lambda e: cli(pvt_timm_main, 'predict', e.image, '--checkpoint', e.url),
     'features': lambda e: cli(
         pvt_timm_main, 'features', e.image, '--checkpoint', e.file, '--output', e.out.with_suffix('.png')),
     'detector': lambda e: retinanet_from_mmdet(e.file),
@@ -211,12 +206,10 @@ def test_flags_of_numpy_types_are_not_believed(tmp_path):
 
 # ---- claims are not believed ----------------------------------------------------------------------------------------
 
-def rezip(source, target, compression=zipfile.ZIP_STORED, more=()):
+def rezip(source, target, compression=zipfile.ZIP_STORED, change=lambda data: data):
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, 'w', compression) as new:
         for info in old.infolist():
-            new.writestr(info.filename, old.read(info))
-        for name, data in more:
-            new.writestr(name, data)
+            new.writestr(info.filename, change(old.read(info)))
     return target
 
 
@@ -224,67 +217,36 @@ def test_zips(tmp_path):
     source = files.save(files.make('original'), tmp_path / 'x.pth')
     # what some browsers and tools make of it
     assert files.same(read_checkpoint(rezip(source, tmp_path / 'archive.zip')), files.make('original'))
-    bomb = rezip(source, tmp_path / 'bomb.pth', zipfile.ZIP_DEFLATED, [('x/data/999', bytes(300_000_000))])
+    torch.save({'x': torch.zeros(75_000_000)}, source)
+    bomb = rezip(source, tmp_path / 'bomb.pth', zipfile.ZIP_DEFLATED)
     assert bomb.stat().st_size < 2e6
     refusal(bomb, 'claim more than the file holds')
-    before = sorted(tmp_path.rglob('*'))
-    for name in ('../evil', '/etc/evil', 'y/evil'):
-        refusal(rezip(source, tmp_path / 'archive.zip', more=[(name, b'evil')]), 'damaged')
-    assert sorted(tmp_path.rglob('*')) == before
-    with zipfile.ZipFile(tmp_path / 'other.zip', 'w') as z:
-        z.writestr('x.txt', 'no checkpoint')
-    refusal(tmp_path / 'other.zip', 'damaged')
 
 
-def claim(numel, shape=None, stride=None, legacy=False):
-    """A checkpoint of one tensor, with claims of our own."""
-    storage = struct.pack('<i', numel) if numel < 2 ** 31 else None
-    number = b'J' + storage if storage else b'\x8a\x08' + struct.pack('<q', numel)
+@pytest.mark.parametrize('how', ['zip', 'legacy'])
+@pytest.mark.parametrize('claimed', [2 * 10 ** 9, 10 ** 15])
+def test_claims_of_size(claimed, how, tmp_path):
+    """A file that holds 77 numbers and says that there are more."""
+    def lie(data):
+        return data.replace(b'K\x4d', b'\x8a\x08' + struct.pack('<q', claimed))
 
-    def tuple_of(ns):
-        return b'(' + b''.join(b'\x8a\x08' + struct.pack('<q', n) for n in ns) + b't'
-
-    view = b'N' if legacy else b''
-    return (b'\x80\x02}X\x16\x00\x00\x00patch_embed1.proj.biasctorch._utils\n_rebuild_tensor_v2\n('
-            b'(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu' + number + view
-            + b'tQK\x00' + tuple_of(shape or [numel]) + tuple_of(stride or [1])
-            + b'\x89ccollections\nOrderedDict\n)RtRs.')
-
-
-@pytest.mark.parametrize('claims', [
-    (10 ** 12,), (16, [10 ** 12], [0]), (16, [17]), (16, [2 ** 32, 2 ** 32], [0, 0]), (16, [-1]),
-    (16, [10 ** 5], [0])])
-def test_claims_of_a_zip(claims, tmp_path):
-    def written(*claims):
-        with zipfile.ZipFile(tmp_path / 'x.pth', 'w') as z:
-            z.writestr('x/data.pkl', claim(*claims))
-            z.writestr('x/version', '3\n')
-            z.writestr('x/byteorder', 'little')
-            z.writestr('x/data/0', b'\0' * 64)
-        return tmp_path / 'x.pth'
-
-    assert read_checkpoint(written(16))['patch_embed1.proj.bias'].shape == (16,)
-    refusal(written(*claims), 'damaged')
-
-
-@pytest.mark.parametrize('numel, written, size', [
-    (2 * 10 ** 9, 2 * 10 ** 9, 64), (10 ** 15, 10 ** 15, 64), (16, 10 ** 15, 64), (16, 16, 60)])
-def test_claims_of_a_legacy_pickle(numel, written, size, tmp_path):
-    def legacy(numel, written, size):
-        torch.save({}, path := tmp_path / 'x.pth', _use_new_zipfile_serialization=False)
-        raw = path.read_bytes()
-        head = raw[:raw.index(b'\x80\x02}q\x00.', 30)]  # magic number, protocol, system
-        keys = b'\x80\x02]X\x01\x00\x00\x000a.'
-        path.write_bytes(head + claim(numel, legacy=True) + keys + struct.pack('<q', written) + bytes(size))
-        return path
-
-    assert read_checkpoint(legacy(16, 16, 64))['patch_embed1.proj.bias'].shape == (16,)
-    refusal(legacy(numel, written, size), 'damaged')
+    write({'x': torch.ones(77)}, tmp_path / 'x.pth', how)
+    assert read_checkpoint(tmp_path / 'x.pth')['x'].shape == (77,)
+    if how == 'zip':
+        rezip(tmp_path / 'x.pth', tmp_path / 'y.pth', change=lie)
+    else:
+        data = lie((tmp_path / 'x.pth').read_bytes())
+        numbers = struct.pack('<q', 77)
+        assert data.count(numbers) == 1
+        (tmp_path / 'y.pth').write_bytes(data.replace(numbers, struct.pack('<q', claimed)))
+    refusal(tmp_path / 'y.pth', 'damaged')
 
 
 def test_many_views_of_one_storage(tmp_path):
     big = torch.zeros(2 ** 18)
     torch.save({'model': {f'x{i}': big[:] for i in range(200)}}, tmp_path / 'x.pth')
+    refusal(tmp_path / 'x.pth', 'repeat')
+    torch.save({'x': torch.zeros(1).expand(10 ** 12)}, tmp_path / 'x.pth')
     refusal(tmp_path / 'x.pth', 'repeat')
     torch.save({'model': {'a': big}, 'model_ema': {'a': big}}, tmp_path / 'x.pth')
     assert torch.equal(read_checkpoint(tmp_path / 'x.pth')['model_ema']['a'], big)
@@ -301,9 +263,8 @@ def test_size_limit(tmp_path):
 
 
 @pytest.mark.parametrize('length, offsets, shape', [
-    *[(length, [0, 16], [4]) for length in (2 ** 24 + 1, 2 ** 40, 2 ** 63, 2 ** 64 - 1)],
-    *[(None, offsets, shape) for offsets, shape in (
-        ([0, 2 ** 40], [2 ** 38]), ([0, 16], [2 ** 62, 4]), ([8, 24], [4]), ([-4, 12], [4]), ([0, 12], [4]))]])
+    (2 ** 24 + 1, [0, 16], [4]), (2 ** 63, [0, 16], [4]), (0, [0, 2 ** 40], [2 ** 38]), (0, [0, 16], [2 ** 62, 4]),
+    (0, [0, 12], [4])])
 def test_safetensors_that_lie(length, offsets, shape, tmp_path):
     header = json.dumps({'a': {'dtype': 'F32', 'shape': shape, 'data_offsets': offsets}}).encode()
     (tmp_path / 'x').write_bytes(struct.pack('<Q', length or len(header)) + header + bytes(16))
@@ -323,8 +284,8 @@ def test_header_length_that_looks_like_a_pickle(tmp_path):
 # ---- what is no checkpoint, and where one is ------------------------------------------------------------------------
 
 @pytest.mark.parametrize('content, match', [
-    (b'', 'empty'), (b'<!DOCTYPE html><html>', 'web page'), (b'version https://git-lfs.github.com/spec/v1\n', 'LFS'),
-    (b'\x1f\x8b\x08\x00' + bytes(20), 'starts with'), (b'hello world, no weights', 'starts with'),
+    (b'', "starts with b''"), (b'<!DOCTYPE html><html>', "b'<!DOCTYPE html><'"),
+    (b'version https://git-lfs.github.com/spec/v1\n', "b'version https://'. Is it a web page"),
     (pickle.dumps([1], 2), 'damaged'), (b'PK\x03\x04' + bytes(99), 'damaged')])
 def test_files_that_are_no_checkpoint(content, match, tmp_path):
     (tmp_path / 'x.pth').write_bytes(content)
