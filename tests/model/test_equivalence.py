@@ -6,7 +6,6 @@ import torch
 import pvt_timm  # noqa: F401
 from pvt_timm import checkpoint_filter_fn
 from pvt_timm.checkpoints import from_timm
-from pvt_timm.pvt import find_variant
 from reference import features, images, load_original, logits, max_diff, randomize, tokens
 
 PUBLISHED = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large')
@@ -134,15 +133,9 @@ def test_float32_and_unfused(models, size):
     assert (single(x.float()).double() - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-@pytest.mark.parametrize('name, count, original, transformers', [
-    ('pvt_tiny', 13_229_288, 161, 177), ('pvt_small', 24_485_864, 301, 333), ('pvt_medium', 44_208_104, 517, 573),
-    ('pvt_large', 61_369_320, 751, 833)])
-def test_parameter_counts(name, count, original, transformers):
-    model = timm.create_model(name, device='meta')
-    assert sum(p.numel() for p in model.parameters()) == count
-    assert len(original_state(model)) == original
-    assert len(from_timm(model.state_dict(), 'transformers')[0]) == transformers
-    assert find_variant(model.depths, model.embed_dims) == name
+@pytest.mark.parametrize('name, count', zip(PUBLISHED, (13_229_288, 24_485_864, 44_208_104, 61_369_320)))
+def test_parameter_counts(name, count):
+    assert sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) == count
 
 
 @torch.no_grad()

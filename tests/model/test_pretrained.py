@@ -102,13 +102,6 @@ def test_hub(hub, name):
     assert hub.count('GET', 'model.safetensors') == 1
 
 
-def test_pinned_revision(hub, tiny_safetensors, tiny):
-    serve_hub(hub, 'pvt_tiny', tiny_safetensors)
-    repo_id, _, revision = timm.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')
-    hub.add_repo(repo_id, {'model.safetensors': b'something else that was pushed later'})
-    assert len(revision) == 40 and same(timm.create_model('pvt_tiny', pretrained=True), tiny)
-
-
 @pytest.mark.parametrize('name', slow_but('pvt_tiny', IN1K))
 @pytest.mark.parametrize('form', ['zip', 'legacy', 'wrapped'])
 def test_url_of_the_original(url_host, tmp_path, name, form):
@@ -150,10 +143,6 @@ def test_other_heads_channels_and_sizes(create, tiny):
     assert same_but(five, 'head.weight', 'head.bias')
     assert five.head.weight.shape == (5, 512) and five.head.weight.std() < 0.03
     assert same(create(num_classes=0), drop_parts(state, ['head']))
-    key = 'stages.0.patch_embed.proj.weight'
-    grey = create(in_chans=1)
-    assert same_but(grey, key)
-    assert torch.allclose(grey.state_dict()[key], state[key].sum(1, keepdim=True), atol=1e-6)
     assert create(in_chans=4, num_classes=7, global_pool='avg')(torch.zeros(1, 4, 32, 32)).shape == (1, 7)
     assert same(create(dtype=torch.bfloat16), {k: v.bfloat16() for k, v in state.items()})
     model = create(img_size=(128, 256)).eval()
@@ -230,7 +219,7 @@ def test_faults(request, create, hub, tiny, no_waits, kind):
 def test_wrong_variant_is_named_and_its_file_kept(hub, tiny, tiny_safetensors):
     serve_hub(hub, 'pvt_tiny', tiny_safetensors)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r'\(3, 8, 27, 3\).*\(2, 2, 2, 2\)'):
+        with pytest.raises(ValueError, match=r'\(3, 8, 27, 3\).*pvt_large.*\(2, 2, 2, 2\).*pvt_tiny'):
             timm.create_model('pvt_tiny', pretrained=True, depths=(3, 8, 27, 3))
     assert same(timm.create_model('pvt_tiny', pretrained=True), tiny)
     assert hub.count('GET', 'model.safetensors') == 1
@@ -265,6 +254,8 @@ def test_offline(hub, client_env, tiny, tiny_safetensors, tmp_path):
     small = randomize(timm.create_model('pvt_small'), seed=6)
     serve_hub(hub, 'pvt_tiny', tiny_safetensors)
     serve_hub(hub, 'pvt_small', transformers_bytes(small))
+    repo_id = timm.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')[0]
+    hub.add_repo(repo_id, {'model.safetensors': b'something else that was pushed later'})
     assert 'LocalEntryNotFoundError' in create().stderr and not hub.requests
     for name, source in (('pvt_tiny', tiny), ('pvt_small', small)):
         assert same(timm.create_model(name, pretrained=True), source)

@@ -1,13 +1,12 @@
 """ Does a test notice? Change one place of the code at a time and run the tests of that file.
 
-    python tests/support/mutate.py --sample 100 --jobs 2 --output mutants.json
+    python tests/support/mutate.py --sample 100 --jobs 2
 
 draws a seeded sample from all places of the files of `TESTS` that `changed` knows a change for. A mutant that no test
 notices is printed, to be argued or to be given a test. Linux and macOS.
 """
 import argparse
 import ast
-import json
 import os
 import random
 import shutil
@@ -111,7 +110,6 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--jobs', type=int, default=1)
     parser.add_argument('--only', nargs='*', default=list(TESTS), help='of the files and folders in TESTS')
-    parser.add_argument('--output', type=Path)
     args = parser.parse_args()
 
     pool = []
@@ -133,8 +131,6 @@ def main() -> None:
             if not mutant['noticed']:
                 print(f'     - {mutant["before"]}\n     + {mutant["after"]}', flush=True)
     print(f'{sum(mutant["noticed"] for mutant in sample)} of {len(sample)} noticed')
-    if args.output:
-        args.output.write_text(json.dumps(sample, indent=1), encoding='utf-8')
 
 
 if __name__ == '__main__':
