@@ -60,15 +60,6 @@ def test_base_model_and_new_head(folder):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_image_processor(folder):
-    from PIL import Image
-    path, plain = folder
-    image = Image.new('RGB', (100, 80), (255, 0, 0))
-    batch = transformers.AutoImageProcessor.from_pretrained(path)(image, return_tensors='pt')
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
-    torch.testing.assert_close(batch['pixel_values'][0], transform(image))
-
-
 def test_backbone_equals_features_only():
     torch.manual_seed(0)
     config = transformers.TimmBackboneConfig(backbone='test_pvt', out_indices=[0, 1, 2, 3])
@@ -76,9 +67,8 @@ def test_backbone_equals_features_only():
     assert model.channels == [16, 32, 40, 64]
     plain = timm.create_model('test_pvt', features_only=True).eval()
     plain.load_state_dict(model._backbone.state_dict())
-    for size in ((64, 64), (70, 96)):
-        with torch.no_grad():
-            torch.testing.assert_close(list(model(pixels(size)).feature_maps), plain(pixels(size)))
+    with torch.no_grad():
+        torch.testing.assert_close(list(model(pixels((70, 96))).feature_maps), plain(pixels((70, 96))))
 
 
 def test_trainer_step(folder, tmp_path):
