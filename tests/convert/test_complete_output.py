@@ -1,5 +1,4 @@
 """ An output of the converter is complete or not there, and says nothing that it must not. """
-import os
 import signal
 import subprocess
 import sys
@@ -12,12 +11,11 @@ import convert_files as files
 from pvt_timm.files import read_checkpoint
 from weights_conversion import convert
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def program(code, *argv):
-    return subprocess.run([sys.executable, '-c', code, *map(str, argv)], env={**os.environ, 'PYTHONPATH': str(ROOT)},
-                          capture_output=True, text=True)
+@pytest.fixture
+def program(client_env):
+    return lambda code, *argv: subprocess.run(
+        [sys.executable, '-c', code, *map(str, argv)], env=client_env, capture_output=True, text=True)
 
 
 def state(out: Path):
@@ -78,7 +76,7 @@ for out in sys.argv[4:]:
 
 @pytest.mark.parametrize('number, code', [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)])
 @pytest.mark.parametrize('there', [False, True])
-def test_stopped_at_any_moment(there, number, code, tmp_path):
+def test_stopped_at_any_moment(there, number, code, program, tmp_path):
     old, new = (files.save(files.make('original', seed=n), tmp_path / f'{n}.pth') for n in (1, 2))
     convert(new, tmp_path / 'finished')
     complete = state(tmp_path / 'finished')
@@ -103,7 +101,7 @@ def test_stopped_at_any_moment(there, number, code, tmp_path):
 
 
 @pytest.mark.parametrize('to', ['timm', 'original'])
-def test_full_disk(to, tmp_path):
+def test_full_disk(to, program, tmp_path):
     """A limit on file sizes stands for a full disk: writes fail in the middle of the weights."""
     file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'place' / 'out'
     convert(file, out)

@@ -28,13 +28,10 @@ class _File:
     """Bytes or a file on disk, with the hashes that the hub reports."""
 
     def __init__(self, content: Content):
-        self.content = content.encode() if isinstance(content, str) else content
-        data = self.read()
-        self.size, self.sha256 = len(data), hashlib.sha256(data).hexdigest()
-        self.git_oid = hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
-
-    def read(self) -> bytes:
-        return self.content.read_bytes() if isinstance(self.content, Path) else self.content
+        content = content.read_bytes() if isinstance(content, Path) else content
+        self.data = content.encode() if isinstance(content, str) else content
+        self.size, self.sha256 = len(self.data), hashlib.sha256(self.data).hexdigest()
+        self.git_oid = hashlib.sha1(b'blob %d\0' % self.size + self.data).hexdigest()
 
 
 @dataclass
@@ -88,7 +85,7 @@ class LoopbackServer:
     def repo_files(self, repo_id: str) -> Dict[str, bytes]:
         """Contents of a repository, to look at what was uploaded. Empty if there is none."""
         repo = self._repos.get(repo_id)
-        return {name: f.read() for name, f in repo.commits[repo.refs['main']].items()} if repo else {}
+        return {name: f.data for name, f in repo.commits[repo.refs['main']].items()} if repo else {}
 
     def has_repo(self, repo_id: str) -> bool:
         return repo_id in self._repos
@@ -144,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
     # (method, path, name of the method that answers)
     ROUTES = [(method, path.replace('REPO', '(?P<repo>[^/]+/[^/]+)').replace('REV', '(?P<revision>[^/]+)'), name)
               for method, path, name in (
-        ('GET', '/api/models/REPO(?:/revision/REV)?', 'model_info'),
+        ('GET', '/api/models/REPO/revision/REV', 'model_info'),
         ('POST', '/api/repos/create', 'create_repo'),
         ('POST', '/api/validate-yaml', 'validate_yaml'),
         ('POST', '/api/models/REPO/preupload/REV', 'preupload'),
@@ -218,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
     def send_file(self, file: _File, headers: Mapping[str, str] = {}):
         m = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))  # of a client that goes on after a fault
         start = int(m[1]) if m else 0
-        body = file.read()[start:]
+        body = file.data[start:]
         headers = {'Accept-Ranges': 'bytes', 'ETag': f'"{file.sha256}"', **headers}
         headers.update({'Content-Range': f'bytes {start}-{file.size - 1}/{file.size}'} if m else {})
         headers.update({'Content-Length': str(len(body))} if self.fault == 'truncate' else {})
@@ -242,9 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Error(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return found, sha
 
-    def model_info(self, repo: str, revision: str = 'main'):
-        found, sha = self.find(repo, revision)
-        self.send_json({'id': repo, 'sha': sha, 'siblings': [{'rfilename': n} for n in sorted(found.commits[sha])]})
+    def model_info(self, repo: str, revision: str):
+        self.send_json({'id': repo, 'sha': self.find(repo, revision)[1], 'siblings': []})
 
     def resolve(self, repo: str, revision: str, name: str):
         found, sha = self.find(repo, revision)
