@@ -4,6 +4,7 @@ import timm
 import torch
 
 import pvt_timm  # noqa: F401  registers the models
+from reference import images, randomize
 
 TOLERANCE = 1e-4
 # (batch, height, width). The last one is never used for compiling or exporting.
@@ -12,20 +13,11 @@ KINDS = [pytest.param({}, id='classification'), pytest.param(dict(features_only=
 
 
 def make_model(name='test_pvt', **kwargs):
-    """A model in eval mode whose every parameter is far from its initial value, so that none can go missing."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).eval()
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if 'norm' in key:
-                p.add_(torch.randn_like(p) * 0.1)
-            elif p.ndim < 3 or 'embed' in key and 'proj' not in key:
-                p.copy_(torch.randn_like(p) * 0.05)
-    return model
+    return randomize(timm.create_model(name, **kwargs)).eval()
 
 
 def make_input(batch, height, width, in_chans=3, seed=1):
-    return torch.randn(batch, in_chans, height, width, generator=torch.Generator().manual_seed(seed))
+    return images(batch, in_chans, height, width, seed=seed, dtype=torch.float32)
 
 
 def as_list(output):
