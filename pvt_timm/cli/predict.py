@@ -113,10 +113,12 @@ def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
     """Open an image upright, as RGB or grey levels.
 
     Raises:
-        UserError: There is no such file, or it is not an image, or damaged.
+        UserError: There is no such file, or it is not an image, or damaged, or too thin to be resized.
     """
     try:
         with Image.open(path) as image:
+            if max(image.size) > 100 * min(image.size):  # with 224 pixels for the shorter one it would fill the memory
+                raise ValueError(f'its sides, {image.width}x{image.height} pixels, differ by more than a factor of 100')
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I;16'):  # Pillow would clip at 255

@@ -46,6 +46,7 @@ def files(tmp_path_factory):
     (root / 'truncated.pth').write_bytes((root / 'original.pth').read_bytes()[:5000])
     (root / 'text.png').write_text('no image')
     (root / 'cut.png').write_bytes(DIGIT.read_bytes()[:200])
+    Image.new('RGB', (20000, 2)).save(root / 'thin.png')
     Image.effect_noise((150, 90), 90).convert('RGB').save(root / 'photo.jpg')
     return root
 
@@ -164,6 +165,7 @@ def test_weights_that_cannot_be_downloaded(cli, hub, no_waits, files, monkeypatc
     (['predict', '{files}', *TEST_PVT], 'Is a directory'),
     (['predict', '{files}/text.png', *TEST_PVT], 'cannot identify image'),
     (['predict', '{files}/cut.png', *TEST_PVT], 'cut.png: image file is truncated'),
+    (['predict', '{files}/thin.png', *TEST_PVT, '--img-size', '224'], 'differ by more than a factor of 100'),
     (['predict'], 'required: IMAGE'),
     (['predict', '{digit}', '--model', 'pvt_smal'], "Unknown model 'pvt_smal', expected one of pvt_tiny"),
     (['predict', '{digit}', '--model', 'pvt_small.foo'], 'Invalid pretrained tag (foo)'),

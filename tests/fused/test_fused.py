@@ -60,8 +60,8 @@ def test_sizes(monkeypatch, fast_calls, size, dtype, tolerance, products):
 
 @needs_onednn
 @pytest.mark.parametrize('name, kwargs', [
-    ('pvt_tiny', {}),
-    ('pvt_tiny', dict(features_only=True)),
+    *((f'pvt_{name}', dict(features_only=features)) for name in ('tiny', 'small', 'medium', 'large')
+      for features in (False, True)),
     *(('test_pvt', kwargs) for kwargs in (
         dict(global_pool='avg'),
         dict(global_pool=''),

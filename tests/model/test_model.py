@@ -392,6 +392,14 @@ def test_weight_decay_and_groups():
         assert len(groups) in (count - 1, count), groups.keys()
 
 
+@torch.no_grad()
+def test_inputs_in_any_layout(model):
+    x = x_of(64, 96, batch=2)
+    want = model(x)
+    for other in (x.to(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, :3], x.expand(2, 3, 64, 96)):
+        assert max_diff(model(other), want) <= 1e-4 * want.abs().max()
+
+
 def test_defaults():
     """The class without arguments is PVT-Small, a block has a plain MLP and no dropout."""
     ours, small = PyramidVisionTransformer(device='meta'), timm.create_model('pvt_small', device='meta')
