@@ -122,7 +122,9 @@ def test_box_coders_bound_the_size_on_both_sides(coder_of, scale):
 def test_settings_are_the_published_ones():
     model, retinanet = pvt_mask_rcnn('test_pvt'), pvt_retinanet('pvt_tiny')
     assert sum(p.numel() for p in retinanet.parameters()) == 22_964_212  # of mmdetection's model
+    assert pvt_faster_rcnn('test_pvt').num_classes == model.num_classes == retinanet.num_classes == 80
     rpn, heads = model.rpn, model.roi_heads
+    assert {m.dilation for m in heads.mask_head.modules() if isinstance(m, torch.nn.Conv2d)} == {(1, 1)}
     assert rpn._pre_nms_top_n == dict(training=2000, testing=1000)
     assert rpn._post_nms_top_n == dict(training=1000, testing=1000)
     assert (rpn.nms_thresh, heads.nms_thresh, heads.score_thresh, heads.detections_per_img) == (.7, .5, .05, 100)
