@@ -99,6 +99,14 @@ FORMATS: Dict[str, Tuple[Table, str, str]] = {
 _anchors = '|'.join(f'(?P<{fmt}>{re.escape(anchor)})' for fmt, (_, anchor, _) in FORMATS.items())
 _ANCHOR = re.compile(rf'(|.*?\.)(?:{_anchors})'.replace(r'pvt\.', r'(?:pvt\.)?'))
 
+_OTHER_FAMILIES = (
+    (r'dwconv|\.ffn\.layers\.1\.weight$', "PVT v2 or SegFormer: see timm's pvt_v2 models"),
+    (r'relative_position_bias_table', 'Swin'),
+    (r'\.attn\.qkv\.|attention\.attention\.query\.', 'ViT'),
+    (r'pos_block\.', 'Twins'),
+    (r'layer1\.0\.conv1\.', 'ResNet'),
+)
+
 _WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # in timm's order: averaged weights are preferred
 _USUAL_PREFIX = re.compile(
     r'(?:(?:module|_orig_mod|model|net|timm_model|encoder\.model|backbone|body|model_state_dict)\.)*')
@@ -173,9 +181,10 @@ def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[str, str]:
     keys = [k for k in keys if isinstance(k, str)]
     found = sorted({(m.lastgroup or '', m[1]) for m in map(_ANCHOR.fullmatch, keys) if m})
     if not found:
+        other = next((name for pattern, name in _OTHER_FAMILIES if any(re.search(pattern, k) for k in keys)), None)
         raise ValueError(
-            f'Expected a PVT v1 checkpoint (timm, original, transformers or mmdetection format), got keys '
-            f'{_some(keys, 3) or None}.')
+            f'Expected a PVT v1 checkpoint (timm, original, transformers or mmdetection format), got '
+            f'{other or f"keys {_some(keys, 3) or None}"}.')
     wanted = [x for x in found if prefix is None or x[1].rstrip('.') == prefix.rstrip('.')]
     if len(wanted) != 1:
         there = ', '.join(f'{before!r} ({fmt})' for fmt, before in found)
@@ -416,8 +425,12 @@ def describe(
             position embeddings belong to no image size.
     """
     matches = filter(None, (re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k) for k in state_dict))
-    depths = Counter(i for i, _ in {(int(m[1]), int(m[2])) for m in matches})
+    blocks = {(int(m[1]), int(m[2])) for m in matches}
+    depths = Counter(i for i, _ in blocks)
     stages = range(max(depths, default=3) + 1)
+    gap = next(((i, j) for i in stages for j in range(depths[i] or 1) if (i, j) not in blocks), None)
+    if gap:
+        raise ValueError('Missing in the checkpoint: stages.{}.blocks.{}.'.format(*gap))
     projs = [_need(state_dict, f'stages.{i}.patch_embed.proj.weight', 4) for i in stages]
     fc1s = [_need(state_dict, f'stages.{i}.blocks.0.mlp.fc1.weight', 2) for i in stages]
     srs = [f'stages.{i}.blocks.0.attn.sr.weight' for i in stages]

@@ -285,9 +285,16 @@ def test_not_tensors(state):
     assert 'PVT v1' in error(map_to_timm, endless)
 
 
-def test_pvt_v2(state):
-    source = timm.create_model('pvt_v2_b0', device='meta').state_dict()
-    assert 'got keys patch_embed.proj.weight' in error(map_to_timm, source)
+@pytest.mark.parametrize('name, family', [
+    ('resnet10t', 'ResNet'), ('pvt_v2_b0', 'PVT v2'), ('swin_tiny_patch4_window7_224', 'Swin'),
+    ('vit_tiny_patch16_224', 'ViT'), ('twins_pcpvt_small', 'Twins'), ('convnext_atto', 'stem.0.weight')])
+def test_other_families(name, family):
+    source = timm.create_model(name, device='meta').state_dict()
+    for prefix in ('', 'backbone.'):
+        assert family in error(map_to_timm, {prefix + k: v for k, v in source.items()})
+
+
+def test_names_of_pvt_v2(state):
     for fmt, key in (('original', 'block1.0.mlp.dwconv.dwconv.weight'), ('mmdet', 'layers.0.1.0.ffn.layers.1.weight')):
         text = error(map_to_timm, {**in_format(state, fmt), key: torch.zeros(1)})
         assert "timm's pvt_v2" in text and key in text
