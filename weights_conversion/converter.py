@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
-from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg
 
 from pvt_timm.checkpoints import describe, drop_parts, from_timm
@@ -102,7 +101,7 @@ def convert(
                 WRITERS[to](folder, target, tensors)
                 if class_row:
                     save_tensors(class_row, folder / CLASS_ROW_FILE)
-            except (RuntimeError, SafetensorError) as e:  # how torch and safetensors report a full disk
+            except (RuntimeError, OSError) as e:  # torch reports a full disk by the first one
                 raise OSError(f'Cannot write to {path.parent}: {clean(e, 200)}') from e
             if keep_source:
                 kept = folder / weights.source.file.name

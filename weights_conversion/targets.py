@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Optional
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models import get_pretrained_cfg
 
 from pvt_timm.labels import LABELS_FILE
@@ -28,7 +28,7 @@ def save_tensors(tensors: StateDict, file: Path) -> None:
     # in memory of their own: safetensors refuses parts of other tensors, torch.save would write the whole
     tensors = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     if file.suffix == '.safetensors':
-        save_file(tensors, file, metadata={'format': 'pt'})
+        file.write_bytes(save(tensors, metadata={'format': 'pt'}))  # a file of `save_file` is its owner's alone
     else:
         torch.save(OrderedDict(tensors), file)
 
@@ -128,8 +128,10 @@ def write_card(folder: Path, weights: Weights, report: Report, about: Optional[s
         tags=[task, *([library] if library else []), 'pvt'],
         license=licence if re.fullmatch(r'[a-z0-9.-]+', licence) else None,
     )
+    text, source = report.to_text(), Path(report.source)
+    text = text.replace(report.source, source.name) if source.exists() else text  # folders of this machine are private
     ModelCard.from_template(
         data, str(CARDS / 'converted.md'), about=about, to=report.to, variant=weights.variant,
-        depths=list(weights.info.depths), version=__version__, report=report.to_text(),
+        depths=list(weights.info.depths), version=__version__, report=text,
         class_row=(folder / CLASS_ROW_FILE).exists(),
     ).save(folder / 'README.md')

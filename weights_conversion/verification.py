@@ -183,9 +183,10 @@ def _mmdet(weights: Weights) -> Reference:
             '--verify of a dense backbone needs mmdetection (mmdet, mmengine, mmcv), its import failed: '
             f'{" ".join(str(e).split())[:200]}') from e
     info, heads = weights.info, VARIANTS[weights.variant]['num_heads']
+    width = info.embed_dims[0] // heads[0]  # of a head, the same in all stages
     model = PyramidVisionTransformer(
-        pretrain_img_size=info.img_size, in_channels=info.in_chans, embed_dims=info.embed_dims[0] // heads[0],
-        num_layers=list(info.depths), num_heads=[d // info.embed_dims[0] for d in info.embed_dims],
+        pretrain_img_size=info.img_size, in_channels=info.in_chans, embed_dims=width,
+        num_layers=list(info.depths), num_heads=[d // width for d in info.embed_dims],
         mlp_ratios=[int(r) for r in info.mlp_ratios], sr_ratios=list(info.sr_ratios))
     return Reference(f'mmdetection {mmdet.__version__}', 'mmdet', model, [layer[1][-1] for layer in model.layers],
                      _norms(model, '.0.norm', '.attn.norm'))

@@ -63,7 +63,7 @@ def watch(home, name):
         tick()
         return result
     setattr(home, name, outer)
-for home, name in ((targets, 'save_file'), (targets, '_write_json'), (targets.ModelCard, 'save'),
+for home, name in ((targets, 'save'), (targets, '_write_json'), (targets.ModelCard, 'save'),
                    (Path, 'rename'), (Path, 'mkdir')):
     watch(home, name)
 for out in sys.argv[4:]:

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import convert_files as files
 import pvt_timm
@@ -244,7 +244,8 @@ def test_json_report_and_model_card(to, library, tmp_path):
         assert text in card
     for name in ('pvt.encoder.patch_embeddings.3.cls_token', 'pvt.encoder.layer_norm.bias', 'classifier.weight'):
         assert (name in card) == (name in report['dropped']) == bool(drop)
-    assert 'license' not in card  # not ours to say
+    assert 'license' not in card and str(tmp_path) not in card  # not ours to say
+    assert len({p.stat().st_mode for p in (tmp_path / 'out').iterdir()}) == 1
     data = ModelCard(card).data
     assert data.library_name == library
     assert data.pipeline_tag == ('image-feature-extraction' if drop else 'image-classification')
@@ -425,12 +426,12 @@ def test_verify_notices_what_is_wrong(theirs, refused, monkeypatch):
         return done
 
     def changed(tensors, *args, **kwargs):
-        save_file({k: v.nextafter(v + 1) if k == 'norm.bias' else v for k, v in tensors.items()}, *args, **kwargs)
+        return save({k: v.nextafter(v + 1) if k == 'norm.bias' else v for k, v in tensors.items()}, *args, **kwargs)
 
     for module, name, value, says in (
             (verification, 'ORIGINAL_EPS', 1e-6, r'failed.*: stage 1 by \d\.\de-0[3-7],'),
             (reading, 'map_to_timm', swapped, r'failed.*stage 2 by \d\.\de-1\d, stage 3 by \d\.\de-0[1-4],'),
-            (targets, 'save_file', changed, 'differs from what was meant in norm.bias')):
+            (targets, 'save', changed, 'differs from what was meant in norm.bias')):
         with monkeypatch.context() as m:
             m.setattr(module, name, value)
             assert re.search(says, refused(theirs, '--verify'))
