@@ -282,7 +282,7 @@ def test_not_tensors(state):
         assert 'Expected a PVT v1 checkpoint' in error(map_to_timm, nothing)
     endless = {}
     endless['model'] = endless
-    assert 'PVT v1' in error(map_to_timm, endless)
+    assert 'PVT v1' in error(map_to_timm, endless) and unwrap(endless)[1] == ('model',) * 4
 
 
 @pytest.mark.parametrize('name, family', [
@@ -346,6 +346,7 @@ def test_training_config():
     assert training_config(dict(meta=dict(dataset_meta=dict(classes=['a', 'b'])))) == dict(label_names=['a', 'b'])
     nonsense = dict(img_size='x', mean=[float('nan')], std=[0], crop_pct=-1, num_classes=10 ** 400, interpolation=3)
     assert training_config(dict(args=nonsense)) == {}
+    assert training_config(dict(args=dict(mean=[.5] * 16, std=[.5] * 17))) == dict(mean=(.5,) * 16)  # per channel
 
 
 # ---- to a model -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """torchvision's detectors on PVT: the backbone helper, the published detectors, whole checkpoints, bad input."""
 import copy
 import hashlib
+import inspect
 import threading
 
 import pytest
@@ -70,6 +71,11 @@ def test_backbone_levels(extra, names, sides):
 def test_backbone_refuses_other_levels():
     with pytest.raises(ValueError, match=r"extra_levels in \('pool', 'p6p7', 'p6p7_on_input', None\), got 'p6'"):
         pvt_fpn_backbone('test_pvt', extra_levels='p6')
+
+
+@pytest.mark.parametrize('build', [pvt_fpn_backbone, *BUILD.values()])
+def test_nothing_is_downloaded_unasked(build):
+    assert [p.default for name, p in inspect.signature(build).parameters.items() if 'pretrained' in name] == [False]
 
 
 @pytest.mark.parametrize('cls, levels', [
@@ -357,6 +363,7 @@ def with_(name, *shape):
     ('mask_rcnn', with_('roi_head.mask_head.convs.4.conv.bias', 24), 'Not part .*convs.4'),
     # one box for all classes
     ('mask_rcnn', with_('roi_head.bbox_head.fc_reg.weight', 4, 48), r'fc_reg.weight \[4, 48\] instead of \[12, 48\]'),
+    ('mask_rcnn', with_('roi_head.mask_head.conv_logits.weight', 3), 'Wrong shape .*convs.0.conv.weight'),
     ('faster_rcnn', without('roi_head'), 'Expected a Faster R-CNN, got a model with neck, rpn_head beside'),
 ])
 def test_checkpoint_errors_name_what_is_wrong(kind, change, message):

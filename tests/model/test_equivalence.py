@@ -133,7 +133,8 @@ def test_float32_and_unfused(models, size):
     assert (single(x.float()).double() - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-@pytest.mark.parametrize('name, count', zip(PUBLISHED, (13_229_288, 24_485_864, 44_208_104, 61_369_320)))
+@pytest.mark.parametrize('name, count', zip(
+    (*PUBLISHED, 'pvt_huge_v2'), (13_229_288, 24_485_864, 44_208_104, 61_369_320, 304_945_512)))
 def test_parameter_counts(name, count):
     assert sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) == count
 

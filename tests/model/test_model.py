@@ -1,4 +1,5 @@
 """ The model's interface: modes, sizes, heads, initialisation, features. The numbers are in test_equivalence.py. """
+import inspect
 import subprocess
 import sys
 from unittest import mock
@@ -8,7 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 from hypothesis import given, settings, strategies as st
-from timm.layers import Mlp, set_reentrant_ckpt
+from timm.layers import DropPath, Mlp, set_reentrant_ckpt
 from timm.models import group_parameters
 
 from forms import as_list
@@ -284,6 +285,7 @@ def test_forward_intermediates(dense):
     else:
         assert torch.equal(normed[3].flatten(2).transpose(1, 2), final[:, 1:])
         assert not torch.allclose(maps[3], normed[3])
+    assert torch.equal(model.forward_intermediates(x, indices=[0])[0], final)
     only = model.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
     assert len(only) == 2 and torch.equal(only[0], maps[0]) and torch.equal(only[1], maps[2])
 
@@ -410,7 +412,12 @@ def test_defaults():
     block = pvt.Block(32, 2)
     assert (block.attn.sr_ratio, block.mlp.fc1.out_features, block.norm1.eps) == (1, 128, 1e-6)
     assert str(pvt.Attention(32)) == str(block.attn) and pvt.Attention(32).num_heads == 8
-    assert all(m.p == 0 for m in block.modules() if isinstance(m, nn.Dropout)) and block.attn.q.bias is not None
+    assert block.attn.q.bias is not None
+    stage = pvt.PyramidVisionTransformerStage(3, 16, 1, (2, 2), num_heads=1)
+    for m in (m for x in (ours, block, stage) for m in x.modules()):
+        assert not isinstance(m, DropPath) and getattr(m, 'p', 0) == 0
+    for name in VARIANTS:
+        assert inspect.signature(timm.models.model_entrypoint(name)).parameters['pretrained'].default is False
 
 
 # MLPs on slices of tokens

@@ -26,9 +26,9 @@ TESTS = {
     'pvt_timm/pvt.py': [
         'tests/model/test_model.py', 'tests/convert/test_checkpoints.py', 'tests/model/test_equivalence.py',
         'tests/model/test_pretrained.py',
-        '-k', 'not 448 and not 256 and not 230 and not test_transformers and not offline and not fault'],
+        '-k', 'not 448 and not 256 and not 230 and not test_transformers and not offline'],
     'pvt_timm/checkpoints.py': [
-        'tests/convert/test_checkpoints.py', 'tests/model/test_pretrained.py', '-k', 'not offline and not fault'],
+        'tests/convert/test_checkpoints.py', 'tests/model/test_pretrained.py', '-k', 'not offline'],
     'pvt_timm/files.py': ['tests/convert/test_files.py'],
     'pvt_timm/detection': ['tests/downstream/test_detection.py', 'tests/downstream/test_semantic_fpn.py'],
 }
