@@ -1,4 +1,5 @@
 """ What a conversion writes into its folder, one function per target format. """
+import copy
 import json
 import re
 from collections import OrderedDict
@@ -128,10 +129,11 @@ def write_card(folder: Path, weights: Weights, report: Report, about: Optional[s
         tags=[task, *([library] if library else []), 'pvt'],
         license=licence if re.fullmatch(r'[a-z0-9.-]+', licence) else None,
     )
-    text, source = report.to_text(), Path(report.source)
-    text = text.replace(report.source, source.name) if source.exists() else text  # folders of this machine are private
+    shown, source = copy.copy(report), Path(report.source)
+    if source.exists():  # folders of this machine are private
+        shown.source = source.absolute().name
     ModelCard.from_template(
         data, str(CARDS / 'converted.md'), about=about, to=report.to, variant=weights.variant,
-        depths=list(weights.info.depths), version=__version__, report=text,
+        depths=list(weights.info.depths), version=__version__, report=shown.to_text(),
         class_row=(folder / CLASS_ROW_FILE).exists(),
     ).save(folder / 'README.md')

@@ -8,9 +8,9 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
@@ -33,8 +33,7 @@ def fetch_tests(folder: Path) -> Path:
         sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm',
         f'timm=={timm.__version__}', '--dest', str(folder)], check=True)
     sdist, = folder.glob('timm-*.tar.gz')
-    with tarfile.open(sdist) as tar:
-        tar.extractall(folder, filter='data')
+    shutil.unpack_archive(sdist, folder)  # `filter=` is not in every Python 3.10 and 3.11
     # not under its name, which is that of this package's tests too
     tests = Path(str(sdist).removesuffix('.tar.gz'), 'tests').rename(folder / 'timm_tests')
     for file in FILES:
