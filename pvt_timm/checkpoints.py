@@ -123,6 +123,7 @@ _PLACEHOLDERS = {
 class Converted:
     """A state dict under timm's names, and an account of every key of its source."""
     state_dict: StateDict
+    raw: StateDict  # the same weights under the names of the format
     format: str  # key of `FORMATS`
     wrappers: Tuple[str, ...] = ()  # keys that were opened to reach the weights, outermost first
     prefix: str = ''  # what stood before every name
@@ -351,7 +352,7 @@ def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Opt
     base = fmt == 'transformers' and 'encoder.patch_embeddings.0.projection.weight' in parts
     tensors = {f'pvt.{k}' if base and k.startswith('encoder.') else k: state_dict[key] for k, key in parts.items()}
     out, pairs = to_timm(tensors, fmt)
-    return Converted(out, fmt, wrappers, before, pairs, dropped)
+    return Converted(out, tensors, fmt, wrappers, before, pairs, dropped)
 
 
 def _group(key: str, prefix: str) -> str:

@@ -40,7 +40,6 @@ class Weights:
     """A checkpoint under timm's names, and what is known about it."""
     source: Source
     converted: Converted  # how it was mapped
-    raw: StateDict  # as read, under the names of its format
     state_dict: StateDict  # the last position embedding has its class token row where the source has one
     info: Description
     variant: str  # name of the timm model
@@ -110,12 +109,9 @@ def read_weights(
                              f'another one, or damaged.')
         checkpoint = read_checkpoint(source.file, max_bytes)
         converted = map_to_timm(checkpoint, use_ema, prefix)
-        content, before = unwrap(checkpoint, use_ema)[0], converted.prefix
-        raw = {name: content[before + name if before + name in content else before + name.removeprefix('pvt.')]
-               for _, names in converted.mapped for name in names}  # transformers' PvtModel lacks the 'pvt.'
         trained = training_config(checkpoint)
-        notes = _notes(converted, content)
-        del checkpoint, content
+        notes = _notes(converted, unwrap(checkpoint, use_ema)[0])
+        del checkpoint
 
         state_dict, config = converted.state_dict, source.config
         args, beside = (x if isinstance(x, dict) else {} for x in map(config.get, ('model_args', 'pretrained_cfg')))
@@ -148,7 +144,7 @@ def read_weights(
         names = _labels(source, trained, labels, info.num_classes, notes)
         cfg.update({'label_names': names} if names else {})
         weights = Weights(
-            source, converted, raw, state_dict, info, variant, model_args_of(info, variant, pool), cfg, notes)
+            source, converted, state_dict, info, variant, model_args_of(info, variant, pool), cfg, notes)
         check_keys(weights.for_model(), weights.create_model(device='meta').state_dict())
         yield weights
 

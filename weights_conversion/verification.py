@@ -70,7 +70,7 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
     reference = _reference(fmt, weights)
     _check_written(tensors, folder, to)
     if reference.format == fmt:
-        name, raw = reference.name, weights.raw
+        name, raw = reference.name, weights.converted.raw
     else:  # the weights of a stand-in come through our table
         name = f'{reference.name} (in place of the code of the {fmt} format)'
         raw = from_timm(weights.for_model(), reference.format)[0]
