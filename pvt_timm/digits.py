@@ -84,9 +84,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('output', metavar='FOLDER', help='folder to write train/ and validation/ into')
     args = parser.parse_args(argv)
     try:
-        print(f'{write_digits(args.output)}: 1437 images in train, 360 in validation')
+        folder = write_digits(args.output)
     except (ImportError, OSError) as e:
         parser.exit(2, f'Cannot write the digits to {args.output}: {e}\n')
+    train, validation = (len(list((folder / split).glob('*/*.png'))) for split in ('train', 'validation'))
+    print(f'{folder}: {train} images in train, {validation} in validation')
 
 
 if __name__ == '__main__':

@@ -99,7 +99,8 @@ def _load(args: argparse.Namespace) -> Any:
 def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
     with torch.inference_mode():
         found = model([to_tensor(image)])[0]
-    found = {k: v[found['scores'] >= args.threshold] for k, v in found.items()}
+    keep = found['scores'] >= args.threshold
+    found = {k: v[keep] for k, v in found.items()}
     labels = (found['labels'] - model.first_label).tolist()
     names = [model.categories[i] if model.categories else f'class {i}' for i in labels]
     if picture:
