@@ -6,6 +6,13 @@ import signal
 import sys
 from typing import Any, Dict, List, Optional
 
+from huggingface_hub.utils import disable_progress_bars, logging
+
+from pvt_timm.cli.errors import Parser, run_command
+
+from .converter import convert, inspect
+from .upload import check_repo, publish, push
+
 __all__ = ['main']
 
 _EPILOG = '''\
@@ -14,8 +21,8 @@ _EPILOG = '''\
 '''
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(command: str) -> Parser:
+    parser = Parser(
         prog=f'pvt-convert {command}'.rstrip(),
         description={
             'inspect': 'Show what a PVT v1 checkpoint is.',
@@ -68,10 +75,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     command = argv[0] if argv and argv[0] in ('inspect', 'publish') else ''
     args = vars(_parser(command).parse_args(argv[bool(command):]))
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    from pvt_timm.cli.errors import run_command
-
     logging.set_verbosity_error()  # not a line per attempt
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     as_json, quiet = args.pop('json'), args.pop('quiet')
@@ -83,16 +86,11 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
-    from .converter import inspect
-
     report = inspect(**args)
     print(report.to_json() if as_json else report.to_text())
 
 
 def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
-    from .converter import convert
-    from .upload import check_repo, push
-
     repo, private, dry_run = (args.pop(key) for key in ('push', 'private', 'dry_run'))
     if repo:
         check_repo(repo)
@@ -110,8 +108,6 @@ def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
 
 
 def _publish(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
-    from .upload import publish
-
     say = (lambda line: None) if quiet or as_json else functools.partial(print, flush=True)
     results = publish(args.pop('to'), say=say, **args)
     if as_json:
