@@ -7,9 +7,7 @@ The data are scikit-learn's handwritten digits as an image folder.
 writes `FOLDER/train/<label>/*.png` (1437 images) and `FOLDER/validation/<label>/*.png` (360 held-out ones, 36 of every
 label), 32x32 grey levels. The same files come out every time. Needs scikit-learn and Pillow.
 """
-import argparse
-import os
-import tempfile
+import sys
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
 
@@ -48,48 +46,35 @@ test_pvt.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a
 
 
 def write_digits(output: Union[str, Path]) -> Path:
-    """Write the image folder `output`, created if it is not there, and return it.
-
-    Raises:
-        FileExistsError: The folder holds a split already.
-    """
+    """Write the image folder `output`, and return it. A folder that holds a split already is left alone."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    output = Path(output)
     digits = load_digits()
-    for split in ('train', 'validation'):
-        if (output / split).exists():
-            raise FileExistsError(f'Expected a folder without {split!r}, but {output / split} exists.')
-    output.mkdir(parents=True, exist_ok=True)
+    folders = [Path(output, split) for split in ('train', 'validation')]
+    for folder in folders:
+        folder.mkdir(parents=True)
     # from 8x8 grey levels 0 to 16, bilinear in float64, so that all versions of the libraries write the same
     large = F.interpolate(torch.from_numpy(digits.images)[:, None].double(), scale_factor=4, mode='bilinear')[:, 0]
     images = (large * 255 / 16 + 0.5).byte().numpy()
     rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
-    # written aside first, so that a split is there completely or not at all
-    with tempfile.TemporaryDirectory(prefix='.digits-', dir=output) as aside:
-        for label in range(10):
-            for n, i in enumerate(rng.permutation(np.flatnonzero(digits.target == label))):
-                folder = Path(aside, 'validation' if n < HELD_OUT_PER_LABEL else 'train', str(label))
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(images[i]).save(folder / f'{i:04d}.png')
-        for split in os.listdir(aside):
-            os.replace(Path(aside, split), output / split)
-    return output
+    for label in range(10):
+        for folder in folders:
+            (folder / str(label)).mkdir()
+        for n, i in enumerate(rng.permutation(np.flatnonzero(digits.target == label))):
+            Image.fromarray(images[i]).save(folders[n < HELD_OUT_PER_LABEL] / str(label) / f'{i:04d}.png')
+    return Path(output)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    from .cli.errors import Parser, run_command
+
+    parser = Parser(
         prog='python -m pvt_timm.digits', description="Write scikit-learn's handwritten digits as an image folder.")
     parser.add_argument('output', metavar='FOLDER', help='folder to write train/ and validation/ into')
-    args = parser.parse_args(argv)
-    try:
-        folder = write_digits(args.output)
-    except (ImportError, OSError) as e:
-        parser.exit(2, f'Cannot write the digits to {args.output}: {e}\n')
-    train, validation = (len(list((folder / split).glob('*/*.png'))) for split in ('train', 'validation'))
-    print(f'{folder}: {train} images in train, {validation} in validation')
+    output = parser.parse_args(argv).output
+    return run_command(parser.prog, lambda: print(f'{write_digits(output)}: train and validation'))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

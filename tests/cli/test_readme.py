@@ -130,7 +130,7 @@ def run(argv, request):
     elif argv[0] == 'pvt-convert':
         assert convert_main(argv[1:]) in (0, None), argv
     elif argv[:3] == ['python', '-m', 'pvt_timm.digits']:
-        pvt_timm.digits.main(argv[3:])
+        assert pvt_timm.digits.main(argv[3:]) == 0, argv
     else:
         line = ' '.join(argv)
         assert any(line.startswith(start) for start in NOT_RUN), line
