@@ -20,7 +20,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 import pvt_timm  # noqa: F401
-from pvt_timm.cli.errors import UserError, run_command
+from pvt_timm.cli.errors import run_command
 from pvt_timm.cli.predict import load_model, open_image
 from pvt_timm.files import save_atomically
 from pvt_timm.pvt import TOP1
@@ -45,7 +45,7 @@ class Images(torch.utils.data.Dataset):
         path, label = self.samples[index]
         try:
             return self.transform(open_image(path)), label
-        except UserError as e:
+        except ValueError as e:
             return str(e), label
 
 
@@ -60,15 +60,15 @@ def find_samples(data_dir: os.PathLike, split: str, num_classes: int) -> List[Tu
     """Files and labels of a split.
 
     Raises:
-        UserError: The folders are not as many as the model has classes.
+        ValueError: The folders are not as many as the model has classes.
     """
     names = [split, 'val'] if split == 'validation' else [split]
     folder = next((Path(data_dir, name) for name in names if Path(data_dir, name).is_dir()), None)
     if folder is None:
-        raise UserError(f"Expected {data_dir} to hold a folder '{split}' with one folder of images per class")
+        raise ValueError(f"Expected {data_dir} to hold a folder '{split}' with one folder of images per class")
     samples, classes = find_images_and_targets(str(folder))
     if len(classes) != num_classes or '' in classes:
-        raise UserError(
+        raise ValueError(
             f'Expected {num_classes} folders of images in {folder}, one per class of the model, got {len(classes)}')
     return samples
 
@@ -98,7 +98,7 @@ def evaluate(
         `top1` and `top5` in percent, `images`, `seconds`.
 
     Raises:
-        UserError: An image that cannot be read, wrong folders, no weights.
+        ValueError: An image that cannot be read, wrong folders, no weights.
     """
     if checkpoint is None:
         model = load_model(name).model
@@ -114,10 +114,10 @@ def evaluate(
     start = time.monotonic()
     for images, labels in loader:
         if labels is None:
-            raise UserError(f'{images[0]} (no score without it)')
+            raise ValueError(f'{images[0]} (no score without it)')
         logits = model(images.to(device)).float().cpu()
         if not logits.isfinite().all():
-            raise UserError(f'{name} gives values that are not finite')
+            raise ValueError(f'{name} gives values that are not finite')
         found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         right1 += int(found[:, 0].sum())
         right5 += int(found.sum())
@@ -146,12 +146,12 @@ def compare(args: argparse.Namespace) -> int:
     results: Dict[str, Any] = {}
     unknown = [m for m in args.models if m not in PUBLISHED]
     if unknown:
-        raise UserError(f'No published top-1 for {", ".join(unknown)}, there is {", ".join(PUBLISHED)}')
+        raise ValueError(f'No published top-1 for {", ".join(unknown)}, there is {", ".join(PUBLISHED)}')
     checkpoints = args.checkpoints or [None] * len(args.models)
     if len(checkpoints) != len(args.models):
-        raise UserError(f'Expected one checkpoint for each of {len(args.models)} models, got {len(checkpoints)}')
+        raise ValueError(f'Expected one checkpoint for each of {len(args.models)} models, got {len(checkpoints)}')
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f'No such folder: {Path(args.json).parent}')
+        raise ValueError(f'No such folder: {Path(args.json).parent}')
     print(f'{"model":20s} {"top-1":>7s} {"published":>10s} {"difference":>11s} {"top-5":>7s}')
     for name, checkpoint in zip(args.models, checkpoints):
         r = evaluate(name, args.data_dir, args.split, checkpoint, args.device, args.batch_size, args.workers)

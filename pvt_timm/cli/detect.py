@@ -3,10 +3,9 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-import timm
 import torch
 from PIL import Image, ImageColor
 from torchvision.transforms.functional import to_tensor
@@ -16,67 +15,43 @@ from ..detection import (
     describe_heads, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, retinanet_coco, retinanet_from_mmdet)
 from ..files import read_checkpoint, save_atomically
 from ..segmentation import semantic_fpn_from_mmseg
-from .errors import UserError, clean
+from .errors import clean
 from .pictures import new_figure
 from .predict import open_image
 
-__all__ = ['add_detect', 'add_segment', 'draw_detections', 'draw_segments']
+__all__ = ['draw_detections', 'draw_segments', 'run_detect', 'run_segment']
 
 Rows = List[Dict[str, Any]]
 
-_DETECTORS = {
-    'RetinaNet': retinanet_from_mmdet, 'Faster R-CNN': faster_rcnn_from_mmdet, 'Mask R-CNN': mask_rcnn_from_mmdet}
-_SEGMENTERS = {'Semantic FPN': semantic_fpn_from_mmseg}
+_DETECTORS = {'Faster R-CNN': faster_rcnn_from_mmdet, 'Mask R-CNN': mask_rcnn_from_mmdet}
 # Told apart by most people with a colour deficiency too, and white text can be read on them
 _COLORS = ('#d1495b', '#1f77b4', '#2a8c55', '#8e5bb5', '#b8741a', '#17808a', '#c2488f', '#5f6b2d', '#4455a8', '#7a4b3a')
-_PUBLISHED = '.retinanet_coco'  # the tag of the models whose detector is published
 
 
-def add_detect(subparsers: Any) -> None:
-    parser = _add_parser(subparsers, 'detect', 'find the objects in images')
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument('--model', default='pvt_small', type=lambda name: name.removesuffix(_PUBLISHED),
-                       choices=[name.removesuffix(_PUBLISHED) for name in timm.list_pretrained(f'*{_PUBLISHED}')],
-                       help="OpenMMLab's RetinaNet on this one, trained on COCO (default pvt_small)")
-    which.add_argument('--checkpoint', metavar='FILE',
-                       help='a RetinaNet, Faster or Mask R-CNN of mmdetection or of the original code')
-    parser.add_argument('--threshold', type=float, default=0.5, help='lowest score of an object (default 0.5)')
-    parser.set_defaults(find=_detect, key='objects', loaders=_DETECTORS)
+def run_detect(args: argparse.Namespace) -> None:
+    _run(args, _load_detector, _detect, 'objects')
 
 
-def add_segment(subparsers: Any) -> None:
-    parser = _add_parser(subparsers, 'segment', 'assign a class to every pixel of images')
-    parser.add_argument('--checkpoint', required=True, metavar='FILE',
-                        help='a Semantic FPN of mmsegmentation or of the original code')
-    parser.set_defaults(find=_segment, key='classes', loaders=_SEGMENTERS)
+def run_segment(args: argparse.Namespace) -> None:
+    _run(args, lambda args: semantic_fpn_from_mmseg(args.checkpoint, args.prefix), _segment, 'classes')
 
 
-def _add_parser(subparsers: Any, name: str, what: str) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(name, help=what)
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
-    parser.add_argument('--prefix', help='what stands before the names of the backbone, if the file has several')
-    parser.add_argument('--output', type=Path, metavar='DIR', help='folder for pictures, one per image')
-    parser.add_argument('--json', action='store_true', help='for machines')
-    parser.set_defaults(func=run)
-    return parser
-
-
-def run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, load: Callable[..., Any], find: Callable[..., Rows], key: str) -> None:
     for path in args.images:  # before weights are read or downloaded
         os.stat(path)
     pictures = {path: args.output / f'{Path(path).stem}_{args.command}.png' for path in args.images if args.output}
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         if len(set(pictures.values())) < len(args.images):
-            raise UserError('Expected images of different names, as their pictures are called after them')
-    model = _load(args)
+            raise ValueError('Expected images of different names, as their pictures are called after them')
+    model = load(args)
     results = []
     for path in args.images:
         image = open_image(path)
-        rows = args.find(model, image, args, pictures.get(path))
-        results.append({'image': path, 'width': image.width, 'height': image.height, args.key: rows})
+        rows = find(model, image, args, pictures.get(path))
+        results.append({'image': path, 'width': image.width, 'height': image.height, key: rows})
         if not args.json:
-            print(f'{path}: {len(rows)} {args.key}' + (f', drawn in {pictures[path]}' if pictures else ''))
+            print(f'{path}: {len(rows)} {key}' + (f', drawn in {pictures[path]}' if pictures else ''))
             for row in rows:
                 at = '  at ' + ', '.join(f'{x:.0f}' for x in row['box']) if 'box' in row else ''
                 print(f'  {row.get("score", row.get("share")):6.1%}  {clean(row["name"])}{at}', flush=True)
@@ -84,16 +59,13 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(dict(model=type(model).__name__.removeprefix('Pvt'), images=results), indent=2))
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load_detector(args: argparse.Namespace) -> Any:
     if not args.checkpoint:
-        return retinanet_coco(args.model)
+        return retinanet_coco(args.model.removesuffix('.retinanet_coco'))
     checkpoint = read_checkpoint(args.checkpoint)
-    kind, _ = describe_heads(unwrap(checkpoint)[0]) or ('something else', 0)
-    if kind not in args.loaders:
-        raise UserError(
-            f'Expected a {" or ".join(args.loaders)} of OpenMMLab or the original code for `{args.command}`, '
-            f'{args.checkpoint} holds: {kind}')
-    return args.loaders[kind](checkpoint, prefix=args.prefix)
+    kind, _ = describe_heads(unwrap(checkpoint)[0]) or ('', 0)
+    # whatever else it is, RetinaNet refuses it by its name
+    return _DETECTORS.get(kind, retinanet_from_mmdet)(checkpoint, prefix=args.prefix)
 
 
 def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:

@@ -10,17 +10,13 @@ from typing import Any, Callable, NoReturn, Optional, Tuple, Type
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-__all__ = ['EXPECTED', 'Parser', 'UserError', 'clean', 'one_line', 'run_command']
-
-
-class UserError(Exception):
-    """Something that the user can put right. The message says what and how."""
+__all__ = ['EXPECTED', 'Parser', 'clean', 'one_line', 'run_command']
 
 
 # What files, networks and arguments make the libraries raise. The hub's error derives from that of the HTTP client
 # in use, which changes with its version and is the base of the transport errors too.
 EXPECTED: Tuple[Type[BaseException], ...] = (
-    UserError, ValueError, OSError, RuntimeError, AssertionError, MemoryError, ImportError,
+    ValueError, OSError, RuntimeError, AssertionError, MemoryError, ImportError,
     SafetensorError, pickle.UnpicklingError, http.client.HTTPException,
     *(kind for kind in HfHubHTTPError.__mro__ if kind not in (Exception, BaseException, object)),
 )

@@ -1,30 +1,26 @@
 """ Command line: `python -m pvt_timm` or `pvt-timm`. """
+import argparse
 import logging
 import runpy
 import sys
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
+from ..recipes import RECIPES
 from ..version import __version__
-from .detect import add_detect, add_segment
+from .detect import run_detect, run_segment
 from .errors import Parser, run_command
-from .predict import add_demo, add_features, add_list, add_predict
-from .train import add_run, add_train
+from .predict import DEFAULT_MODEL, run_demo, run_features, run_list, run_predict
+from .train import run_run, run_train
 
 __all__ = ['main']
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line `argv`, by default that of the process. Returns the exit code, see `run_command`."""
-    parser = Parser(prog='pvt-timm', description='Pyramid Vision Transformer (v1) for timm.')
-    parser.add_argument('--version', action='version', version=f'pvt-timm {__version__}')
-    parser.set_defaults(func=lambda args: parser.print_help())
-    subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
-    for add in (add_demo, add_list, add_predict, add_features, add_detect, add_segment, add_train, add_run):
-        add(subparsers)
     argv = list(sys.argv[1:] if argv is None else argv)
     own = 2 if argv[:1] in (['train'], ['run']) else len(argv)  # the rest belongs to the script
-    args = parser.parse_args(join_img_size(argv[:own]))
+    args = _parser().parse_args(join_img_size(argv[:own]))
     args.script_args = argv[own:]
     script: List[str] = []  # a command that starts one returns its command line
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries and hints, the error itself follows
@@ -32,6 +28,78 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if script:
         run_script(script)  # whose errors are its own
     return code
+
+
+def _parser() -> Parser:
+    parser = Parser(prog='pvt-timm', description='Pyramid Vision Transformer (v1) for timm.')
+    parser.add_argument('--version', action='version', version=f'pvt-timm {__version__}')
+    parser.set_defaults(func=lambda args: parser.print_help())
+    subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
+
+    def add(name: str, func: Callable[[argparse.Namespace], Any], what: str, **kwargs: Any) -> Any:
+        command = subparsers.add_parser(name, help=what, **kwargs)
+        command.set_defaults(func=func)
+        return command
+
+    images = Parser(add_help=False)
+    images.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    images.add_argument('--json', action='store_true', help='for machines')
+    model = Parser(add_help=False)
+    model.add_argument(
+        '--model', help='name with or without tag, see `list`, or hf-hub:OWNER/REPO '
+        f'(default {DEFAULT_MODEL}, or what the checkpoint is)')
+    model.add_argument(
+        '--checkpoint', metavar='SOURCE', help='weights: a file of any known format, a folder of timm or transformers, '
+        'a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default the published ones)')
+    model.add_argument('--prefix', help='what stands before the names of the weights, if the checkpoint has several')
+    model.add_argument(
+        '--img-size', type=image_size, metavar='N | H W', help='size that the model sees (default that of training)')
+    drawn = Parser(add_help=False)
+    drawn.add_argument('--prefix', help='what stands before the names of the backbone, if the file has several')
+    drawn.add_argument('--output', type=Path, metavar='DIR', help='folder for pictures, one per image')
+
+    demo = add('demo', run_demo, 'classify handwritten digits and draw their features, without network')
+    demo.add_argument('--output', default='pvt_demo', metavar='DIR', help='folder to write to (default pvt_demo)')
+    add('list', run_list, 'models, their cost, accuracy and where the weights come from')
+    predict = add('predict', run_predict, 'classify images', parents=[images, model])
+    predict.add_argument(
+        '--labels', metavar='FILE', help='names of the classes: one a line, or JSON (default those that the weights '
+        'come with)')
+    predict.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show (default 5)')
+    features = add('features', run_features, 'draw the feature pyramid of an image', parents=[model])
+    features.add_argument('image', metavar='IMAGE', help='image file')
+    features.add_argument('--output', required=True, metavar='FILE', help='picture to write (.png, .pdf, .svg ...)')
+    features.add_argument('--save', metavar='FILE', help='also write the features (.safetensors)')
+    detect = add('detect', run_detect, 'find the objects in images', parents=[images, drawn])
+    which = detect.add_mutually_exclusive_group()
+    which.add_argument(
+        '--model', default='pvt_small',
+        help="pvt_tiny, pvt_small (default) or pvt_medium, for OpenMMLab's RetinaNet on it, trained on COCO")
+    which.add_argument(
+        '--checkpoint', metavar='FILE', help='a RetinaNet, Faster or Mask R-CNN of mmdetection or of the original code')
+    detect.add_argument('--threshold', type=float, default=0.5, help='lowest score of an object (default 0.5)')
+    segment = add('segment', run_segment, 'assign a class to every pixel of images', parents=[images, drawn])
+    segment.add_argument(
+        '--checkpoint', required=True, metavar='FILE', help='a Semantic FPN of mmsegmentation or of the original code')
+    train = add(
+        'train', run_train, "run timm's train.py, with recovery", usage='%(prog)s [-h] SCRIPT [ARGS ...]',
+        description="Run timm's train.py with ARGS and the models registered. --config also takes the name of a recipe "
+                    f'({", ".join(RECIPES)}). Device and mixed precision are what the machine has unless ARGS '
+                    'say it. Goes on after the last epoch if the folder of the experiment holds a checkpoint (--resume '
+                    'FILE for another one), and keeps the names of the classes there.')
+    train.add_argument('script', metavar='SCRIPT', help="timm's train.py")
+    run = add(
+        'run', run_run, 'run a Python script with the models registered', usage='%(prog)s [-h] SCRIPT [ARGS ...]',
+        description="Run a Python script, such as timm's validate.py, as `python SCRIPT ARGS ...` would, with the "
+                    'models registered. For several processes: torchrun --nproc-per-node=2 -m pvt_timm run SCRIPT')
+    run.add_argument('script', metavar='SCRIPT', help='the script')
+    return parser
+
+
+def image_size(text: str) -> Tuple[int, int]:
+    """'N' or 'HxW' to height and width."""
+    height, _, width = text.partition('x')
+    return int(height), int(width or height)
 
 
 def join_img_size(argv: Sequence[str]) -> List[str]:

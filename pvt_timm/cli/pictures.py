@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..files import save_atomically
-from .errors import UserError
 
 __all__ = ['draw_pyramid', 'false_colour', 'new_figure', 'pca']
 
@@ -21,7 +20,7 @@ def new_figure(**kwargs: Any) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise UserError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
+        raise ImportError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
     return Figure(dpi=150, **kwargs)
 
 

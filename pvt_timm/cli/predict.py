@@ -22,10 +22,10 @@ from .. import digits, pvt
 from ..files import save_atomically
 from ..labels import labels_in, read_labels
 from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, checkpoint_filter_fn
-from .errors import EXPECTED, UserError, clean, one_line
+from .errors import EXPECTED, clean, one_line
 from .pictures import draw_pyramid
 
-__all__ = ['add_demo', 'add_features', 'add_list', 'add_predict', 'extract', 'load_model', 'open_image', 'predict']
+__all__ = ['extract', 'load_model', 'open_image', 'predict', 'run_demo', 'run_features', 'run_list', 'run_predict']
 
 _logger = logging.getLogger(__name__)
 
@@ -59,16 +59,16 @@ def load_model(
         prefix: What stands before the names of the weights, needed where the checkpoint holds several PVTs.
 
     Raises:
-        UserError: The model is not known, or has no (fitting) weights, or `img_size` has more pixels than Pillow's
+        ValueError: The model is not known, or has no (fitting) weights, or `img_size` has more pixels than Pillow's
             limit for images. What the libraries raise where weights cannot be had or read is left alone.
     """
     if img_size and math.prod(img_size) > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise UserError(f'Expected a size of {Image.MAX_IMAGE_PIXELS} pixels at most, got {img_size}')
+        raise ValueError(f'Expected a size of {Image.MAX_IMAGE_PIXELS} pixels at most, got {img_size}')
     if checkpoint is None and model is not None and model.startswith('hf-hub:'):
         model, checkpoint = None, model
     variant = split_model_name_tag(model)[0] if model else None
     if variant not in (None, *VARIANTS):
-        raise UserError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
+        raise ValueError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
     kwargs: Dict[str, Any] = dict(class_token=False, num_classes=0, global_pool='avg') if dense else {}
     if checkpoint is None:
         name, network = _load_published(model or DEFAULT_MODEL, kwargs)
@@ -83,13 +83,13 @@ def load_model(
             network.load_state_dict(checkpoint_filter_fn(weights.state_dict, network))
             name, cfg = f'{weights.variant} from {Path(weights.source.name).name}', weights.cfg
     if not dense and not network.num_classes:
-        raise UserError(f'{name} {_NO_HEAD}')
+        raise ValueError(f'{name} {_NO_HEAD}')
 
     data = resolve_model_data_config(network, pretrained_cfg=cfg)
     if network.in_chans not in (1, 3):
-        raise UserError(f'Expected a model for images with 1 or 3 channels, {name} takes {network.in_chans}')
+        raise ValueError(f'Expected a model for images with 1 or 3 channels, {name} takes {network.in_chans}')
     if not all(value.isfinite().all() for value in network.state_dict().values()):
-        raise UserError(f'{name} has weights that are not finite, it is damaged')
+        raise ValueError(f'{name} has weights that are not finite, it is damaged')
     data['input_size'] = (network.in_chans, *(img_size or data['input_size'][1:]))
     names = next((x for x in map(labels_in, (cfg, network.pretrained_cfg)) if x and len(x) == network.num_classes), [])
     if not names and network.num_classes == 1000:
@@ -101,19 +101,19 @@ def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
     cfg: Any = get_pretrained_cfg(name)
     name = f'{split_model_name_tag(name)[0]}.{cfg.tag}'
     if not kwargs and cfg.num_classes == 0:  # before it is downloaded
-        raise UserError(f'{name} {_NO_HEAD}')
+        raise ValueError(f'{name} {_NO_HEAD}')
     try:
         return name, timm.create_model(name, pretrained=True, **kwargs)
     except EXPECTED as e:
         cure = f' (--checkpoint FILE takes a download of {cfg.url}, `pvt-timm demo` and --model test_pvt need none)'
-        raise UserError(f'Cannot load {name}: {one_line(e, 500)}{cure if cfg.url else ""}') from e
+        raise ValueError(f'Cannot load {name}: {one_line(e, 500)}{cure if cfg.url else ""}') from e
 
 
 def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
     """Open an image upright, as RGB or grey levels.
 
     Raises:
-        UserError: There is no such file, or it is not an image, or damaged, or too thin to be resized.
+        ValueError: There is no such file, or it is not an image, or damaged, or too thin to be resized.
     """
     try:
         with Image.open(path) as image:
@@ -125,7 +125,7 @@ def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
                 image = image.point(lambda v: v / 257).convert('L')
             return image.convert('RGB' if channels == 3 else 'L')
     except Exception as e:  # the readers of damaged files raise all sorts
-        raise UserError(f'Cannot read the image {path}: {one_line(e)}') from e
+        raise ValueError(f'Cannot read the image {path}: {one_line(e)}') from e
 
 
 @torch.inference_mode()
@@ -165,36 +165,6 @@ def extract(
 
 # the commands ---------------------------------------------------------------------------------------------------------
 
-def image_size(text: str) -> Tuple[int, int]:
-    """'N' or 'HxW' to height and width."""
-    height, _, width = text.partition('x')
-    return int(height), int(width or height)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--model', help='name with or without tag, see `list`, or hf-hub:OWNER/REPO '
-        f'(default {DEFAULT_MODEL}, or what the checkpoint is)')
-    parser.add_argument(
-        '--checkpoint', metavar='SOURCE', help='weights: a file of any known format, a folder of timm or transformers, '
-        'a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default the published ones)')
-    parser.add_argument('--prefix', help='what stands before the names of the weights, if the checkpoint has several')
-    parser.add_argument(
-        '--img-size', type=image_size, metavar='N | H W', help='size that the model sees (default that of training)')
-
-
-def add_predict(subparsers: Any) -> None:
-    parser = subparsers.add_parser('predict', help='classify images')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
-    add_model_arguments(parser)
-    parser.add_argument(
-        '--labels', metavar='FILE', help='names of the classes: one a line, or JSON (default those that the weights '
-        'come with)')
-    parser.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show (default 5)')
-    parser.add_argument('--json', action='store_true', help='for machines')
-    parser.set_defaults(func=run_predict)
-
-
 def run_predict(args: argparse.Namespace) -> None:
     for path in args.images:  # before weights are downloaded
         os.stat(path)
@@ -215,15 +185,6 @@ def run_predict(args: argparse.Namespace) -> None:
             model=classifier.name, img_size=classifier.data['input_size'][1:], images=results), indent=2))
 
 
-def add_features(subparsers: Any) -> None:
-    parser = subparsers.add_parser('features', help='draw the feature pyramid of an image')
-    parser.add_argument('image', metavar='IMAGE', help='image file')
-    add_model_arguments(parser)
-    parser.add_argument('--output', required=True, metavar='FILE', help='picture to write (.png, .pdf, .svg ...)')
-    parser.add_argument('--save', metavar='FILE', help='also write the features (.safetensors)')
-    parser.set_defaults(func=run_features)
-
-
 def run_features(args: argparse.Namespace) -> None:
     for path in (args.image, *(Path(p).absolute().parent for p in (args.output, args.save) if p)):
         os.stat(path)  # before weights are downloaded
@@ -236,12 +197,6 @@ def run_features(args: argparse.Namespace) -> None:
         content = save({f'stage{i}': f for i, f in enumerate(features)}, metadata={'model': classifier.name})
         save_atomically(args.save, lambda f: f.write(content))
         print(f'{args.save}: {", ".join(f"stage{i}" for i in range(len(features)))}')
-
-
-def add_demo(subparsers: Any) -> None:
-    parser = subparsers.add_parser('demo', help='classify handwritten digits and draw their features, without network')
-    parser.add_argument('--output', default='pvt_demo', metavar='DIR', help='folder to write to (default pvt_demo)')
-    parser.set_defaults(func=run_demo)
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -275,11 +230,6 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f'Features of all of them as one image of {sheet.height}x{sheet.width} (height x width): {picture}')
     print(f'\nNext, with your own image (weights come from the Hugging Face Hub):\n'
           f'  python -m pvt_timm predict photo.jpg --model {DEFAULT_MODEL}')
-
-
-def add_list(subparsers: Any) -> None:
-    parser = subparsers.add_parser('list', help='models, their cost, accuracy and where the weights come from')
-    parser.set_defaults(func=run_list)
 
 
 def run_list(args: argparse.Namespace) -> None:

@@ -17,35 +17,15 @@ from timm.utils import natural_key
 from ..files import read_checkpoint, save_atomically
 from ..labels import LABELS_FILE
 from ..recipes import RECIPES
-from .errors import Parser, UserError, one_line
+from .errors import Parser, one_line
 
-__all__ = ['add_run', 'add_train', 'latest_checkpoint', 'machine_settings']
-
-
-def add_run(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        'run', help='run a Python script with the models registered', usage='%(prog)s [-h] SCRIPT [ARGS ...]',
-        description="Run a Python script, such as timm's validate.py, as `python SCRIPT ARGS ...` would, with the "
-                    'models registered. For several processes: torchrun --nproc-per-node=2 -m pvt_timm run SCRIPT')
-    parser.add_argument('script', metavar='SCRIPT', help='the script')
-    parser.set_defaults(func=run_run)
+__all__ = ['latest_checkpoint', 'machine_settings', 'run_run', 'run_train']
 
 
 def run_run(args: argparse.Namespace) -> List[str]:
     if not Path(args.script).is_file():
-        raise UserError(f'No such script: {args.script}')
+        raise ValueError(f'No such script: {args.script}')
     return [args.script, *args.script_args]
-
-
-def add_train(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        'train', help="run timm's train.py, with recovery", usage='%(prog)s [-h] SCRIPT [ARGS ...]',
-        description="Run timm's train.py with ARGS and the models registered. --config also takes the name of a recipe "
-                    f'({", ".join(RECIPES)}). Device and mixed precision are what the machine has unless ARGS '
-                    'say it. Goes on after the last epoch if the folder of the experiment holds a checkpoint (--resume '
-                    'FILE for another one), and keeps the names of the classes there.')
-    parser.add_argument('script', metavar='SCRIPT', help="timm's train.py")
-    parser.set_defaults(func=run_train)
 
 
 def run_train(args: argparse.Namespace) -> List[str]:
@@ -62,7 +42,7 @@ def run_train(args: argparse.Namespace) -> List[str]:
     settings.update(machine)
     now = {**settings, **given}
     if not now.get('experiment'):
-        raise UserError('Expected --experiment NAME (and --output DIR), the folder to go on from after a crash')
+        raise ValueError('Expected --experiment NAME (and --output DIR), the folder to go on from after a crash')
     folder = Path(now.get('output') or './output/train', now['experiment'])
     if machine:
         _say('on this machine ' + ', '.join(f'{name}: {value}' for name, value in machine.items()))
@@ -93,11 +73,11 @@ def _read_config(config: str) -> Dict[str, Any]:
     """The settings of a YAML file, or of a recipe by its name."""
     file = Path(config) if Path(config).is_file() else RECIPES.get(config)
     if file is None:
-        raise UserError(f"Expected a YAML file or a recipe ({', '.join(RECIPES)}), got '{config}'")
+        raise ValueError(f"Expected a YAML file or a recipe ({', '.join(RECIPES)}), got '{config}'")
     try:
         return {**yaml.safe_load(file.read_text(encoding='utf-8'))}
     except (yaml.YAMLError, TypeError) as e:
-        raise UserError(f'Expected names and values in {config}: {e}') from e
+        raise ValueError(f'Expected names and values in {config}: {e}') from e
 
 
 def machine_settings(settings: Dict[str, Any], given: Dict[str, Any]) -> Dict[str, Any]:
@@ -125,7 +105,7 @@ def latest_checkpoint(folder: Path) -> Optional[Tuple[Path, Dict[str, Any]]]:
     `recovery-*` files are not taken: they are from the middle of an epoch, whose rest train.py would leave out.
 
     Raises:
-        UserError: None of those that are there can be read.
+        ValueError: None of those that are there can be read.
     """
     numbered = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda file: natural_key(file.name), reverse=True)
     broken: List[str] = []
@@ -141,7 +121,7 @@ def latest_checkpoint(folder: Path) -> Optional[Tuple[Path, Dict[str, Any]]]:
                 _say(f'passing over {line}')
             return file, state
     if broken:
-        raise UserError(f'Cannot go on from {broken[0]} (--experiment NAME or an empty folder to start anew)')
+        raise ValueError(f'Cannot go on from {broken[0]} (--experiment NAME or an empty folder to start anew)')
     return None
 
 

@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 
 import pvt_timm
 from pvt_timm.checkpoints import from_timm
-from pvt_timm.cli.errors import UserError, run_command
+from pvt_timm.cli.errors import run_command
 from pvt_timm.cli.main import main
 from pvt_timm.cli.predict import open_image
 
@@ -197,7 +197,7 @@ def test_user_errors(cli, files, tmp_path, argv, says):
 
 
 @pytest.mark.parametrize('error, code, line', [
-    (UserError('a\nb  c'), 2, 'a b c'),
+    (ValueError('a\nb  c'), 2, 'a b c'),
     (ValueError('\x1b[31m \udcff'), 2, '\\x1b[31m \\udcff'),
     (FileNotFoundError(2, 'No such file', 'x'), 2, 'No such file: x'),
     (RuntimeError('x' * 5000), 2, 'x' * 997 + '...'),

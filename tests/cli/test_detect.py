@@ -94,9 +94,9 @@ def test_model_takes_all_that_are_published(cli, folder, monkeypatch):
 
 @pytest.mark.parametrize('args, message', [
     (['detect', 'none.png', '--checkpoint', 'mask_rcnn.pth'], 'No such file or directory: none.png'),
-    (['detect', 'a.png', '--checkpoint', 'segmenter.pth'], 'segmenter.pth holds: Semantic FPN'),
-    (['segment', 'a.png', '--checkpoint', 'mask_rcnn.pth'], 'a Semantic FPN of'),
-    (['detect', 'a.png', '--checkpoint', 'plain.pth'], 'plain.pth holds: something else'),
+    (['detect', 'a.png', '--checkpoint', 'segmenter.pth'], 'got a Semantic FPN'),
+    (['segment', 'a.png', '--checkpoint', 'mask_rcnn.pth'], 'Expected a Semantic FPN, got a Mask R-CNN'),
+    (['detect', 'a.png', '--checkpoint', 'plain.pth'], 'got keys layer.weight'),
     (['detect', 'a.png', '--model', 'pvt_large'], 'pvt_medium'),
     (['detect', 'mask_rcnn.pth', '--checkpoint', 'mask_rcnn.pth'], 'Cannot read the image mask_rcnn.pth'),
     (['detect', 'a.png', 'sub/a.png', '--output', 'x', '--checkpoint', 'mask_rcnn.pth'], 'images of different names'),
