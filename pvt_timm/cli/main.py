@@ -59,7 +59,8 @@ def _parser() -> Parser:
     drawn.add_argument('--output', type=Path, metavar='DIR', help='folder for pictures, one per image')
 
     demo = add('demo', run_demo, 'classify handwritten digits and draw their features, without network')
-    demo.add_argument('--output', default='pvt_demo', metavar='DIR', help='folder to write to (default pvt_demo)')
+    demo.add_argument(
+        '--output', type=Path, default='pvt_demo', metavar='DIR', help='folder to write to (default pvt_demo)')
     add('list', run_list, 'models, their cost, accuracy and where the weights come from')
     predict = add('predict', run_predict, 'classify images', parents=[images, model])
     predict.add_argument(

@@ -1,6 +1,6 @@
 """ Draw feature pyramids as false colour. Needs matplotlib (the `draw` extra). """
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -33,17 +33,10 @@ def pca(features: torch.Tensor) -> torch.Tensor:
 
 
 def false_colour(levels: Sequence[torch.Tensor], image: torch.Tensor) -> List[np.ndarray]:
-    """Feature maps to colours: three principal components of every level as red, green and blue.
+    """Three principal components of every feature map (C, H, W) as red, green and blue (H, W, 3), 0 to 1.
 
     A component's sign is free. It is chosen so that every level looks most like the one before it, the first one like
-    the image, so that a colour keeps its meaning down the pyramid as far as it can.
-
-    Args:
-        levels: Feature maps (C, H, W), the finest first.
-        image: The image (3, H, W).
-
-    Returns:
-        Colours (H, W, 3) between 0 and 1 for every level.
+    the image (3, H, W), so that a colour keeps its meaning down the pyramid as far as it can.
     """
     colours = []
     before = image.double().mean(0, keepdim=True).expand(3, -1, -1)
@@ -61,23 +54,23 @@ def false_colour(levels: Sequence[torch.Tensor], image: torch.Tensor) -> List[np
 
 
 def draw_pyramid(
-        image: Image.Image, features: Sequence[torch.Tensor], output: Union[str, Path], title: Optional[str] = None,
-        img_size: Optional[Tuple[int, int]] = None, note: str = '', cells: Tuple[int, int] = (1, 1)) -> None:
+        image: Image.Image, features: Sequence[torch.Tensor], img_size: Tuple[int, int], output: Union[str, Path],
+        title: str, note: str = '', cells: Tuple[int, int] = (1, 1)) -> None:
     """Draw an image and its four feature levels, each labelled with stride, channels, height and width.
 
     Args:
         image: All of it as the model saw it, at any size.
         features: Feature maps (C, H, W), the finest first.
+        img_size: Height and width that the model saw.
         output: File to write, its extension says the format (png, pdf, svg, jpg...).
         title: Line above everything.
-        img_size: Height and width that the model saw, those of `image` by default.
         note: Line below everything, before what the colours are.
         cells: Rows and columns of an image that is a sheet of images, to draw lines between them.
     """
     image = image.convert('RGB')
     image.thumbnail((2000, 2000))
     rgb = np.array(image)
-    height, width = img_size or rgb.shape[:2]
+    height, width = img_size
     panels = {'I': (f'image\n{height} × {width} pixels', rgb)}
     colours = false_colour(features, torch.from_numpy(rgb).permute(2, 0, 1))
     for i, (level, colour) in enumerate(zip(features, colours)):

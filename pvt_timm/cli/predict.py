@@ -18,7 +18,8 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import digits, pvt
+from weights_conversion.reading import is_finite, read_weights
+
 from ..files import save_atomically
 from ..labels import labels_in, read_labels
 from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, checkpoint_filter_fn
@@ -47,16 +48,10 @@ def load_model(
         model: Optional[str] = None, checkpoint: Optional[Union[str, Path]] = None, dense: bool = False,
         img_size: Optional[Tuple[int, int]] = None, labels: Optional[Union[str, Path]] = None,
         prefix: Optional[str] = None) -> Classifier:
-    """Create a model with its weights, never with random ones.
+    """A model with its weights, never with random ones. Arguments are the options of `pvt-timm predict`.
 
     Args:
-        model: Name, with or without a tag, or 'hf-hub:owner/repo'. With a checkpoint it may be left out, as the
-            checkpoint says what it is.
-        checkpoint: File in any known format, folder with one, url, or 'hf-hub:owner/repo[@revision][:file]'.
         dense: For features: without class token, final norm and head.
-        img_size: Height and width to prepare images for, by default those that the weights were trained with.
-        labels: File with the names of the classes, instead of those that the weights come with.
-        prefix: What stands before the names of the weights, needed where the checkpoint holds several PVTs.
 
     Raises:
         ValueError: The model is not known, or has no (fitting) weights, or `img_size` has more pixels than Pillow's
@@ -70,31 +65,30 @@ def load_model(
     if variant not in (None, *VARIANTS):
         raise ValueError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
     kwargs: Dict[str, Any] = dict(class_token=False, num_classes=0, global_pool='avg') if dense else {}
+    notes: List[str] = []
     if checkpoint is None:
         name, network = _load_published(model or DEFAULT_MODEL, kwargs)
-        cfg = dict(network.pretrained_cfg, label_names=read_labels(labels, network.num_classes)) if labels else None
     else:
-        from weights_conversion.reading import read_weights
-
-        with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
-            for note in weights.notes:
-                _logger.warning(f'{weights.source.file.name}: {note}')
-            network = weights.create_model(**kwargs)
+        with read_weights(checkpoint, model=variant, prefix=prefix, img_size=img_size) as weights:
+            network = weights.create_model(pretrained_cfg_overlay=weights.cfg, **kwargs)
             network.load_state_dict(checkpoint_filter_fn(weights.state_dict, network))
-            name, cfg = f'{weights.variant} from {Path(weights.source.name).name}', weights.cfg
+            name, notes = f'{weights.variant} from {Path(weights.source.name).name}', weights.notes
     if not dense and not network.num_classes:
         raise ValueError(f'{name} {_NO_HEAD}')
-
-    data = resolve_model_data_config(network, pretrained_cfg=cfg)
     if network.in_chans not in (1, 3):
         raise ValueError(f'Expected a model for images with 1 or 3 channels, {name} takes {network.in_chans}')
-    if not all(value.isfinite().all() for value in network.state_dict().values()):
+    if not all(map(is_finite, network.state_dict().values())):
         raise ValueError(f'{name} has weights that are not finite, it is damaged')
+
+    data = resolve_model_data_config(network)
     data['input_size'] = (network.in_chans, *(img_size or data['input_size'][1:]))
-    names = next((x for x in map(labels_in, (cfg, network.pretrained_cfg)) if x and len(x) == network.num_classes), [])
-    if not names and network.num_classes == 1000:
-        names = list(ImageNetInfo().label_descriptions())
-    return Classifier(network.eval(), name, data, names or [f'class {i}' for i in range(network.num_classes)])
+    count = network.num_classes
+    names = read_labels(labels, count) if labels else labels_in(network.pretrained_cfg)
+    if names is None or len(names) != count:
+        names = list(ImageNetInfo().label_descriptions()) if count == 1000 else [f'class {i}' for i in range(count)]
+    for note in notes:
+        _logger.warning(f'{name}: {note}')
+    return Classifier(network.eval(), name, data, names)
 
 
 def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
@@ -141,16 +135,9 @@ def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[T
 def extract(
         classifier: Classifier, image: Image.Image, img_size: Optional[Tuple[int, int]] = None,
 ) -> Tuple[List[torch.Tensor], Tuple[int, int]]:
-    """Dense features of a whole image.
+    """Feature maps (C, H, W) of a whole image, from a dense model, and the height and width that it was resized to.
 
-    Args:
-        classifier: From `load_model(..., dense=True)`.
-        image: The image, it is not cropped.
-        img_size: Height and width to resize it to. By default its shorter side gets the training size and the
-            longer one keeps the aspect to within 32 pixels.
-
-    Returns:
-        Feature map (C, H, W) of every stage, and the height and width that the image was resized to.
+    That is `img_size`. By default the shorter side gets the training size, and the aspect stays to within 32 pixels.
     """
     model, data = classifier.model, classifier.data
     if img_size is None:
@@ -191,7 +178,7 @@ def run_features(args: argparse.Namespace) -> None:
     classifier = load_model(args.model, args.checkpoint, dense=True, img_size=args.img_size, prefix=args.prefix)
     image = open_image(args.image, classifier.data['input_size'][0])
     features, size = extract(classifier, image, args.img_size)
-    draw_pyramid(image, features, args.output, title=classifier.name, img_size=size)
+    draw_pyramid(image, features, size, args.output, classifier.name)
     print(f'{args.output}: {", ".join("x".join(map(str, f.shape)) for f in features)}')
     if args.save:
         content = save({f'stage{i}': f for i, f in enumerate(features)}, metadata={'model': classifier.name})
@@ -200,12 +187,10 @@ def run_features(args: argparse.Namespace) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    picture = Path(args.output) / 'pyramid.png'
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    picture = args.output / 'pyramid.png'
     classifier = load_model('test_pvt')
-    by_digit: Dict[str, List[Image.Image]] = {}
-    for file in sorted(DIGITS.glob('*.png')):  # named <label>_<index in scikit-learn's digits>.png
-        by_digit.setdefault(file.name.partition('_')[0], []).append(open_image(file))
+    by_digit = {str(i): [open_image(file) for file in sorted(DIGITS.glob(f'{i}_*.png'))] for i in range(10)}
     count = sum(map(len, by_digit.values()))
     print(f'{classifier.name}: {count} handwritten digits that were held out of its training\n')
     print('digit  predicted  probability of each')
@@ -224,7 +209,7 @@ def run_demo(args: argparse.Namespace) -> None:
     sheet = Image.fromarray(np.hstack([np.vstack([*map(np.asarray, images)]) for images in by_digit.values()]))
     backbone = load_model('test_pvt', dense=True)
     draw_pyramid(
-        sheet, extract(backbone, sheet, (sheet.height, sheet.width))[0], picture, title=backbone.name,
+        sheet, *extract(backbone, sheet, (sheet.height, sheet.width)), picture, backbone.name,
         cells=(len(by_digit['0']), len(by_digit)),
         note=f'{count} handwritten digits, a column each for 0 to 9. At stride 32 a digit is one position.')
     print(f'Features of all of them as one image of {sheet.height}x{sheet.width} (height x width): {picture}')
@@ -234,16 +219,15 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_list(args: argparse.Namespace) -> None:
     print(f'{"model":<26} {"params":>8} {"GMACs":>7}  {"at":<7} {"top-1":>6}  weights')
-    tagged = {f'{name}.{tag}': cfg for name, default in {**pvt.default_cfgs, **digits.default_cfgs}.items()
-              for tag, cfg in default.cfgs.items()}
-    for name, cfg in tagged.items():
+    for name in (name for variant in VARIANTS for name in timm.list_models(variant, include_tags=True)):
+        cfg: Any = get_pretrained_cfg(name)
         model = timm.create_model(name, num_classes=cfg.num_classes, device='meta', weight_init='skip')
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             model.eval()(torch.empty(1, *cfg.input_size, device='meta'))
         params, gmacs = sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
         weights = cfg.hf_hub_id and f'hf-hub:{cfg.hf_hub_id}', cfg.url, cfg.file and 'in the package'
-        label = name if any(weights) else name.partition('.')[0]
         decimals = 2 if gmacs > 0.01 else 4
-        print(f'{label:<26} {params:6.2f} M {gmacs:7.{decimals}f}  {"x".join(map(str, cfg.input_size[1:])):<7} '
+        size = 'x'.join(map(str, cfg.input_size[1:]))
+        print(f'{name.removesuffix(".untrained"):<26} {params:6.2f} M {gmacs:7.{decimals}f}  {size:<7} '
               f'{TOP1.get(name, "-"):>6}  {" or ".join(filter(None, weights)) or "none"}')
     print('\ntop-1: ImageNet-1K as published (test_pvt: held-out digits). retinanet_coco: backbones, no classifier.')

@@ -191,9 +191,9 @@ def test_weights_that_cannot_be_downloaded(cli, hub, no_waits, files, monkeypatc
     (['run'], 'required: SCRIPT'),
     (['run', '{files}'], 'No such script'),
 ])
-def test_user_errors(cli, files, tmp_path, argv, says):
+def test_user_errors(cli, files, tmp_path, caplog, argv, says):
     assert says in cli(*[a.format(files=files, digit=DIGIT, out=tmp_path) for a in argv], fails=True)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and not caplog.messages
 
 
 @pytest.mark.parametrize('error, code, line', [

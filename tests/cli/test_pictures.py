@@ -49,7 +49,7 @@ def test_outlier_leaves_the_rest_its_colours():
 def test_picture_fits_a_slide(tmp_path, size):
     torch.manual_seed(0)
     levels = [torch.randn(8, math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in (4, 8, 16, 32)]
-    draw_pyramid(Image.new('RGB', size[::-1], 'red'), levels, tmp_path / 'a.png', title='a title')
+    draw_pyramid(Image.new('RGB', size[::-1], 'red'), levels, size, tmp_path / 'a.png', 'a title')
     with Image.open(tmp_path / 'a.png') as drawn:
         assert 900 < drawn.width < 2500 and 500 < drawn.height < 2500
         colours = drawn.convert('RGB').getcolors(1 << 24)
@@ -59,7 +59,7 @@ def test_picture_fits_a_slide(tmp_path, size):
 def test_sizes_are_height_by_width(tmp_path):
     """As the command line takes them."""
     levels = [torch.randn(8, 96 // s, 160 // s) for s in (4, 8, 16, 32)]
-    draw_pyramid(Image.new('RGB', (80, 48)), levels, tmp_path / 'a.svg', img_size=(96, 160))
+    draw_pyramid(Image.new('RGB', (80, 48)), levels, (96, 160), tmp_path / 'a.svg', 'a title')
     text = (tmp_path / 'a.svg').read_text()
     for caption in ('96 × 160 pixels', '8 channels, 24 × 40', 'height × width'):
         assert caption in text, caption
