@@ -1,10 +1,13 @@
 """ The models that the benchmarks compare, each as a function of a batch of images, all PVTs with the same weights. """
+import contextlib
+import copy
+import functools
 import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ CUDA = (
     'original', 'transformers', 'eager', 'channels_last', 'compiled', 'cuda_graph', 'sdpa_flash', 'sdpa_efficient',
     'sdpa_math', 'pvt_v2', 'resnet50')
 TRAIN = ('original', 'transformers', 'eager', 'unfused_attention', 'checkpointed')
+TRAIN_CUDA = (*TRAIN, 'pvt_v2', 'resnet50')
 NOT_PVT = ('pvt_v2', 'resnet50')
 PVT_V2 = {'tiny': 'pvt_v2_b1', 'small': 'pvt_v2_b2', 'medium': 'pvt_v2_b3', 'large': 'pvt_v2_b4'}
 
@@ -37,6 +41,7 @@ class Skipped(Exception):
     """A contender that cannot run here, and why."""
 
 
+@functools.cache  # to draw weights takes longer than most of what is measured
 def reference(variant: str) -> torch.nn.Module:
     """Ours, with the weights that all PVTs get."""
     torch.manual_seed(0)
@@ -78,6 +83,11 @@ def _transformers(variant: str) -> torch.nn.Module:
 
 def module(name: str, variant: str) -> torch.nn.Module:
     """A contender that is a module of PyTorch, in float32 on CPU."""
+    return copy.deepcopy(_module(name, variant))
+
+
+@functools.cache
+def _module(name: str, variant: str) -> torch.nn.Module:
     if name == 'original':
         return _original(variant).eval()
     if name == 'transformers':
@@ -87,7 +97,7 @@ def module(name: str, variant: str) -> torch.nn.Module:
     if name == 'resnet50':
         import torchvision
         return torchvision.models.resnet50().eval()
-    model = reference(variant)
+    model = copy.deepcopy(reference(variant))
     if name == 'checkpointed':
         model.set_grad_checkpointing()
     if name == 'unfused_attention':  # as after `timm.layers.set_fused_attn(False)`
@@ -145,7 +155,7 @@ def _cuda_graph(model: torch.nn.Module, shape, dtype) -> Callable:
     with torch.cuda.graph(graph):
         out = model(static)
 
-    def forward(x):
+    def forward(x, model=model):  # which has to live as long as the graph, that knows only addresses
         static.copy_(x)
         graph.replay()
         return out
@@ -201,6 +211,17 @@ def build(
     if name.startswith('sdpa_'):
         return _sdpa(model, name[5:])
     return model
+
+
+def training_dtype(precision: str, device: str) -> torch.dtype:
+    """Type of the weights and images in training: on a GPU float32, with mixed precision for the low ones."""
+    return torch.float32 if device == 'cuda' else DTYPES[precision]
+
+
+def autocast(precision: str, device: str) -> Any:
+    """What a forward pass in training runs under."""
+    mixed = device == 'cuda' and DTYPES[precision] != torch.float32
+    return torch.autocast(device, DTYPES[precision]) if mixed else contextlib.nullcontext()
 
 
 def input_dtype(name: str, precision: str) -> torch.dtype:

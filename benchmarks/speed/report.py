@@ -42,35 +42,30 @@ def _table(rows, key, scale, digits):
     return lines
 
 
-def _find(rows, shape, precision, variant='small'):
-    for row in rows:
-        if row['shape'] == list(shape) and row['precision'] == precision and row['variant'] == variant:
-            return row['contenders']
-    return {}
+INFERENCE = (
+    ('fused', 'eager'), ('fused', 'openvino'), ('fused', 'original'), ('eager', 'original'), ('eager', 'transformers'),
+    ('eager', 'pvt_v2'), ('eager', 'resnet50'), ('channels_last', 'eager'), ('compiled', 'eager'),
+    ('cuda_graph', 'eager'))
+TRAINING = (
+    ('eager', 'original'), ('eager', 'transformers'), ('unfused_attention', 'original'),
+    ('unfused_attention', 'transformers'), ('checkpointed', 'eager'), ('eager', 'pvt_v2'), ('eager', 'resnet50'))
+MEMORY = (('fused', 'eager'), ('fused', 'original'), ('eager', 'original'), ('eager', 'pvt_v2'))
+PAIRS = dict(throughput=INFERENCE, latency=INFERENCE, training=TRAINING, training_memory=TRAINING, memory=MEMORY)
 
 
 def ratios(results) -> list:
     """How many times faster (or smaller) the first is than the second, by medians of the same run."""
     found = []
-    inference = (('fused', 'eager'), ('fused', 'openvino'), ('fused', 'original'), ('eager', 'transformers'))
-    training = (
-        ('eager', 'original'), ('eager', 'transformers'), ('unfused_attention', 'original'),
-        ('unfused_attention', 'transformers'), ('checkpointed', 'eager'))
-    wanted = [('throughput', variant, (16, 3, 224, 224), inference) for variant in results['gmacs']]
-    wanted += [('latency', variant, (1, 3, *size), inference)
-               for size in ((224, 224), (448, 448), (800, 1344)) for variant in results['gmacs']]
-    wanted += [(section, 'small', (8, 3, 224, 224), training) for section in ('training', 'training_memory')]
-    wanted += [('memory', 'small', (1, 3, 800, 1344), (('fused', 'eager'), ('fused', 'original')))]
-    for precision in ('fp32', 'bf16'):
-        for section, variant, shape, pairs in wanted:
-            row = _find(results.get(section, []), shape, precision, variant)
+    for section, pairs in PAIRS.items():
+        key = 'bytes' if 'memory' in section else 'median'
+        for row in results.get(section, []):
+            values = {name: c[key] for name, c in row['contenders'].items() if key in c}
+            where = f'{section.replace("_", " ")} {row["variant"]} {_size(row["shape"])} {row["precision"]}'
             for a, b in pairs:
-                key = 'bytes' if 'memory' in section else 'median'
-                if key in row.get(a, {}) and key in row.get(b, {}):
-                    ratio = row[b][key] / row[a][key]
+                if a in values and b in values:
+                    ratio = values[b] / values[a]
                     what = f'{ratio:.2f}x the speed' if key == 'median' else f'{1 / ratio:.2f}x the memory'
-                    found.append(f'| {section.replace("_", " ")} {variant} {_size(shape)} {precision} '
-                                 f'| {LABELS[a]} against {LABELS[b]} | {what} |')
+                    found.append(f'| {where} | {LABELS[a]} against {LABELS[b]} | {what} |')
     return found
 
 
@@ -80,7 +75,7 @@ def peak_shares(results) -> list:
     shares = []
     for row in results['throughput']:
         gflop = 2 * results['gmacs'][row['variant']] * row['shape'][0]
-        shares.append((f'{row["variant"]} {row["precision"]}', {
+        shares.append((f'{row["variant"]} {_size(row["shape"])} {row["precision"]}', {
             name: gflop / (values['median'] / 1e3) / peaks[row['precision']]
             for name, values in row['contenders'].items()
             if 'median' in values and name not in ('pvt_v2', 'resnet50')}))
@@ -98,13 +93,14 @@ def markdown(results, device) -> str:
     lines += [', '.join(f'{k} {v}' for k, v in m['versions'].items()) + f', Python {m["python"]}.', '']
     lines += ['Measured peak of matrix products: ' + ', '.join(
         f'{p["precision"]} {p["gflops"]:.0f} GFLOP/s' for p in results['peak']) + '.', '']
+    ms = 1 if m['gpu'] else 0  # decimals
     table = ratios(results)
     if table:
         lines += ['## Ratios', '', '| where | who | |', '|---|---|---|', *table, '']
     for section, title, key, scale, digits in (
-            ('throughput', 'Milliseconds per batch', 'median', 1, 0),
-            ('latency', 'Latency by resolution, ms', 'median', 1, 0),
-            ('training', 'Forward and backward pass, ms', 'median', 1, 0),
+            ('throughput', 'Milliseconds per batch', 'median', 1, ms),
+            ('latency', 'Latency by resolution, ms', 'median', 1, ms),
+            ('training', 'Forward and backward pass, ms', 'median', 1, ms),
             ('memory', 'Peak memory over the loaded model, MB', 'bytes', 1e-6, 0),
             ('training_memory', 'Peak memory of forward and backward pass, MB', 'bytes', 1e-6, 0)):
         if results.get(section):
@@ -136,18 +132,6 @@ def _bars(axis, groups, unit):
     axis.set_axisbelow(True)
 
 
-def _lines(axis, rows, key, scale, x_of, x_label, unit):
-    for name in _names(rows):
-        points = sorted((x_of(r), r['contenders'][name][key] * scale) for r in rows
-                        if key in r['contenders'].get(name, {}) and r['contenders'][name][key] > 0)
-        if points:
-            axis.plot(*zip(*points), 'o-', color=COLOURS[name], label=LABELS[name], ms=4,
-                      lw=2.4 if name == 'fused' else 1.4)
-    axis.set(xscale='log', yscale='log', xlabel=x_label, ylabel=unit)
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(alpha=.3)
-
-
 def plots(results, output, device) -> None:
     try:
         import matplotlib
@@ -177,40 +161,39 @@ def plots(results, output, device) -> None:
             axis.set_title(precision)
         save(name, figure, axes[0])
 
+    def bars(unit, key='median', value=lambda row, x: x):
+        def draw(axis, rows):
+            _bars(axis, [(f'{r["variant"]} {_size(r["shape"])}', {
+                n: value(r, c[key]) for n, c in r['contenders'].items() if key in c}) for r in rows], unit)
+            axis.tick_params('x', labelsize=8)
+        return draw
+
     order = list(results['gmacs'])
-    panels('throughput', lambda axis, rows: _bars(axis, [
-        (r['variant'], {n: r['shape'][0] / c['median'] * 1e3 for n, c in r['contenders'].items() if 'median' in c})
-        for r in sorted(rows, key=lambda r: order.index(r['variant']))], 'images/s at 224x224'), 'throughput')
+    results['throughput'].sort(key=lambda r: order.index(r['variant']))
+    panels('throughput', bars('images/s', value=lambda row, ms: row['shape'][0] / ms * 1e3), 'throughput')
 
     def latency(axis, rows):
-        _lines(axis, rows, 'median', 1, lambda r: r['shape'][2] * r['shape'][3], 'image size', 'ms per image')
-        shapes = sorted({(r['shape'][2] * r['shape'][3], _size(r['shape'])[2:]) for r in rows})
-        axis.xaxis.set_major_locator(FixedLocator([x for x, _ in shapes]))
+        rows = sorted((r for r in rows if r['variant'] == 'small'), key=lambda r: r['shape'][2] * r['shape'][3])
+        for name in _names(rows):
+            points = [(r['shape'][2] * r['shape'][3], c['median'])
+                      for r in rows if 'median' in (c := r['contenders'].get(name, {}))]
+            if points:
+                axis.plot(*zip(*points), 'o-', color=COLOURS[name], label=LABELS[name], ms=4,
+                          lw=2.4 if name == 'fused' else 1.4)
+        axis.set(xscale='log', yscale='log', xlabel='image size', ylabel='ms per image')
+        axis.spines[['top', 'right']].set_visible(False)
+        axis.grid(alpha=.3)
+        axis.xaxis.set_major_locator(FixedLocator([r['shape'][2] * r['shape'][3] for r in rows]))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticklabels([label for _, label in shapes], fontsize=8)
-    panels('latency', lambda axis, rows: latency(axis, [r for r in rows if r['variant'] == 'small']), 'latency')
-    panels('training', lambda axis, rows: _bars(axis, [
-        (f'{r["variant"]}, {_size(r["shape"])}', {n: c['median'] for n, c in r['contenders'].items() if 'median' in c})
-        for r in rows], 'ms, forward and backward'), 'training')
-
-    rows = results['memory']
-    if rows:
-        precisions = list(dict.fromkeys(r['precision'] for r in rows))
-        figure, axes = plt.subplots(
-            len(precisions), 2, figsize=(12, 4 * len(precisions)), squeeze=False, layout='constrained')
-        for line, precision in zip(axes, precisions):
-            some = [r for r in rows if r['precision'] == precision]
-            _lines(line[0], [r for r in some if r['shape'][0] == 1], 'bytes', 1e-6,
-                   lambda r: r['shape'][2] * r['shape'][3] / 1e6, 'megapixels, batch 1', 'MB over the loaded model')
-            _lines(line[1], [r for r in some if r['shape'][2:] == [224, 224]], 'bytes', 1e-6,
-                   lambda r: r['shape'][0], 'batch, 224x224', 'MB over the loaded model')
-            for axis in line:
-                axis.set_title(precision)
-        save('memory', figure, axes.flat)
+        axis.set_xticklabels([_size(r['shape'])[2:] for r in rows], fontsize=8)
+    panels('latency', latency, 'latency')
+    panels('training', bars('ms, forward and backward'), 'training')
+    panels('memory', bars('MB over the loaded model', 'bytes', lambda row, n: n / 1e6), 'memory')
 
     shares = peak_shares(results)
     if shares:
         figure, axis = plt.subplots(figsize=(1.6 * len(shares) + 4, 4), layout='constrained')
+        axis.tick_params('x', labelsize=8)
         groups = [(label, {n: v * 100 for n, v in share.items()}) for label, share in shares]
         _bars(axis, groups, '% of the measured matrix-product peak')
         save('peak', figure, [axis])

@@ -3,7 +3,7 @@
     python benchmarks/speed/run.py                      # everything, on CPU about 10 minutes
     python benchmarks/speed/run.py --avx2               # as a CPU without AVX-512 would run it
     python benchmarks/speed/run.py --quick              # PVT-Tiny and few repetitions, under 2 minutes
-    python benchmarks/speed/run.py --device cuda
+    python benchmarks/speed/run.py --device cuda        # on a GPU about 6 minutes
 
 See README.md in this folder for what is measured and how.
 """
@@ -30,7 +30,7 @@ import torch  # noqa: E402
 
 import contenders  # noqa: E402
 from pvt_timm.files import save_atomically  # noqa: E402
-from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, Skipped  # noqa: E402
+from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, TRAIN_CUDA, Skipped  # noqa: E402
 
 GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included
 PAUSE = 0.05  # s before a contender runs: threads of other libraries spin for a while after theirs
@@ -75,14 +75,16 @@ def interleave(functions: dict, rounds: int, device: str, clock: str = 'wall') -
     """Time functions in turns, so that what else the machine does hits all of them alike."""
     now = CLOCKS[clock]
     times = {name: [] for name in functions}
+    pause, calls = (0, 5) if device == 'cuda' else (PAUSE, 1)  # an idle GPU takes time to be awake again
     for _ in range(rounds):
         for name, function in functions.items():
             synchronize(device)
-            time.sleep(PAUSE)
+            time.sleep(pause)
             start = now()
-            function()
+            for _ in range(calls):
+                function()
             synchronize(device)
-            times[name].append((now() - start) * 1e3)
+            times[name].append((now() - start) * 1e3 / calls)
     return {name: summary(values) for name, values in times.items()}
 
 
@@ -139,7 +141,7 @@ def training(variant, shape, precision, names, args) -> dict:
     """Time a forward and backward pass (no optimizer), after the outputs were found equal."""
     contenders.set_precision(precision, args.device)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    x = images.to(device=args.device, dtype=contenders.DTYPES[precision])
+    x = images.to(device=args.device, dtype=contenders.training_dtype(precision, args.device))
     with torch.no_grad():
         expected = contenders.reference(variant)(images)
     functions, result = {}, {}
@@ -149,10 +151,11 @@ def training(variant, shape, precision, names, args) -> dict:
         except Skipped as e:
             result[name] = dict(skipped=str(e))
             continue
-        model = model.train().to(device=args.device, dtype=contenders.DTYPES[precision])
+        model = model.train().to(device=args.device, dtype=x.dtype)
 
         def step(model=model):
-            out = model(x)
+            with contenders.autocast(precision, args.device):
+                out = model(x)
             out.float().square().mean().backward()
             model.zero_grad(set_to_none=True)
             return out
@@ -188,24 +191,27 @@ def peak(precision: str, device: str, clock: str) -> dict:
     return dict(precision=precision, size=n, gflops=max(rates.values()), by=rates)
 
 
-# --- Memory, each figure in its own process ---
+# --- Memory, on CPU each figure in its own process ---
 
 def memory(field: str) -> int:
     with open('/proc/self/status') as f:
         return int(re.search(rf'{field}:\s+(\d+)', f.read())[1]) * 1024
 
 
-def memory_child(name, variant, shape, precision, device, train=False) -> None:
-    """Print how far memory rises over that of the loaded (and packed) model in one forward (and backward)."""
+def memory_of(name, variant, shape, precision, device, train=False) -> int:
+    """How many bytes memory rises over that of the loaded (and packed) model in one forward (and backward)."""
     torch.set_grad_enabled(train)
-    x = torch.randn(shape).to(device=device, dtype=contenders.input_dtype(name, precision))
+    contenders.set_precision(precision, device)
+    dtype = contenders.training_dtype(precision, device) if train else contenders.input_dtype(name, precision)
+    x = torch.randn(shape).to(device=device, dtype=dtype)
     if train:
-        model = contenders.module(name, variant).train().to(device=device, dtype=contenders.DTYPES[precision])
+        model = contenders.module(name, variant).train().to(device=device, dtype=dtype)
     else:
         model = contenders.build(name, variant, shape, precision, device)
 
     def step():
-        out = model(x)
+        with contenders.autocast(precision if train else 'fp32', device):
+            out = model(x)
         if train:
             out.float().square().mean().backward()
 
@@ -213,23 +219,29 @@ def memory_child(name, variant, shape, precision, device, train=False) -> None:
         model(torch.zeros(1, 3, 64, 64, dtype=x.dtype, device=device))
     gc.collect()
     if device == 'cuda':
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        print(torch.cuda.max_memory_allocated() - before)
-        return
+        return torch.cuda.max_memory_allocated() - before
     with open('/proc/self/clear_refs', 'w') as f:
         f.write('5')  # the peak starts anew
     before = memory('VmRSS')
     step()
-    print(memory('VmHWM') - before)
+    return memory('VmHWM') - before
 
 
 def peak_memory(variant, shape, precision, names, args, train=False) -> dict:
     result = {}
     for name in names:
-        command = [sys.executable, __file__, '--device', args.device, '--memory-of', json.dumps(
-            [name, variant, list(shape), precision, args.device, train])]
+        what = [name, variant, list(shape), precision, args.device, train]
+        if args.device == 'cuda':  # its allocator counts exactly
+            try:
+                result[name] = dict(bytes=memory_of(*what))
+            except (AssertionError, RuntimeError, Skipped) as e:
+                result[name] = dict(skipped=type(e).__name__)
+            continue
+        command = [sys.executable, __file__, '--device', args.device, '--memory-of', json.dumps(what)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode == 0:
             result[name] = dict(bytes=int(run.stdout.split()[-1]))
@@ -244,31 +256,34 @@ def suite(args):
     """Yield the section, a function that measures and its arguments."""
     quick, cuda = args.quick, args.device == 'cuda'
     names = CUDA if cuda else CPU
-    precisions = ('fp32', 'tf32', 'bf16', 'fp16') if cuda else ('fp32', 'bf16') if contenders.has_bf16() else ('fp32',)
+    precisions = ('bf16', 'fp16', 'tf32', 'fp32') if cuda else ('fp32', 'bf16') if contenders.has_bf16() else ('fp32',)
     precisions = precisions[:1] if quick else precisions
-    batch = 4 if quick else 64 if cuda else 16
+    batches = (4,) if quick else (64, 256) if cuda else (16,)
     main = 'tiny' if quick else 'small'
     sizes = ((224, 224), (448, 448)) if quick else ((224, 224), (448, 448), (800, 1344))
     train = (2 if quick else 64 if cuda else 8, 3, 224, 224)
+    others = () if quick else (args.variants or 'tiny,medium,large').split(',')
     for precision in precisions:
         yield 'peak', peak, precision, args.device, args.clock
-        yield 'throughput', inference, main, (batch, 3, 224, 224), precision, names, args
-        others = () if quick else (args.variants or 'tiny,medium,large').split(',')
+        some = [n for n in names if n != 'compiled' or precision in ('bf16', 'fp32')]  # half a minute each
+        few = [n for n in names if n in ('transformers', 'eager', 'fused', 'openvino', 'cuda_graph')]
+        for batch in batches:
+            yield 'throughput', inference, main, (batch, 3, 224, 224), precision, (
+                some if batch < 256 else [n for n in some if n != 'compiled']), args
         for variant in others:
-            yield 'throughput', inference, variant, (batch, 3, 224, 224), precision, [
-                n for n in names if n in ('transformers', 'eager', 'fused', 'openvino', 'cuda_graph')], args
+            yield 'throughput', inference, variant, (batches[0], 3, 224, 224), precision, few, args
         for size in sizes:
-            yield 'latency', inference, main, (1, 3, *size), precision, names, args
-            for variant in others:  # what is promised for all: fused is not slower than plain
+            yield 'latency', inference, main, (1, 3, *size), precision, some, args
+            for variant in () if cuda else others:  # what is promised for all: fused is not slower than plain
                 yield 'latency', inference, variant, (1, 3, *size), precision, ['eager', 'fused'], args
-        yield 'training', training, main, train, precision, TRAIN, args
+        yield 'training', training, main, train, precision, TRAIN_CUDA if cuda else TRAIN, args
     if not cuda and not os.access('/proc/self/clear_refs', os.W_OK):
         return
-    keep = [n for n in ('original', 'eager', 'fused', 'openvino') if n in names]
+    keep = [n for n in ('original', 'eager', 'fused', 'openvino', *NOT_PVT) if n in names]
     for precision in precisions:
-        for shape in ((1, 3, 448, 448),) if quick else ((16, 3, 224, 224), (1, 3, 800, 1344)):
+        for shape in ((1, 3, 448, 448),) if quick else ((batches[0], 3, 224, 224), (1, 3, 800, 1344)):
             yield 'memory', peak_memory, main, shape, precision, keep, args
-        yield 'training_memory', peak_memory, main, train, precision, TRAIN, args, True
+        yield 'training_memory', peak_memory, main, train, precision, TRAIN_CUDA if cuda else TRAIN, args, True
 
 
 def main(argv=None) -> int:
@@ -293,7 +308,7 @@ def main(argv=None) -> int:
     if args.clock == 'cpu' and (args.threads != 1 or args.device != 'cpu'):
         parser.error('Expected --threads 1 and the CPU with --clock cpu: threads that wait for others count as busy.')
     if args.memory_of:
-        memory_child(*json.loads(args.memory_of))
+        print(memory_of(*json.loads(args.memory_of)))
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
