@@ -17,8 +17,8 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 import torch
 
 __all__ = [
-    'FORMATS', 'Converted', 'Description', 'check_keys', 'describe', 'drop_parts', 'fit_to_model', 'from_timm',
-    'map_to_timm', 'remap', 'stage_grids', 'to_timm', 'training_config', 'unwrap',
+    'ANCHORS', 'FORMATS', 'Converted', 'Description', 'check_keys', 'describe', 'drop_parts', 'fit_to_model',
+    'from_timm', 'map_to_timm', 'remap', 'stage_grids', 'training_config', 'unwrap',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ Pairs = List[Tuple[Tuple[str, ...], Tuple[str, ...]]]
 Table = Tuple[Tuple[Any, ...], ...]
 Grid = Tuple[int, int]  # height, width
 
-# A row is (timm parameters, source parameters[, 'conv1x1']). Where a side has several parameters they are stacked along
-# dim 0 in the order given, `*2` is a stack of two. 'conv1x1' is a linear weight kept as a convolution.
+# A row is (timm parameters, source parameters[, what is done to each on the way to timm and on the way back]). Where a
+# side has several parameters they are stacked along dim 0 in the order given, `*2` is a stack of two.
 _ORIGINAL = (
     # timm                                   classification/pvt.py, detection/pvt.py, segmentation/pvt.py
     ('stages.{i}.pos_embed',                 'pos_embed{s}'),
@@ -66,6 +66,9 @@ _TRANSFORMERS = (
     ('head.{p}',                             'classifier.{p}'),
 )
 
+# A linear weight is a 1x1 convolution there. What is linear there becomes a convolution here, refused by its shape.
+_CONV1X1 = (lambda x: x[:, :, 0, 0] if x.shape[2:] == (1, 1) else x[..., None, None] if x.ndim == 2 else x,) * 2
+
 _MMDET = (
     # timm                                   mmdetection PyramidVisionTransformer (no class token, norm and head)
     ('stages.{i}.pos_embed',                 'layers.{i}.1.0.pos_embed'),
@@ -78,25 +81,24 @@ _MMDET = (
     ('stages.{i}.blocks.{j}.attn.norm.{p}',  'layers.{i}.1.{b}.attn.norm.{p}'),
     ('stages.{i}.blocks.{j}.attn.proj.{p}',  'layers.{i}.1.{b}.attn.attn.out_proj.{p}'),
     ('stages.{i}.blocks.{j}.norm2.{p}',      'layers.{i}.1.{b}.norm2.{p}'),
-    ('stages.{i}.blocks.{j}.mlp.fc1.{p}',    'layers.{i}.1.{b}.ffn.layers.0.{p}', 'conv1x1'),
-    ('stages.{i}.blocks.{j}.mlp.fc2.{p}',    'layers.{i}.1.{b}.ffn.layers.3.{p}', 'conv1x1'),
+    ('stages.{i}.blocks.{j}.mlp.fc1.{p}',    'layers.{i}.1.{b}.ffn.layers.0.{p}', _CONV1X1),
+    ('stages.{i}.blocks.{j}.mlp.fc2.{p}',    'layers.{i}.1.{b}.ffn.layers.3.{p}', _CONV1X1),
 )
 
 _HEAD = r'head\.(?:weight|bias)'
-# format -> (table, the key that tells it, how its names start: others stand beside it)
-FORMATS: Dict[str, Tuple[Table, str, str]] = {
-    'timm': (_TIMM, 'stages.0.patch_embed.proj.weight', rf'(?:stages|norm\d*|{_HEAD})\b'),
-    'timm_features': (_TIMM_FEATURES, 'stages_0.patch_embed.proj.weight', rf'(?:stages_\d+|norm\d*|{_HEAD})\b'),
-    'original': (
-        _ORIGINAL, 'patch_embed1.proj.weight',
-        rf'(?:pos_embed\d|cls_token|patch_embed\d|block\d|norm\d*|{_HEAD})\b'),
-    'transformers': (
-        _TRANSFORMERS, 'pvt.encoder.patch_embeddings.0.projection.weight',
-        r'(?:pvt|encoder|classifier\.(?:weight|bias))\b'),
-    'mmdet': (_MMDET, 'layers.0.0.projection.weight', r'(?:layers|norm\d*)\b'),
+# format -> (table, how its names start: others stand beside it)
+FORMATS: Dict[str, Tuple[Table, str]] = {
+    'timm': (_TIMM, rf'(?:stages|norm\d*|{_HEAD})\b'),
+    'timm_features': (_TIMM_FEATURES, rf'(?:stages_\d+|norm\d*|{_HEAD})\b'),
+    'original': (_ORIGINAL, rf'(?:pos_embed\d|cls_token|patch_embed\d|block\d|norm\d*|{_HEAD})\b'),
+    'transformers': (_TRANSFORMERS, r'(?:pvt|encoder|classifier\.(?:weight|bias))\b'),
+    'mmdet': (_MMDET, r'(?:layers|norm\d*)\b'),
 }
-# The key that tells a format, after whatever stands before all names. transformers' PvtModel has no 'pvt.' there.
-_anchors = '|'.join(f'(?P<{fmt}>{re.escape(anchor)})' for fmt, (_, anchor, _) in FORMATS.items())
+# The first weight tells a format, after whatever stands before all names. transformers' PvtModel has no 'pvt.' there.
+ANCHORS = {
+    fmt: next(row[1] for row in table if row[0] == 'stages.{i}.patch_embed.proj.{p}').format(i=0, s=1, p='weight')
+    for fmt, (table, _) in FORMATS.items()}
+_anchors = '|'.join(f'(?P<{fmt}>{re.escape(anchor)})' for fmt, anchor in ANCHORS.items())
 _ANCHOR = re.compile(rf'(|.*?\.)(?:{_anchors})'.replace(r'pvt\.', r'(?:pvt\.)?'))
 
 _OTHER_FAMILIES = (
@@ -124,6 +126,7 @@ class Converted:
     """A state dict under timm's names, and an account of every key of its source."""
     state_dict: StateDict
     raw: StateDict  # the same weights under the names of the format
+    beside: Dict[Any, Any]  # what stands beside them in the innermost dict, under its own names
     format: str  # key of `FORMATS`
     wrappers: Tuple[str, ...] = ()  # keys that were opened to reach the weights, outermost first
     prefix: str = ''  # what stood before every name
@@ -158,19 +161,6 @@ def stage_grids(grid_size: Grid, num_stages: int = 4) -> List[Grid]:
     return [(grid_size[0] // 2 ** i, grid_size[1] // 2 ** i) for i in range(num_stages)]
 
 
-def _source_grid(
-        counts: Sequence[int], grids: Iterable[Optional[Grid]], class_rows: Sequence[int]) -> Tuple[Grid, int]:
-    """The first of the `grids` (height, width) of stage 1 that the rows of all position embeddings fit, and how many of
-    the rows are the class token's."""
-    for grid in filter(None, grids):
-        *rows, last = (h * w for h, w in stage_grids(grid, len(counts)))
-        if last and rows == list(counts[:-1]) and counts[-1] - last in class_rows:
-            return grid, counts[-1] - last
-    raise ValueError(
-        f'Expected position embeddings whose grid halves in height and width per stage, of square images or of the '
-        f'size that is given, got {list(counts)} rows. Pass img_size if they are of others.')
-
-
 def _some(names: Iterable[str], limit: int = 6) -> str:
     names = list(names)
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
@@ -197,11 +187,7 @@ def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[str, str]:
 def unwrap(
         checkpoint: Mapping[str, Any], use_ema: bool = True,
 ) -> Tuple[Mapping[str, Any], Tuple[str, ...], Dict[str, str]]:
-    """Open the wrappers of training checkpoints.
-
-    Args:
-        checkpoint: What a checkpoint file holds.
-        use_ema: As in timm, prefer averaged weights ('state_dict_ema', 'model_ema') where both are there.
+    """Open the wrappers of training checkpoints, with `use_ema` to averaged weights where both are there.
 
     Returns:
         The state dict, the keys opened, outermost first, and the keys left with the reason. What is in dicts under
@@ -262,11 +248,8 @@ def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> 
 
     Returns:
         The tensors, pairs of (new names, old names), and the keys that no row has.
-
-    Raises:
-        ValueError: Half of a pair is missing, something is no tensor, or has a shape that its row cannot take.
     """
-    rows = [(_side(row[to_timm]), _side(row[not to_timm]), row[2:]) for row in table]
+    rows = [(_side(row[to_timm]), _side(row[not to_timm]), [ways[not to_timm] for ways in row[2:]]) for row in table]
     templates = [(_regex(template), row) for row in rows for template in row[0][0]]
     out: StateDict = {}
     pairs: Pairs = []
@@ -279,7 +262,7 @@ def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> 
         if found is None:
             unknown.append(key)
             continue
-        match, ((have, have_pieces), (want, want_pieces), form) = found
+        match, ((have, have_pieces), (want, want_pieces), forms) = found
         old, new = _fill(have, match), _fill(want, match)
         missing = [k for k in old if k not in state_dict]
         if missing:
@@ -290,33 +273,18 @@ def remap(state_dict: Mapping[str, Any], table: Table, to_timm: bool = True) -> 
                 cure = ' (make it one with torch.from_numpy)' if hasattr(x, '__array__') else ''
                 raise ValueError(f'Expected a tensor for {k}, got {type(x).__name__}{cure}.')
         tensors = _restack(tensors, old, have_pieces, want_pieces)
-        if form and to_timm:  # 'conv1x1'; other kernels stay, to be refused by their shape
-            tensors = [x[:, :, 0, 0] if x.shape[2:] == (1, 1) else x for x in tensors]
-        elif form:
-            tensors = [x[:, :, None, None] if x.ndim == 2 else x for x in tensors]
+        for form in forms:
+            tensors = [form(x) if x.ndim else x for x in tensors]
         out.update(zip(new, tensors))
         pairs.append((new, old))
         done.update(old)
     return out, pairs, unknown
 
 
-def to_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, Pairs]:
-    """Map a bare state dict of format `fmt` to timm's names, with pairs of (timm names, source names).
-
-    Raises:
-        ValueError: A key without a row in the table, and what `remap` raises.
-    """
-    out, pairs, unknown = remap(state_dict, FORMATS[fmt][0])
-    if unknown:  # PVT v2 has PVT v1's names and more
-        raise ValueError(f"Not part of a PVT v1 model in {fmt} format (for v2 see timm's pvt_v2): {_some(unknown)}.")
-    return out, pairs
-
-
 def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, Pairs]:
     """Map a state dict under timm's names to format `fmt`, with pairs of (source names, timm names).
 
-    Raises:
-        ValueError: The format has no place for a parameter, all named. `drop_parts` leaves out what it may.
+    What the format has no place for is refused. `drop_parts` leaves it out.
     """
     out, pairs, unknown = remap(state_dict, FORMATS[fmt][0], to_timm=False)
     if unknown:
@@ -340,19 +308,22 @@ def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Opt
     """
     state_dict, wrappers, dropped = unwrap(checkpoint, use_ema)
     fmt, before = _choose(state_dict, prefix)
-    inner = {k[len(before):]: k for k in state_dict if isinstance(k, str) and k.startswith(before)}
-    parts = {name: key for name, key in inner.items() if re.match(FORMATS[fmt][2], name)}
-    groups = sorted(Counter(_group(str(k), before) for k in state_dict.keys() - set(parts.values())).items())
+    inner = {k: k[len(before):] for k in state_dict if isinstance(k, str) and k.startswith(before)}
+    parts = {k: name for k, name in inner.items() if re.match(FORMATS[fmt][1], name)}
+    beside = {k: v for k, v in state_dict.items() if k not in parts}
+    groups = sorted(Counter(_group(str(k), before) for k in beside).items())
     dropped.update({'.'.join((*wrappers, group)): f'{n} beside the PVT' for group, n in groups})
     usual = prefix is not None or not groups or _USUAL_PREFIX.fullmatch(before) and len(parts) == len(inner)
     _logger.log(
         logging.INFO if usual else logging.WARNING,
         f'Taken from the checkpoint: a PVT in {fmt} format under prefix {before!r}. Left out: '
         f'{", ".join(f"{group}: {n}" for group, n in groups) or "nothing"}.')
-    base = fmt == 'transformers' and 'encoder.patch_embeddings.0.projection.weight' in parts
-    tensors = {f'pvt.{k}' if base and k.startswith('encoder.') else k: state_dict[key] for k, key in parts.items()}
-    out, pairs = to_timm(tensors, fmt)
-    return Converted(out, tensors, fmt, wrappers, before, pairs, dropped)
+    base = f'{before}encoder.patch_embeddings.0.projection.weight' in parts  # transformers' PvtModel
+    tensors = {f'pvt.{x}' if base and x.startswith('encoder.') else x: state_dict[k] for k, x in parts.items()}
+    out, pairs, unknown = remap(tensors, FORMATS[fmt][0])
+    if unknown:  # PVT v2 has PVT v1's names and more
+        raise ValueError(f"Not part of a PVT v1 model in {fmt} format (for v2 see timm's pvt_v2): {_some(unknown)}.")
+    return Converted(out, tensors, beside, fmt, wrappers, before, pairs, dropped)
 
 
 def _group(key: str, prefix: str) -> str:
@@ -368,7 +339,7 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
 
     Returns:
         Those of these that it says: 'img_size' ((height, width)), 'mean' and 'std' (a number per channel), 'crop_pct'
-        (float), 'interpolation' and 'global_pool' (str), 'num_classes' (int), 'label_names' (list of str).
+        (float), 'interpolation' and 'global_pool' (str), 'label_names' (list of str), 'palette' (a colour per name).
     """
     def settings(x: Any) -> Mapping[Any, Any]:
         x = vars(x) if isinstance(x, argparse.Namespace) else x
@@ -397,8 +368,8 @@ def training_config(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         'crop_pct': next(iter(numbers('crop_pct')), None),
         'interpolation': first('interpolation', of=str),
         'global_pool': first('global_pool', 'gp', of=str),
-        'num_classes': int(next(iter(numbers('num_classes', low=1)), 0)),
         'label_names': [str(x) for x in labels or ()],
+        'palette': first('palette', 'PALETTE', of=(list, tuple)),
     }
     return {k: v for k, v in found.items() if v}
 
@@ -412,18 +383,11 @@ def _need(state_dict: Mapping[str, torch.Tensor], key: str, ndim: int) -> torch.
     return x
 
 
-def describe(
-        state_dict: Mapping[str, torch.Tensor], img_size: Optional[Grid] = None, otherwise: Optional[Grid] = None,
-) -> Description:
+def describe(state_dict: Mapping[str, torch.Tensor], *img_sizes: Optional[Grid]) -> Description:
     """Read the architecture off a state dict under timm's names.
 
     Args:
-        img_size: Image size of the position embeddings, taken if it fits them, else a square one is.
-        otherwise: Taken where neither fits.
-
-    Raises:
-        ValueError: A parameter that this needs is missing or has the wrong number of dimensions, or the sizes of the
-            position embeddings belong to no image size.
+        img_sizes: Image sizes to try for the position embeddings, in turn. None, also the last, is a square one.
     """
     matches = filter(None, (re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k) for k in state_dict))
     blocks = {(int(m[1]), int(m[2])) for m in matches}
@@ -439,8 +403,16 @@ def describe(
     class_token = f'stages.{stages[-1]}.cls_token' in state_dict
     patch_size = projs[0].shape[-1]
     side = math.isqrt(counts[0])
-    given, fallback = ((x[0] // patch_size, x[1] // patch_size) if x else None for x in (img_size, otherwise))
-    grid_size, class_rows = _source_grid(counts, (given, (side, side), fallback), (1,) if class_token else (0, 1))
+    for size in (*img_sizes, None):
+        grid_size = (size[0] // patch_size, size[1] // patch_size) if size else (side, side)
+        *rows, last = (h * w for h, w in stage_grids(grid_size, len(counts)))
+        class_rows = counts[-1] - last
+        if last and rows == counts[:-1] and class_rows in ((1,) if class_token else (0, 1)):
+            break
+    else:
+        raise ValueError(
+            f'Expected position embeddings whose grid halves in height and width per stage, of square images or of the '
+            f'size that is given, got {counts} rows. Pass img_size if they are of others.')
     head = any(k.startswith('head.') for k in state_dict)
     return Description(
         depths=tuple(depths[i] for i in stages),
@@ -480,9 +452,6 @@ def fit_to_model(
 
     Returns:
         The state dict, its position embeddings on their own grid, and what it says about its model.
-
-    Raises:
-        ValueError: Not a PVT v1 checkpoint, or of a dense backbone where a classifier is wanted.
     """
     converted = map_to_timm(checkpoint, prefix=prefix)
     state_dict = converted.state_dict
@@ -491,7 +460,7 @@ def fit_to_model(
     height, width = (n * model.stages[0].patch_embed.patch_size for n in model.stages[0].grid_size)
     # A native checkpoint that fits the grid of the model is taken at its word, that grid may be non-square.
     native = (height, width) if converted.format.startswith('timm') else None
-    info = describe(state_dict, told or native, otherwise=(height, width))
+    info = describe(state_dict, told or native, None, (height, width))
     if model.class_token and not info.class_token:
         raise ValueError(
             'Expected a checkpoint with class token, got the one of a dense backbone (detector, segmenter): '
@@ -503,12 +472,9 @@ def fit_to_model(
 
 
 def check_keys(state_dict: StateDict, reference: StateDict, ignore: Iterable[str] = ()) -> None:
-    """Refuse a state dict that does not have the names and shapes of `reference`, but for the names in `ignore`.
-
-    Raises:
-        ValueError: Names are missing or extra, or shapes differ. The first ones are named.
-    """
-    got, want = ({k: list(v.shape) for k, v in x.items() if k not in ignore} for x in (state_dict, reference))
+    """Refuse a state dict that does not have the names and shapes of `reference`, but for the names in `ignore`."""
+    got, want = ({k: list(getattr(v, 'shape', ())) for k, v in x.items() if k not in ignore}
+                 for x in (state_dict, reference))
     for what, names in (
             ('Missing', [k for k in want if k not in got]),
             ('Not part of the model,', [k for k in got if k not in want]),

@@ -151,10 +151,10 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
         The model in evaluation mode. Variant, number of classes and widths are read off the weights. Names and colours
         of classes are those in the file, or ADE20K's where there are 150 classes.
     """
-    model, dataset = from_openmmlab(checkpoint, 'Semantic FPN', semantic_fpn, _TABLE, prefix, **kwargs)
+    model, said = from_openmmlab(checkpoint, 'Semantic FPN', semantic_fpn, _TABLE, prefix, **kwargs)
     names, palette = ade20k_classes() if model.num_classes == 150 else ([], [])
-    model.categories = [str(name) for name in dataset.get('classes') or names]
-    colors = dataset.get('palette') or palette
+    model.categories = said.get('label_names') or names
+    colors = said.get('palette') or palette
     if not all(isinstance(c, (list, tuple)) and len(c) == 3 and all(isinstance(x, int) for x in c) for c in colors):
         raise ValueError(f'Expected red, green and blue per class as palette in the checkpoint, got {colors[:3]}.')
     model.palette = [tuple(color) for color in colors]

@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -12,7 +12,7 @@ from timm.models import get_pretrained_cfg
 
 import pvt_timm  # noqa: F401  registers the models
 from pvt_timm.checkpoints import (
-    Converted, Description, check_keys, describe, drop_parts, map_to_timm, training_config, unwrap)
+    Converted, Description, check_keys, describe, drop_parts, map_to_timm, training_config)
 from pvt_timm.cli.errors import clean
 from pvt_timm.files import MAX_BYTES, read_checkpoint
 from pvt_timm.labels import labels_beside, labels_in, read_labels
@@ -110,7 +110,7 @@ def read_weights(
         checkpoint = read_checkpoint(source.file, max_bytes)
         converted = map_to_timm(checkpoint, use_ema, prefix)
         trained = training_config(checkpoint)
-        notes = _notes(converted, unwrap(checkpoint, use_ema)[0])
+        notes = _notes(converted)
         del checkpoint
 
         state_dict, config = converted.state_dict, source.config
@@ -194,12 +194,12 @@ def model_args_of(info: Description, variant: str, pool: Any = None) -> Dict[str
 
 # ---- what is said about the weights: by their training, and by the files next to them --------------------------------
 
-def _notes(converted: Converted, content: Mapping[str, Any]) -> List[str]:
+def _notes(converted: Converted) -> List[str]:
     notes = []
-    if converted.dropped:
+    if converted.beside:
         from pvt_timm.detection.openmmlab import describe_heads  # which needs torchvision's detectors
 
-        heads = describe_heads(content)
+        heads = describe_heads(converted.beside)
         notes = [f'beside the backbone is the rest of a {heads[0]} for {heads[1]} classes'] if heads else []
     state_dict = converted.state_dict
     bad = [k for k, v in state_dict.items() if v.dtype not in _FLOATS or v.layout != torch.strided]

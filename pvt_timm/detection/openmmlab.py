@@ -5,20 +5,25 @@ alike. A row of a table says which parameters hold the same numbers, as in `chec
 """
 import re
 from os import PathLike
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 from torch.hub import load_state_dict_from_url
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
-from ..checkpoints import Table, check_keys, describe, drop_parts, from_timm, map_to_timm, remap, to_timm, unwrap
+from ..checkpoints import Table, check_keys, describe, drop_parts, from_timm, map_to_timm, remap, training_config
 from ..files import read_checkpoint
 from ..pvt import default_cfgs, find_variant
 from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet, pvt_faster_rcnn, pvt_mask_rcnn, pvt_retinanet
 
 StateDict = Dict[str, torch.Tensor]
 Checkpoint = Union[str, 'PathLike[str]', Mapping[str, Any]]
+
+# The background is the last class in OpenMMLab and the first in torchvision, where its boxes and masks are 0.
+_BACKGROUND: Any = lambda x: x.roll(1, dims=0), lambda x: x.roll(-1, dims=0)
+_BACKGROUND_BOX: Any = lambda x: torch.cat([torch.zeros_like(x[:4]), x]), lambda x: x[4:]
+_BACKGROUND_MASK: Any = lambda x: torch.cat([torch.zeros_like(x[:1]), x]), lambda x: x[1:]
 
 FPN = (
     # torchvision                                      mmdetection, mmsegmentation
@@ -41,14 +46,14 @@ _FASTER_RCNN = (
     ('rpn.head.bbox_pred.{p}',                         'rpn_head.rpn_reg.{p}'),
     ('roi_heads.box_head.fc6.{p}',                     'roi_head.bbox_head.shared_fcs.0.{p}'),
     ('roi_heads.box_head.fc7.{p}',                     'roi_head.bbox_head.shared_fcs.1.{p}'),
-    ('roi_heads.box_predictor.cls_score.{p}',          'roi_head.bbox_head.fc_cls.{p}'),
-    ('roi_heads.box_predictor.bbox_pred.{p}',          'roi_head.bbox_head.fc_reg.{p}'),
+    ('roi_heads.box_predictor.cls_score.{p}',          'roi_head.bbox_head.fc_cls.{p}', _BACKGROUND),
+    ('roi_heads.box_predictor.bbox_pred.{p}',          'roi_head.bbox_head.fc_reg.{p}', _BACKGROUND_BOX),
 )
 _MASK_RCNN = (
     *_FASTER_RCNN,
     ('roi_heads.mask_head.{i}.0.{p}',                  'roi_head.mask_head.convs.{i}.conv.{p}'),
     ('roi_heads.mask_predictor.conv5_mask.{p}',        'roi_head.mask_head.upsample.{p}'),
-    ('roi_heads.mask_predictor.mask_fcn_logits.{p}',   'roi_head.mask_head.conv_logits.{p}'),
+    ('roi_heads.mask_predictor.mask_fcn_logits.{p}',   'roi_head.mask_head.conv_logits.{p}', _BACKGROUND_MASK),
 )
 # Kind of model -> a parameter with rows per class, rows for one class, rows for the background
 _HEADS = {
@@ -64,7 +69,6 @@ _WIDTHS = {
     'mask_channels': ('roi_heads.mask_predictor.mask_fcn_logits.weight', 1),
     'channels': ('head.classifier.weight', 1),
 }
-_BODY = 'backbone.body.'
 
 
 def coco_categories() -> Dict[int, str]:
@@ -93,22 +97,14 @@ def describe_heads(state_dict: Mapping[str, Any]) -> Optional[Tuple[str, int]]:
 
 def from_openmmlab(
         checkpoint: Checkpoint, kind: str, build: Callable[..., Any], table: Table, prefix: Optional[str] = None,
-        **kwargs: Any) -> Tuple[Any, Dict[str, List[Any]]]:
+        **kwargs: Any) -> Tuple[Any, Dict[str, Any]]:
     """Load a whole detector or segmenter of OpenMMLab or of the original code, or nothing of it.
 
-    Args:
-        checkpoint: File, or what it holds.
-        kind: What it is expected to be, as `describe_heads` says it.
-        build: Makes the model, from the name of a PVT and a number of classes.
-        table: Names of what stands beside the backbone.
-        prefix: What stands before the names of the backbone, needed where there are several.
-        kwargs: Arguments for `build`. Widths are read off the weights, the size of images off the config in the file.
+    `kind` is what `describe_heads` has to say. `build` makes the model from the name of a PVT, a number of classes and
+    what the weights and the config in the file say, and `kwargs`. `table` is for what stands beside the backbone.
 
     Returns:
-        The model in evaluation mode, and what the file has of 'classes' and 'palette' of its dataset, one per class.
-
-    Raises:
-        ValueError: It is something else, or a part is missing, extra or of another shape. It is named as in the file.
+        The model in evaluation mode, and 'label_names' and 'palette' in the file, where there is one per class.
     """
     if isinstance(checkpoint, (str, PathLike)):
         checkpoint = read_checkpoint(checkpoint)
@@ -119,8 +115,7 @@ def from_openmmlab(
             f'{converted.format} model under {converted.prefix!r}.')
     root = converted.prefix[:-len('backbone.')]
     heads: StateDict = {
-        k[len(root):]: v for k, v in unwrap(checkpoint)[0].items()
-        if isinstance(k, str) and k.startswith(root) and not k.startswith(converted.prefix)}
+        k[len(root):]: v for k, v in converted.beside.items() if isinstance(k, str) and k.startswith(root)}
     found = describe_heads(heads)
     if found is None or found[0] != kind:
         parts = ', '.join(sorted({k.partition('.')[0] for k in heads})) or 'nothing'
@@ -131,32 +126,30 @@ def from_openmmlab(
     if variant is None:
         raise ValueError(f'Expected a PVT v1 variant, got depths {info.depths} and channels {info.embed_dims}.')
 
-    drop = ['norm', 'head'] + (['class_token'] if info.class_token or info.class_row else [])
-    body, _ = from_timm(drop_parts(converted.state_dict, drop, info.class_row), 'timm_features')
+    body = drop_parts(converted.state_dict, ('class_token', 'norm', 'head'), info.class_row)
+    body, _ = from_timm(body, 'timm_features')
     ours, _, _ = remap(heads, table)
     settings = {k: ours[name].shape[dim] for k, (name, dim) in _WIDTHS.items()
                 if name in ours and ours[name].ndim > dim and ours[name].numel()}  # the others are refused below
-    meta = checkpoint.get('meta')
-    meta = meta if isinstance(meta, Mapping) else {}
-    settings.update(_image_size(meta))
+    settings.update(_image_size(checkpoint.get('meta')))
     model_args = dict(img_size=info.img_size, in_chans=info.in_chans)
     model = build(variant, found[1], model_args=model_args, **{**settings, **kwargs})
 
-    reference = to_openmmlab(model, table, converted.format)
-    check_keys(heads, {k: v for k, v in reference.items() if not k.startswith('backbone.')})
-    weights = {**{f'{_BODY}{k}': v for k, v in body.items()}, **_move_background(ours, to_torchvision=True)}
+    check_keys(heads, remap(model.state_dict(), table, to_timm=False)[0])
+    weights = {**{f'backbone.body.{k}': v for k, v in body.items()}, **ours}
     check_keys(weights, model.state_dict())
     model.load_state_dict(weights)
     if converted.format == 'mmdet':
         for m in model.backbone.body.modules():
             if isinstance(m, nn.LayerNorm):
                 m.eps = 1e-6  # in patch embeddings and spatial reductions too, unlike the original
-    return model.eval(), _dataset(meta, found[1])
+    said = training_config(checkpoint)
+    return model.eval(), {k: said[k] for k in ('label_names', 'palette') if len(said.get(k, ())) == model.num_classes}
 
 
-def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
+def _image_size(meta: Any) -> Dict[str, int]:
     """Shorter and longest side that the config in the file resizes images to, nothing if it does not say it."""
-    text = meta.get('config') or meta.get('cfg')
+    text = meta.get('config') or meta.get('cfg') if isinstance(meta, Mapping) else None
     sizes = set(re.findall(r'\b(?:img_)?scale=\((\d+), (\d+)\)', text)) if isinstance(text, str) else set()
     if len(sizes) != 1:
         return {}
@@ -164,36 +157,14 @@ def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
     return dict(min_size=int(shorter), max_size=int(longest))
 
 
-def _dataset(meta: Mapping[str, Any], num_classes: int) -> Dict[str, List[Any]]:
-    """'classes' and 'palette' that the file says, if there is one per class."""
-    inner = meta.get('dataset_meta')
-    said = {str(k).lower(): v for k, v in {**meta, **(inner if isinstance(inner, Mapping) else {})}.items()}
-    return {k: list(v) for k in ('classes', 'palette')
-            if isinstance(v := said.get(k), (list, tuple)) and len(v) == num_classes}
-
-
 def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
     """Weights as OpenMMLab names and stacks them, with a backbone in format 'mmdet' or 'original'."""
     state_dict = model.state_dict()
-    features = {k[len(_BODY):]: v for k, v in state_dict.items() if k.startswith(_BODY)}
-    body, _ = from_timm(to_timm(features, 'timm_features')[0], fmt)
+    body, _ = from_timm(map_to_timm(state_dict).state_dict, fmt)
     if fmt == 'original':
         body['pos_embed4'] = torch.cat([torch.zeros_like(body['pos_embed4'][:, :1]), body['pos_embed4']], dim=1)
-    heads = {k: v for k, v in state_dict.items() if not k.startswith(_BODY)}
-    heads, _, _ = remap(_move_background(heads, to_torchvision=False), table, to_timm=False)
+    heads, _, _ = remap(state_dict, table, to_timm=False)
     return {**{f'backbone.{k}': v for k, v in body.items()}, **heads}
-
-
-def _move_background(heads: StateDict, to_torchvision: bool) -> StateDict:
-    """The background is the last class in OpenMMLab and the first in torchvision, where its boxes and masks are 0."""
-    out = dict(heads)
-    for key, value in heads.items():
-        if 'box_predictor.cls_score' in key:
-            out[key] = value.roll(1 if to_torchvision else -1, dims=0)
-        elif 'box_predictor.bbox_pred' in key or 'mask_predictor.mask_fcn_logits' in key:
-            rows = 4 if 'bbox_pred' in key else 1
-            out[key] = torch.cat([torch.zeros_like(value[:rows]), value]) if to_torchvision else value[rows:]
-    return out
 
 
 def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fmt: str = 'mmdet') -> StateDict:
@@ -209,9 +180,8 @@ def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fm
 
 
 def _detector_from_mmdet(*args: Any, **kwargs: Any) -> Any:
-    model, dataset = from_openmmlab(*args, **kwargs)
-    names = dataset.get('classes') or (coco_categories().values() if model.num_classes == 80 else ())
-    model.categories = [str(name) for name in names]
+    model, said = from_openmmlab(*args, **kwargs)
+    model.categories = said.get('label_names') or list(coco_categories().values() if model.num_classes == 80 else ())
     return model
 
 

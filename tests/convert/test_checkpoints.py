@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pvt_timm import PyramidVisionTransformer, checkpoint_filter_fn
 from pvt_timm.checkpoints import (
-    FORMATS, describe, drop_parts, from_timm, map_to_timm, remap, stage_grids, to_timm, training_config, unwrap)
+    ANCHORS, FORMATS, describe, drop_parts, from_timm, map_to_timm, remap, stage_grids, training_config, unwrap)
 from pvt_timm.pvt import VARIANTS, find_variant, resample_pos_embed
 from reference import images, randomize
 
@@ -142,6 +142,9 @@ def test_layouts(state):
     assert torch.equal(source['layers.1.1.2.attn.attn.in_proj_weight'], torch.cat([q, kv]))
     assert source['layers.1.1.2.ffn.layers.0.weight'].shape == (32, 16, 1, 1)
     assert torch.equal(source['layers.3.1.0.pos_embed'], state['stages.3.pos_embed'][:, 1:])
+    name, dense = 'layers.1.1.2.ffn.layers.0.weight', small(num_classes=0, class_token=False)
+    for wrong in (source[name][:, :, 0, 0], source[name].expand(-1, -1, 3, 3)):
+        assert 'Wrong shape' in error(checkpoint_filter_fn, {**source, name: wrong}, dense)
 
 
 def test_original_detector(state):
@@ -159,7 +162,8 @@ def test_original_detector(state):
 
 def test_other_tables():
     """The heads of detectors have tables of their own."""
-    table = (('fpn.{i}.0.{p}', 'neck.{i}.conv.{p}'), ('bn.{i}.{n}', 'bn{s}.{n}'), ('fc.{p}', 'fc.{p}', 'conv1x1'))
+    ways = (lambda x: x.flatten(1), lambda x: x[..., None, None])
+    table = (('fpn.{i}.0.{p}', 'neck.{i}.conv.{p}'), ('bn.{i}.{n}', 'bn{s}.{n}'), ('fc.{p}', 'fc.{p}', ways))
     theirs = {'neck.0.conv.weight': torch.ones(1), 'neck.10.conv.bias': torch.ones(2), 'bn1.running_var': torch.ones(3),
               'fc.weight': torch.ones(4, 5, 1, 1), 'neck.01.conv.bias': torch.ones(1), 'neck.x': torch.ones(1)}
     ours, pairs, unknown = remap(theirs, table)
@@ -217,7 +221,7 @@ def test_ways_in(prefix, tmp_path):
     overlay = dict(file=str(tmp_path / 'x'))
     assert equal(timm.create_model('test_pvt', True, pretrained_cfg_overlay=overlay).state_dict(), model.state_dict())
     features = timm.create_model('test_pvt', True, features_only=True, pretrained_cfg_overlay=overlay).state_dict()
-    assert equal(to_timm(features, 'timm_features')[0], drop_parts(model.state_dict(), ALL))
+    assert equal(map_to_timm(features).state_dict, drop_parts(model.state_dict(), ALL))
     again = timm.create_model('test_pvt', True, features_only=True, pretrained_cfg_overlay=dict(state_dict=features))
     assert equal(again.state_dict(), features)
 
@@ -237,7 +241,7 @@ def test_unknown_key(state, fmt):
             'mmdet': 'layers.'}[fmt]
     for name in (f'{body}bogus.weight', *(() if fmt == 'transformers' else ('norm3.weight', 'norm.running_mean'))):
         assert name in error(map_to_timm, {**source, name: torch.zeros(1)})
-    key = random.Random(0).choice(sorted(k for k in source if '.0.' in k and k != FORMATS[fmt][1]))
+    key = random.Random(0).choice(sorted(k for k in source if '.0.' in k and k != ANCHORS[fmt]))
     renamed = {(k.replace('.0.', '.00.', 1) if k == key else k): v for k, v in source.items()}
     assert key.replace('.0.', '.00.', 1) in error(map_to_timm, renamed)  # only a name that is written back is taken
     text = error(from_timm, {**state, 'bogus': torch.ones(1)}, fmt)
@@ -261,7 +265,7 @@ def test_missing_and_misshaped_keys_are_named(fmt, data):
         if source[key].shape == x.shape or (row[0], change) == (('head.weight',), 'transpose'):  # more classes
             return
     text = error(checkpoint_filter_fn, source, model)
-    if change == 'missing' and key == FORMATS[fmt][1]:
+    if change == 'missing' and key == ANCHORS[fmt]:
         assert 'Expected a PVT v1 checkpoint' in text
     elif change == 'missing' and key.endswith('cls_token'):
         assert 'class token' in text
@@ -336,15 +340,17 @@ def test_training_config():
         model='pvt_tiny', img_size=64, input_size=None, mean=[.5, .4, .3], std=None, crop_pct=.9, interpolation='',
         num_classes=3, lr=.1)
     assert training_config(dict(arch='pvt_tiny', args=args)) == dict(
-        img_size=(64, 64), mean=(.5, .4, .3), crop_pct=.9, num_classes=3)
+        img_size=(64, 64), mean=(.5, .4, .3), crop_pct=.9)
     # Lightning, in groups, with numpy's numbers
-    hyper = dict(data=argparse.Namespace(input_size=(3, 96, 64), std=np.array([.5, .25])), num_classes=np.int64(2),
-                 interpolation='bilinear', model=dict(num_classes=7), class_names=('cat', 'dog'))
+    hyper = dict(data=argparse.Namespace(input_size=(3, 96, 64), std=np.array([.5, .25])), crop_pct=np.float64(.9),
+                 interpolation='bilinear', model=dict(crop_pct=.7), class_names=('cat', 'dog'))
     assert training_config(dict(hyper_parameters=hyper)) == dict(
-        img_size=(96, 64), std=(.5, .25), num_classes=2, interpolation='bilinear', label_names=['cat', 'dog'])
+        img_size=(96, 64), std=(.5, .25), crop_pct=.9, interpolation='bilinear', label_names=['cat', 'dog'])
     assert training_config(dict(meta=dict(CLASSES=('a', 'b')))) == dict(label_names=['a', 'b'])
-    assert training_config(dict(meta=dict(dataset_meta=dict(classes=['a', 'b'])))) == dict(label_names=['a', 'b'])
-    nonsense = dict(img_size='x', mean=[float('nan')], std=[0], crop_pct=-1, num_classes=10 ** 400, interpolation=3)
+    colors = [(1, 2, 3), (4, 5, 6)]
+    assert training_config(dict(meta=dict(dataset_meta=dict(classes=['a', 'b'], palette=colors)))) == dict(
+        label_names=['a', 'b'], palette=colors)
+    nonsense = dict(img_size='x', mean=[float('nan')], std=[0], crop_pct=10 ** 400, interpolation=3, palette='red')
     assert training_config(dict(args=nonsense)) == {}
     assert training_config(dict(args=dict(mean=[.5] * 16, std=[.5] * 17))) == dict(mean=(.5,) * 16)  # per channel
 

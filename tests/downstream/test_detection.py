@@ -363,7 +363,10 @@ def with_(name, *shape):
     ('mask_rcnn', with_('roi_head.mask_head.convs.4.conv.bias', 24), 'Not part .*convs.4'),
     # one box for all classes
     ('mask_rcnn', with_('roi_head.bbox_head.fc_reg.weight', 4, 48), r'fc_reg.weight \[4, 48\] instead of \[12, 48\]'),
+    ('mask_rcnn', with_('roi_head.bbox_head.fc_reg.bias'), r'fc_reg.bias \[\] instead of \[12\]'),
     ('mask_rcnn', with_('roi_head.mask_head.conv_logits.weight', 3), 'Wrong shape .*convs.0.conv.weight'),
+    ('retinanet', lambda d: d.update(epoch=3), 'Not part of the model, in the checkpoint: epoch'),
+    ('retinanet', with_('backbone.adapter.weight', 3), 'Not part of the model, in the checkpoint: backbone.adapter'),
     ('faster_rcnn', without('roi_head'), 'Expected a Faster R-CNN, got a model with neck, rpn_head beside'),
 ])
 def test_checkpoint_errors_name_what_is_wrong(kind, change, message):
