@@ -8,20 +8,20 @@ The paper trains for 12 epochs of COCO with 16 images per step: `AdamW(lr=1e-4, 
 `model_args=dict(drop_path_rate=0.1)`.
 """
 import copy
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from .fpn import PvtFpnBackbone, pvt_fpn_backbone
-from .parts import AlignedRoIAlign, ClippedBoxCoder, Detection, FixedStrideAnchors, PublishedDetector
+from .fpn import PvtFpnBackbone
+from .parts import AlignedRoIAlign, Detection, FixedStrideAnchors, PublishedDetector
 
 
 class PvtRetinaNet(PublishedDetector, RetinaNet):
     """torchvision's RetinaNet with the settings of the published PVT detectors. Labels count from 0."""
-    box_coder: Any
+    levels = dict(out_indices=(1, 2, 3), extra_levels='p6p7_on_input')
     detections_per_img: Any
 
     def __init__(self, backbone: PvtFpnBackbone, num_classes: int, **kwargs: Any):
@@ -34,8 +34,7 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
         """
         anchors = FixedStrideAnchors((8, 16, 32, 64, 128), [4 * 2 ** (i / 3) for i in range(3)])
         settings = dict(anchor_generator=anchors, detections_per_img=100)
-        super().__init__(num_classes, backbone, num_classes, **{**settings, **kwargs})
-        self.box_coder = ClippedBoxCoder(self.box_coder.weights)
+        super().__init__(backbone, num_classes, num_classes, **{**settings, **kwargs})
 
     def postprocess_detections(
             self, head_outputs: Dict[str, List[torch.Tensor]], anchors: List[List[torch.Tensor]],
@@ -54,8 +53,6 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
 class PvtFasterRCNN(PublishedDetector, FasterRCNN):
     """torchvision's Faster R-CNN with the settings of the published PVT detectors. Labels count from 1."""
     first_label = 1
-    rpn: Any
-    roi_heads: Any
 
     def __init__(self, backbone: PvtFpnBackbone, num_classes: int, box_channels: int = 1024, **kwargs: Any):
         """As `PvtRetinaNet`, on five levels with strides 4 to 64. `box_channels` is the width of the box head."""
@@ -66,9 +63,7 @@ class PvtFasterRCNN(PublishedDetector, FasterRCNN):
             box_head=TwoMLPHead(backbone.out_channels * 7 ** 2, box_channels),
             box_predictor=FastRCNNPredictor(box_channels, num_classes + 1),
         )
-        super().__init__(num_classes, backbone, **{**settings, **kwargs})
-        for part in (self.rpn, self.roi_heads):
-            part.box_coder = ClippedBoxCoder(part.box_coder.weights)
+        super().__init__(backbone, num_classes, **{**settings, **kwargs})
 
 
 class PvtMaskRCNN(PvtFasterRCNN, MaskRCNN):
@@ -89,35 +84,6 @@ class PvtMaskRCNN(PvtFasterRCNN, MaskRCNN):
         super().__init__(backbone, num_classes, box_channels, **{**settings, **kwargs})
 
 
-def pvt_retinanet(
-        model_name: str = 'pvt_small', num_classes: int = 80, pretrained_backbone: bool = False,
-        out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> PvtRetinaNet:
-    """RetinaNet on PVT as published, with new neck and head.
-
-    Args:
-        model_name: Name of a timm model, with or without a tag.
-        num_classes: Number of classes, without a background class.
-        pretrained_backbone: Load its weights.
-        out_channels: Channels of pyramid and head.
-        model_args: Arguments for `timm.create_model`, such as `drop_path_rate`.
-        kwargs: Arguments for `PvtRetinaNet`, such as `min_size`.
-    """
-    backbone = pvt_fpn_backbone(
-        model_name, pretrained_backbone, out_channels, (1, 2, 3), 'p6p7_on_input', **(model_args or {}))
-    return PvtRetinaNet(backbone, num_classes, **kwargs)
-
-
-def pvt_faster_rcnn(
-        model_name: str = 'pvt_small', num_classes: int = 80, pretrained_backbone: bool = False,
-        out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> PvtFasterRCNN:
-    """Faster R-CNN on PVT as published, with new neck and heads. Arguments as in `pvt_retinanet`."""
-    backbone = pvt_fpn_backbone(model_name, pretrained_backbone, out_channels, **(model_args or {}))
-    return PvtFasterRCNN(backbone, num_classes, **kwargs)
-
-
-def pvt_mask_rcnn(
-        model_name: str = 'pvt_small', num_classes: int = 80, pretrained_backbone: bool = False,
-        out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> PvtMaskRCNN:
-    """Mask R-CNN on PVT as published, with new neck and heads. Arguments as in `pvt_retinanet`."""
-    backbone = pvt_fpn_backbone(model_name, pretrained_backbone, out_channels, **(model_args or {}))
-    return PvtMaskRCNN(backbone, num_classes, **kwargs)
+pvt_retinanet = PvtRetinaNet.on_pvt
+pvt_faster_rcnn = PvtFasterRCNN.on_pvt
+pvt_mask_rcnn = PvtMaskRCNN.on_pvt

@@ -29,55 +29,47 @@ _EXTRA_LEVELS: Dict[Optional[str], Callable[[int, int], Any]] = {
 
 
 class PvtFpnBackbone(nn.Module):
-    """Backbone of a torchvision detector: images (B, C, H, W) to a dict of maps with `out_channels` channels each.
+    """A PVT feature pyramid for torchvision's detectors: images (B, C, H, W) to a dict of maps.
 
     Attributes:
         body: The `features_only` model.
         fpn: torchvision's `FeaturePyramidNetwork` on it.
-        out_channels: Channels of every map.
+        out_channels: Channels of every map. They are named '0', '1', ... and 'pool' or 'p6' and 'p7'.
     """
 
-    def __init__(self, body: nn.Module, fpn: FeaturePyramidNetwork, out_channels: int):
+    def __init__(
+            self,
+            model_name: str = 'pvt_small',
+            pretrained: bool = False,
+            out_channels: int = 256,
+            out_indices: Sequence[int] = (0, 1, 2, 3),
+            extra_levels: Optional[str] = 'pool',
+            **model_args: Any,
+    ):
+        """
+        Args:
+            model_name: Name of a timm model, with or without a tag.
+            pretrained: Load its weights.
+            out_channels: Channels of the pyramid.
+            out_indices: Stages to take, from fine to coarse, 0 to 3 have strides 4 to 32.
+            extra_levels: Coarser levels. 'pool': one, subsampled (Faster and Mask R-CNN). 'p6p7': two convolutions on
+                the last level of the pyramid (torchvision's RetinaNet and FCOS). 'p6p7_on_input': two on the last stage
+                (the published PVT RetinaNet). None: none.
+            model_args: More arguments for `timm.create_model`, such as `drop_path_rate`.
+        """
         super().__init__()
-        self.body = body
-        self.fpn = fpn
+        if extra_levels not in _EXTRA_LEVELS:
+            raise ValueError(f'Expected extra_levels in {tuple(_EXTRA_LEVELS)}, got {extra_levels!r}.')
+        self.body = create_model(
+            model_name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **model_args)
+        feature_info: Any = self.body.feature_info
+        channels = feature_info.channels()
+        extra = _EXTRA_LEVELS[extra_levels](channels[-1], out_channels)
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra)
         self.out_channels = out_channels
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         return self.fpn({str(i): feature for i, feature in enumerate(self.body(x))})
 
 
-def pvt_fpn_backbone(
-        model_name: str = 'pvt_small',
-        pretrained: bool = False,
-        out_channels: int = 256,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
-        extra_levels: Optional[str] = 'pool',
-        **model_args: Any,
-) -> PvtFpnBackbone:
-    """A PVT feature pyramid for torchvision's detectors.
-
-    Args:
-        model_name: Name of a timm model, with or without a tag.
-        pretrained: Load its weights.
-        out_channels: Channels of the pyramid.
-        out_indices: Stages to take, from fine to coarse, 0 to 3 have strides 4 to 32.
-        extra_levels: Coarser levels. 'pool': one, subsampled (Faster and Mask R-CNN). 'p6p7': two convolutions on the
-            last level of the pyramid (torchvision's RetinaNet and FCOS). 'p6p7_on_input': two on the last stage
-            (the published PVT RetinaNet). None: none.
-        model_args: More arguments for `timm.create_model`, such as `drop_path_rate`.
-
-    Returns:
-        A module with `out_channels`. Its maps are named '0', '1', ... and 'pool' or 'p6' and 'p7'.
-
-    Raises:
-        ValueError: There are no such `extra_levels`.
-    """
-    if extra_levels not in _EXTRA_LEVELS:
-        raise ValueError(f'Expected extra_levels in {tuple(_EXTRA_LEVELS)}, got {extra_levels!r}.')
-    body = create_model(
-        model_name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **model_args)
-    feature_info: Any = body.feature_info
-    channels = feature_info.channels()
-    extra = _EXTRA_LEVELS[extra_levels](channels[-1], out_channels)
-    return PvtFpnBackbone(body, FeaturePyramidNetwork(channels, out_channels, extra), out_channels)
+pvt_fpn_backbone = PvtFpnBackbone

@@ -1,7 +1,7 @@
 """ What the published detectors do other than torchvision's, in subclasses of torchvision's own parts. """
 import inspect
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, _resize_image_and_masks, resize_boxes
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops._utils import convert_boxes_to_roi_format
 from torchvision.ops.poolers import LevelMapper
 
+from .fpn import PvtFpnBackbone
+
 Detection = Dict[str, torch.Tensor]
+Detector = TypeVar('Detector', bound='PublishedDetector')
 
 
 class FixedStrideAnchors(AnchorGenerator):
@@ -106,10 +109,8 @@ class RoundingTransform(GeneralizedRCNNTransform):
             min_size = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
             scale = min(self.max_size / max(h, w), min_size / min(h, w))
             size = max(int(w * scale + 0.5), 1), max(int(h * scale + 0.5), 1)
-        image, target = _resize_image_and_masks(image, None, None, target, size)
-        if target is not None:
-            target['boxes'] = resize_boxes(target['boxes'], (h, w), image.shape[-2:])
-        return image, target
+        sized = GeneralizedRCNNTransform(0, 0, self.image_mean, self.image_std, fixed_size=size)
+        return sized.eval().resize(image, target)
 
     def postprocess(
             self, result: List[Detection], image_shapes: List[Tuple[int, int]],
@@ -135,19 +136,41 @@ class PublishedDetector(nn.Module):
         categories: Names of the classes, the first is that of `first_label`. Empty if not known.
     """
     first_label = 0
+    levels: Dict[str, Any] = {}  # of the pyramid, arguments for `PvtFpnBackbone`
     transform: Any
 
-    def __init__(self, num_classes: int, *args: Any, **kwargs: Any):
+    def __init__(self, backbone: PvtFpnBackbone, num_classes: int, *args: Any, **kwargs: Any):
         known = (*inspect.signature(super().__init__).parameters, 'size_divisible', 'fixed_size')
         unknown = [k for k in kwargs if k not in known]
         if unknown:
             raise TypeError(f'{type(self).__name__} got unexpected keyword arguments: {", ".join(unknown)}')
-        super().__init__(*args, **kwargs)
+        super().__init__(backbone, *args, **kwargs)
         self.num_classes = num_classes
         self.categories: List[str] = []
         t = self.transform
         self.transform = RoundingTransform(
             t.min_size, t.max_size, t.image_mean, t.image_std, t.size_divisible, t.fixed_size)
+        parts: Any = [m for m in self.modules() if hasattr(m, 'box_coder')]
+        for part in parts:
+            part.box_coder = ClippedBoxCoder(part.box_coder.weights)
+
+    @classmethod
+    def on_pvt(
+            cls: Type[Detector], model_name: str = 'pvt_small', num_classes: int = 80,
+            pretrained_backbone: bool = False, out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None,
+            **kwargs: Any) -> Detector:
+        """The detector on PVT as published, with new neck and heads.
+
+        Args:
+            model_name: Name of a timm model, with or without a tag.
+            num_classes: Number of classes, without a background class.
+            pretrained_backbone: Load its weights.
+            out_channels: Channels of the pyramid, and of RetinaNet's head.
+            model_args: Arguments for `timm.create_model`, such as `drop_path_rate`.
+            kwargs: Arguments for the class, such as `min_size`.
+        """
+        backbone = PvtFpnBackbone(model_name, pretrained_backbone, out_channels, **cls.levels, **(model_args or {}))
+        return cls(backbone, num_classes, **kwargs)
 
     def forward(
             self, images: Sequence[torch.Tensor], targets: Optional[Sequence[Detection]] = None,
