@@ -1,9 +1,10 @@
 """ The commands `detect` and `segment`: objects and regions of images, printed, as JSON and drawn. """
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -74,41 +75,38 @@ def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: O
     keep = found['scores'] >= args.threshold
     found = {k: v[keep] for k, v in found.items()}
     labels = (found['labels'] - model.first_label).tolist()
-    names = [model.categories[i] if model.categories else f'class {i}' for i in labels]
-    if picture:
-        draw_detections(image, found, names, picture)
     rows: Rows = [
-        dict(label=i, name=name, score=round(score, 4), box=[round(x, 2) for x in box])
-        for i, name, score, box in zip(labels, names, found['scores'].tolist(), found['boxes'].tolist())]
-    for row, mask in zip(rows, found.get('masks', ())):
-        row['mask'] = run_lengths(mask[0] >= 0.5)
+        dict(label=i, name=model.categories[i] if model.categories else f'class {i}', score=round(score, 4),
+             box=[round(x, 2) for x in box])
+        for i, score, box in zip(labels, found['scores'].tolist(), found['boxes'].tolist())]
+    masks = [mask[0] >= 0.5 for mask in found.get('masks', ())]
+    for row, mask in zip(rows, masks):
+        row['mask'] = run_lengths(mask)
+    if picture:
+        draw_detections(image, rows, masks, picture)
     return rows
 
 
 def run_lengths(mask: torch.Tensor) -> Dict[str, List[int]]:
     """A mask (H, W) as COCO's uncompressed run lengths: column by column, starting with those outside."""
-    flat = mask.T.flatten().to(torch.int8)
-    ends = torch.where(flat.diff(prepend=flat.new_zeros(1)))[0].tolist() + [len(flat)]
-    return dict(size=list(mask.shape), counts=[end - start for start, end in zip([0, *ends], ends)])
+    values, counts = mask.T.flatten().unique_consecutive(return_counts=True)
+    return dict(size=list(mask.shape), counts=[0] * int(values[0]) + counts.tolist())
 
 
-def draw_detections(image: Image.Image, found: Dict[str, torch.Tensor], names: Sequence[str], output: Path) -> None:
-    """Draw 'boxes' (N, 4) with names and 'scores' (N,) over an image, and 'masks' (N, 1, H, W) if there are any."""
-    kinds = list(dict.fromkeys(names))
-    colors = [_COLORS[kinds.index(name) % len(_COLORS)] for name in names]
+def draw_detections(image: Image.Image, objects: Rows, masks: Sequence[torch.Tensor], output: Path) -> None:
+    """Draw objects, the best one first, over an image: boxes with names and scores, and masks (H, W) if any."""
+    kinds = list(dict.fromkeys(row['name'] for row in objects))
+    colors = [_COLORS[kinds.index(row['name']) % len(_COLORS)] for row in objects]
     pixels = np.array(image)
-    for mask, color in zip(found.get('masks', ()), colors):
-        on = mask[0].numpy() >= 0.5
-        pixels[on] = (pixels[on] + np.array(ImageColor.getrgb(color))) / 2
-    figure, axes = _show(image, pixels, 'lanczos')
-    # the best one on top
-    for (x1, y1, x2, y2), score, name, color in reversed(list(zip(
-            found['boxes'].tolist(), found['scores'].tolist(), names, colors))):
-        axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=color, linewidth=2)
-        axes.annotate(
-            f'{name} {score:.0%}', (x1, y1), (2, 2), textcoords='offset points', va='bottom', color='white',
-            weight='bold', bbox=dict(color=color, boxstyle='square,pad=0.2'), annotation_clip=False)
-    _save(figure, output)
+    for mask, color in zip(masks, colors):
+        pixels[mask.numpy()] = (pixels[mask.numpy()] + np.array(ImageColor.getrgb(color))) / 2
+    with _picture(pixels, output) as axes:
+        for row, color in reversed(list(zip(objects, colors))):
+            x1, y1, x2, y2 = row['box']
+            axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=color, linewidth=2)
+            axes.annotate(
+                f'{row["name"]} {row["score"]:.0%}', (x1, y1), (2, 2), textcoords='offset points', va='bottom',
+                color='white', weight='bold', bbox=dict(color=color, boxstyle='square,pad=0.2'), annotation_clip=False)
 
 
 def _segment(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
@@ -129,25 +127,23 @@ def draw_segments(
 ) -> None:
     """Draw the class (H, W) of every pixel over an image, with a legend of the first 14 of `classes`."""
     colors = np.array(palette)
-    figure, axes = _show(image, (0.4 * np.array(image) + 0.6 * colors[labels.numpy()]).astype(np.uint8), 'nearest')
-    for row in classes[:14]:
-        text = f'{row["name"].split(";")[0]}  {row["share"]:.0%}'
-        axes.scatter([], [], s=120, marker='s', color=colors[row['label']] / 255, label=text)
-    if len(classes) > 14:
-        axes.scatter([], [], alpha=0, label=f'and {len(classes) - 14} more')
-    axes.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=11, borderaxespad=0)
-    _save(figure, output)
+    pixels = (0.4 * np.array(image) + 0.6 * colors[labels.numpy()]).astype(np.uint8)
+    with _picture(pixels, output) as axes:
+        for row in classes[:14]:
+            text = f'{row["name"].split(";")[0]}  {row["share"]:.0%}'
+            axes.scatter([], [], s=120, marker='s', color=colors[row['label']] / 255, label=text)
+        if len(classes) > 14:
+            axes.scatter([], [], alpha=0, label=f'and {len(classes) - 14} more')
+        axes.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=11, borderaxespad=0)
 
 
-def _show(image: Image.Image, pixels: np.ndarray, interpolation: str) -> Tuple[Any, Any]:
-    """A figure of an image, in whose axes a unit is a pixel of it."""
+@contextlib.contextmanager
+def _picture(pixels: np.ndarray, output: Path) -> Iterator[Any]:
+    """Axes over an image in which a unit is a pixel of it, written as a picture at the end."""
     figure = new_figure(figsize=(9, 9))
-    axes = figure.add_axes((0, 0, 1, 1), frameon=False)
-    axes.imshow(pixels, interpolation=interpolation, extent=(0, image.width, image.height, 0))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(pixels, interpolation='lanczos', extent=(0, pixels.shape[1], pixels.shape[0], 0))
     axes.set_axis_off()
     axes.autoscale(False)
-    return figure, axes
-
-
-def _save(figure: Any, output: Path) -> None:
+    yield axes
     save_atomically(output, lambda f: figure.savefig(f, format='png', bbox_inches='tight', pad_inches=0.05))

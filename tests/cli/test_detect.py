@@ -58,10 +58,9 @@ def test_run_lengths_are_those_of_coco():
 
 def test_pictures_show_boxes_masks_and_names(tmp_path):
     image = Image.new('RGB', (300, 200), (128, 128, 128))
-    mask = torch.zeros(1, 1, 200, 300)
-    mask[:, :, 100:180, 100:250] = 1
-    found = dict(boxes=torch.tensor([[100., 100, 250, 180]]), scores=torch.tensor([0.9]), masks=mask)
-    draw_detections(image, found, ['cat'], tmp_path / 'x.png')
+    mask = torch.zeros(200, 300, dtype=torch.bool)
+    mask[100:180, 100:250] = True
+    draw_detections(image, [dict(name='cat', score=0.9, box=[100, 100, 250, 180])], [mask], tmp_path / 'x.png')
     pixels = np.asarray(Image.open(tmp_path / 'x.png').convert('RGB')).astype(int)
     h, w = pixels.shape[:2]
     assert w / h == pytest.approx(1.5, abs=.02)
