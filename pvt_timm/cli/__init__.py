@@ -1,1 +1,1 @@
-""" The command line `pvt-timm`, one file a command. """
+""" The command line `pvt-timm`: its options are in `main`, what the commands do in the other files. """

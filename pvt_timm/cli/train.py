@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import timm.data
 import torch
@@ -48,10 +48,7 @@ def run_train(args: argparse.Namespace) -> List[str]:
         _say('on this machine ' + ', '.join(f'{name}: {value}' for name, value in machine.items()))
     latest = None if now.get('resume') else latest_checkpoint(folder)
     if latest is not None:
-        file, state = latest
-        _say(f'going on after epoch {state["epoch"]} from {file}: weights, optimizer, learning rate and weight decay '
-             'are those in it, others are without effect')
-        command += ['--resume', str(file)]
+        command += ['--resume', str(latest)]
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(settings, sort_keys=False).encode()
     save_atomically(folder / 'settings.yaml', lambda f: f.write(text))
@@ -99,13 +96,10 @@ def machine_settings(settings: Dict[str, Any], given: Dict[str, Any]) -> Dict[st
     return machine
 
 
-def latest_checkpoint(folder: Path) -> Optional[Tuple[Path, Dict[str, Any]]]:
-    """The newest checkpoint of the end of an epoch that can be read, and what it holds. None if there is none at all.
+def latest_checkpoint(folder: Path) -> Optional[Path]:
+    """The newest checkpoint of the end of an epoch that can be read, None if there is none at all.
 
     `recovery-*` files are not taken: they are from the middle of an epoch, whose rest train.py would leave out.
-
-    Raises:
-        ValueError: None of those that are there can be read.
     """
     numbered = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda file: natural_key(file.name), reverse=True)
     broken: List[str] = []
@@ -116,10 +110,12 @@ def latest_checkpoint(folder: Path) -> Optional[Tuple[Path, Dict[str, Any]]]:
                 raise ValueError('it holds no epoch and optimizer')
         except (ValueError, OSError) as e:
             broken.append(f'{file}: {one_line(e)}')
-        else:
-            for line in broken:
-                _say(f'passing over {line}')
-            return file, state
+            continue
+        for line in broken:
+            _say(f'passing over {line}')
+        _say(f'going on after epoch {state["epoch"]} from {file}: weights, optimizer, learning rate and weight decay '
+             'are those in it, others are without effect')
+        return file
     if broken:
         raise ValueError(f'Cannot go on from {broken[0]} (--experiment NAME or an empty folder to start anew)')
     return None
