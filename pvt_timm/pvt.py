@@ -25,9 +25,12 @@ from timm.layers import (
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
-from timm.models._input import update_model_input_size
 from timm.models._manipulate import checkpoint
 from timm.models._registry import generate_default_cfgs, register_model
+try:  # timm >= 1.0.31 keeps construction arguments in step with `set_input_size`, for `save_for_hf`
+    from timm.models._input import update_model_input_size
+except ImportError:
+    update_model_input_size = None  # type: ignore[assignment]
 
 from .checkpoints import check_keys, fit_to_model, stage_grids
 from .sliced_mlp import SlicedMlp
@@ -373,7 +376,8 @@ class PyramidVisionTransformer(nn.Module):
         if img_size is not None:
             for stage, grid_size in zip(self.stages, self._grid_sizes(img_size)):
                 stage.set_grid_size(grid_size)  # type: ignore[operator]
-            update_model_input_size(self, to_2tuple(img_size))
+            if update_model_input_size is not None:
+                update_model_input_size(self, to_2tuple(img_size))
 
     def forward_intermediates(
             self,
@@ -483,6 +487,8 @@ def checkpoint_filter_fn(
     state_dict = resize_pos_embeds(state_dict, info.grid_size, model.stages[0].grid_size, model.class_token)
     cfg = getattr(model, 'pretrained_cfg', {})
     adapted = ['stages.0.patch_embed.proj.weight'] if info.in_chans != model.in_chans else []
+    if update_model_input_size is None and info.in_chans != 3 and model.in_chans not in (1, 3):
+        raise ValueError(f'timm < 1.0.31 replaces a first convolution of {info.in_chans} channels by random numbers.')
     if info.num_classes != model.num_classes and (info.num_classes or model.num_classes != cfg.get('num_classes')):
         adapted += ['head.weight', 'head.bias']
         if model.num_classes:
