@@ -78,7 +78,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     logging.set_verbosity_error()  # not a line per attempt
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     as_json, quiet = args.pop('json'), args.pop('quiet')
-    args['progress'] = not quiet and sys.stderr.isatty()
     if quiet:
         disable_progress_bars()
     run = {'': _convert, 'inspect': _inspect, 'publish': _publish}[command]

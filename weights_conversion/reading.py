@@ -79,7 +79,6 @@ def read_weights(
         labels: Optional[PathLike] = None,
         sha256: Optional[str] = None,
         max_bytes: int = MAX_BYTES,
-        progress: bool = False,
 ) -> Iterator[Weights]:
     """Read a checkpoint in any known format, and what its training and the files beside it say.
 
@@ -93,7 +92,6 @@ def read_weights(
         labels: File with the names of the classes, instead of those that come with the checkpoint.
         sha256: Hash (or its first 8 or more digits) that the file must have.
         max_bytes: Refuse a file that is larger.
-        progress: Show how far a download from a url is.
 
     Raises:
         ValueError: It is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for.
@@ -103,7 +101,7 @@ def read_weights(
     told = check_size(source_size, 'source_size')
     if model is not None and model not in VARIANTS:
         raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
-    with open_source(spec, progress) as source:
+    with open_source(spec) as source:
         if sha256 is not None and (len(sha256) < 8 or not source.sha256.startswith(sha256.lower())):
             raise ValueError(f'Expected a file with sha256 {ascii(sha256)} (8 digits or more), got {source.sha256}: '
                              f'another one, or damaged.')

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,9 @@ from typing import Any, Dict, Iterator, Optional, Union
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import torch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from pvt_timm.files import find_checkpoint
 
@@ -57,12 +61,8 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(spec: Union[str, 'os.PathLike[str]'], progress: bool = False) -> Iterator[Source]:
+def open_source(spec: Union[str, 'os.PathLike[str]']) -> Iterator[Source]:
     """Find or download a checkpoint. What was downloaded from a url is removed again at the end.
-
-    Args:
-        spec: Path of a file or folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
-        progress: Show the progress of a download from a url. The hub's client has its own setting.
 
     Raises:
         ValueError: `spec` makes no sense, or means something that is no checkpoint.
@@ -76,7 +76,8 @@ def open_source(spec: Union[str, 'os.PathLike[str]'], progress: bool = False) ->
         name = re.sub(r'[^\w.-]', '_', unquote(parts.path).rpartition('/')[2], flags=re.ASCII)[-80:].lstrip('.')
         with tempfile.TemporaryDirectory(prefix='pvt-convert-') as folder:
             file = Path(folder, name or 'checkpoint')
-            torch.hub.download_url_to_file(spec, str(file), progress=progress)
+            bar = sys.stderr.isatty() and not are_progress_bars_disabled()  # as the hub's own
+            torch.hub.download_url_to_file(spec, str(file), progress=bar)
             # user, password, query and fragment may be secrets
             yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file, {})
     elif spec.startswith('hf-hub:'):
@@ -86,10 +87,6 @@ def open_source(spec: Union[str, 'os.PathLike[str]'], progress: bool = False) ->
 
 
 def _from_hub(spec: str) -> Source:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     m = re.fullmatch(r'hf-hub:([^@:]+)(?:@([^:]+))?(?::([^\\:]+))?', spec)
     if m is None or '..' in spec:
         raise ValueError(f'Expected hf-hub:owner/repo[@revision][:file], got {ascii(spec)}.')
@@ -100,7 +97,7 @@ def _from_hub(spec: str) -> Source:
             return Path(hf_hub_download(repo, name, revision=revision))
         except EntryNotFoundError as e:
             # the network failed, and the cache does not know either that the repository has no such file
-            if isinstance(e, LocalEntryNotFoundError) and not HF_HUB_OFFLINE and not try_to_load_from_cache(
+            if isinstance(e, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE and not try_to_load_from_cache(
                     repo, name, revision=revision):
                 raise
             return None
@@ -108,7 +105,7 @@ def _from_hub(spec: str) -> Source:
     names = [wanted] if wanted else list(_HUB_FILES)
     file = next(filter(None, map(fetch, names)), None)
     if file is None:
-        where = f'{spec}, offline' if HF_HUB_OFFLINE else spec
+        where = f'{spec}, offline' if constants.HF_HUB_OFFLINE else spec
         raise ValueError(f'Expected {" or ".join(names)} in {where}, found nothing of that name.')
     for name in _NEIGHBOURS if file.name in _HUB_FILES else ():
         fetch(str(PurePosixPath(wanted or name).with_name(name)))

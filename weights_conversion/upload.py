@@ -69,7 +69,6 @@ def publish(
         measured: Optional[PathLike] = None,
         private: bool = False,
         dry_run: bool = False,
-        progress: bool = False,
         say: Callable[[str], None] = lambda line: None,
 ) -> List[Dict[str, Any]]:
     """Convert the public PVT v1 checkpoints to timm's format and upload each to 'OWNER/pvt_small.in1k' and so on.
@@ -83,7 +82,6 @@ def publish(
         measured: JSON that benchmarks/training/imagenet.py writes, for the cards.
         private: Make the repositories private.
         dry_run: Write the folders, upload nothing.
-        progress: Show the progress of downloads.
         say: Called with a line per step.
 
     Returns:
@@ -108,7 +106,7 @@ def publish(
             cfg: Any = get_pretrained_cfg(tag)
             source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else str(cfg.url)
             convert(
-                source, folder, model=tag.partition('.')[0], sha256=SHA256[tag], verify=None, progress=progress,
+                source, folder, model=tag.partition('.')[0], sha256=SHA256[tag], verify=None,
                 keep_source=tag in BOX_AP, about=_about(tag, repo, cfg))
         if tag in accuracy:
             _fill_in(folder / 'README.md', accuracy[tag])

@@ -1,6 +1,8 @@
 """ The converter: to timm and back without a changed bit, and folders that load wherever they should. """
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -477,6 +479,17 @@ def test_url(hub, original, tmp_path):
     report = convert(url + '?token=secret', tmp_path / 'out', to='original')
     assert files.same(read_checkpoint(tmp_path / 'out'), read_checkpoint(original))
     assert report.source == url and 'secret' not in (tmp_path / 'out' / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('hidden', [False, True])
+def test_bar_of_a_download(hidden, hub, original, monkeypatch):
+    """On a terminal, unless the hub's are switched off, as `--quiet` does."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sources, 'are_progress_bars_disabled', lambda: hidden)
+    with contextlib.redirect_stderr(terminal):
+        inspect(hub.add_file('v2/pvt.pth', original))
+    assert ('100%' in terminal.getvalue()) != hidden
 
 
 @pytest.mark.parametrize('kind', [500, 'drop', 'truncate', 'short', 'garbage'])
