@@ -1,5 +1,4 @@
 """ The command line: `python -m weights_conversion`, also `pvt-convert`. """
-import argparse
 import functools
 import json
 import signal
@@ -9,17 +8,14 @@ from typing import Any, Dict, List, Optional
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from pvt_timm.cli.errors import Parser, run_command
+from pvt_timm.files import MAX_BYTES
 
-from .converter import convert, inspect
+from .converter import DTYPES, convert, inspect
+from .reading import PARTS
+from .targets import WRITERS
 from .upload import check_repo, publish, push
 
 __all__ = ['main']
-
-_EPILOG = '''\
-`pvt-convert inspect SOURCE` shows what a checkpoint is and writes nothing.
-`pvt-convert publish --to OWNER` converts and uploads all public checkpoints.
-'''
-
 
 def _parser(command: str) -> Parser:
     parser = Parser(
@@ -29,8 +25,8 @@ def _parser(command: str) -> Parser:
             'publish': 'Convert the public PVT v1 checkpoints to timm and upload them to the Hugging Face Hub.',
         }.get(command, 'Convert any PVT v1 checkpoint to timm, or to the formats of the original code, transformers '
                        'and mmdetection.'),
-        epilog='' if command else _EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        epilog='' if command else '`pvt-convert inspect SOURCE` shows what a checkpoint is and writes nothing. '
+                                  '`pvt-convert publish --to OWNER` converts and uploads all public checkpoints.')
     add = parser.add_argument
     if command == 'publish':
         add('--to', metavar='OWNER', required=True, help='user or organisation on the hub')
@@ -47,17 +43,16 @@ def _parser(command: str) -> Parser:
             help='image size (or height and width) of the position embeddings, if they do not tell')
         add('--labels', metavar='FILE', help='names of the classes, one a line or JSON')
         add('--sha256', metavar='HEX', help='refuse a file with another hash (8 to 64 digits)')
-        add('--max-bytes', metavar='N', type=int, default=argparse.SUPPRESS,
-            help='refuse larger files (default: 7.9 GB)')
+        add('--max-bytes', metavar='N', type=int, default=MAX_BYTES,
+            help=f'refuse larger files (default: {MAX_BYTES / 1e9:.1f} GB)')
     if not command:
         add('--output', '-o', metavar='DIR', required=True, help='folder to write')
-        add('--to', choices=['timm', 'original', 'transformers', 'mmdet'], default='timm',
-            help='target format (default: timm)')
-        add('--drop', metavar='PART', nargs='+', default=[], help='leave out parts: class_token, norm, head')
+        add('--to', choices=list(WRITERS), default='timm', help='target format (default: timm)')
+        add('--drop', metavar='PART', nargs='+', default=[], help=f'leave out parts: {", ".join(PARTS)}')
         add('--num-classes', metavar='N', type=int, help='0 leaves out the head')
         add('--img-size', metavar='N', type=int, nargs='+',
             help='resize the position embeddings to this image size (or height and width)')
-        add('--dtype', choices=['float32', 'float16', 'bfloat16'], help='cast the weights')
+        add('--dtype', choices=DTYPES, help='cast the weights')
         add('--verify', action='store_true',
             help="compare outputs with the source's own implementation, fail if they differ")
         add('--force', action='store_true', help='replace an earlier output')
@@ -86,7 +81,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
     report = inspect(**args)
-    print(report.to_json() if as_json else report.to_text())
+    print(json.dumps(vars(report), indent=2) if as_json else report.to_text())
 
 
 def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:

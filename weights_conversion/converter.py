@@ -6,19 +6,22 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from timm.models import get_pretrained_cfg
 
-from pvt_timm.checkpoints import describe, drop_parts, from_timm
+from pvt_timm.checkpoints import StateDict, describe, drop_parts, from_timm
 from pvt_timm.cli.errors import clean
+from pvt_timm.files import PathLike
 from pvt_timm.pvt import resize_pos_embeds
 
 from . import verification
 from .output import check_output, new_folder
 from .reading import (
-    CLASS_ROW, PARTS, POS_EMBED, PathLike, Size, StateDict, Weights, check_size, is_finite, model_args_of, read_weights)
+    CLASS_ROW, PARTS, POS_EMBED, Size, Weights, check_size, model_args_of, read_weights)
 from .report import Report, trace
 from .sources import CLASS_ROW_FILE
 from .targets import WRITERS, save_tensors, write_card
 
-__all__ = ['convert', 'inspect']
+__all__ = ['DTYPES', 'convert', 'inspect']
+
+DTYPES = ('float32', 'float16', 'bfloat16')
 
 
 def inspect(source: PathLike, **options: Any) -> Report:
@@ -73,7 +76,7 @@ def convert(
         OSError: Something cannot be read or written.
         Exception: What the clients raise where something cannot be downloaded.
     """
-    for value, known, what in ((to, WRITERS, 'a target'), (dtype, (None, 'float32', 'float16', 'bfloat16'), 'a dtype'),
+    for value, known, what in ((to, WRITERS, 'a target'), (dtype, (None, *DTYPES), 'a dtype'),
                                *((part, PARTS, 'parts to drop') for part in drop)):
         if value not in known:
             raise ValueError(f'Expected {what} in {tuple(known)}, got {value!r}.')
@@ -196,6 +199,6 @@ def _take_parts(weights: Weights, to: str, drop: List[str], report: Report) -> T
 
 def _cast(key: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = x.to(dtype)
-    if not is_finite(out) and is_finite(x):
+    if x.isfinite().all() and not out.isfinite().all():
         raise ValueError(f'{key} has values beyond the range of {str(dtype).removeprefix("torch.")}: use bfloat16.')
     return out

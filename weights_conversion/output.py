@@ -4,7 +4,9 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Iterator, Union
+from typing import Iterator
+
+from pvt_timm.files import PathLike
 
 __all__ = ['check_output', 'new_folder']
 
@@ -14,7 +16,7 @@ _OURS = re.compile(
     r'[\w.-]+\.pth')
 
 
-def check_output(path: Union[str, 'os.PathLike[str]'], force: bool) -> Path:
+def check_output(path: PathLike, force: bool) -> Path:
     """Refuse an output folder that would overwrite something, before any work is done.
 
     Raises:

@@ -1,7 +1,5 @@
 """ Read a checkpoint with what lies beside it: the weights under timm's names, and all that is known about them. """
 import contextlib
-import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -12,18 +10,16 @@ from timm.models import get_pretrained_cfg
 
 import pvt_timm  # noqa: F401  registers the models
 from pvt_timm.checkpoints import (
-    Converted, Description, check_keys, describe, drop_parts, map_to_timm, training_config)
+    Converted, Description, StateDict, check_keys, describe, drop_parts, map_to_timm, training_config)
 from pvt_timm.cli.errors import clean
-from pvt_timm.files import MAX_BYTES, read_checkpoint
+from pvt_timm.files import MAX_BYTES, PathLike, read_checkpoint
 from pvt_timm.labels import labels_beside, labels_in, read_labels
 from pvt_timm.pvt import VARIANTS, find_variant
 
 from .sources import Source, open_source
 
-__all__ = ['CLASS_ROW', 'PARTS', 'POS_EMBED', 'Weights', 'check_size', 'is_finite', 'model_args_of', 'read_weights']
+__all__ = ['CLASS_ROW', 'PARTS', 'POS_EMBED', 'Weights', 'check_size', 'model_args_of', 'read_weights']
 
-StateDict = Dict[str, torch.Tensor]
-PathLike = Union[str, 'os.PathLike[str]']
 Size = Union[int, Sequence[int], None]
 
 CLASS_ROW = 'pos_embed4.class_row'
@@ -99,8 +95,6 @@ def read_weights(
         Exception: What the clients raise where something cannot be downloaded.
     """
     told = check_size(source_size, 'source_size')
-    if model is not None and model not in VARIANTS:
-        raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
     with open_source(spec) as source:
         if sha256 is not None and (len(sha256) < 8 or not source.sha256.startswith(sha256.lower())):
             raise ValueError(f'Expected a file with sha256 {ascii(sha256)} (8 digits or more), got {source.sha256}: '
@@ -163,10 +157,6 @@ def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
     return pair
 
 
-def is_finite(x: torch.Tensor) -> bool:
-    return not x.numel() or all(math.isfinite(v) for v in torch.aminmax(x.detach()))
-
-
 def model_args_of(info: Description, variant: str, pool: Any = None) -> Dict[str, Any]:
     """Arguments for `timm.create_model` that differ from the defaults of the variant.
 
@@ -203,7 +193,7 @@ def _notes(converted: Converted) -> List[str]:
     bad = [k for k, v in state_dict.items() if v.dtype not in _FLOATS or v.layout != torch.strided]
     if bad:
         raise ValueError(f'Expected floating point weights, {bad[0]} has type {state_dict[bad[0]].dtype}.')
-    broken = [k for k, v in state_dict.items() if not is_finite(v)]
+    broken = [k for k, v in state_dict.items() if not v.isfinite().all()]
     if broken:
         more = f' and {len(broken) - 3} more' if len(broken) > 3 else ''
         notes.append(f'values that are not finite, kept as they are: {", ".join(broken[:3])}{more}')

@@ -1,5 +1,4 @@
 """ What a conversion did, for people and for machines. """
-import json
 import re
 from collections import Counter
 from typing import Any, Dict, List, Optional
@@ -41,9 +40,6 @@ class Report:
         self.output: Optional[str] = None
         self.files: Dict[str, int] = {}  # name to bytes of what was written
         self.verification: Optional[Dict[str, Any]] = None  # see `verification.verify`, None if not asked for
-
-    def to_json(self) -> str:
-        return json.dumps(vars(self), indent=2)
 
     def to_text(self) -> str:
         """A summary and a table of what became of the keys."""

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Dict, Iterator, Optional
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import torch
@@ -17,7 +17,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from pvt_timm.files import find_checkpoint
+from pvt_timm.files import PathLike, find_checkpoint
 
 __all__ = ['CLASS_ROW_FILE', 'SHA256', 'Source', 'open_source']
 
@@ -61,7 +61,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(spec: Union[str, 'os.PathLike[str]']) -> Iterator[Source]:
+def open_source(spec: PathLike) -> Iterator[Source]:
     """Find or download a checkpoint. What was downloaded from a url is removed again at the end.
 
     Raises:

@@ -11,11 +11,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save
 from timm.models import get_pretrained_cfg
 
+from pvt_timm.checkpoints import StateDict
 from pvt_timm.labels import LABELS_FILE
 from pvt_timm.pvt import VARIANTS
 from pvt_timm.version import __version__
 
-from .reading import StateDict, Weights
+from .reading import Weights
 from .report import Report
 from .sources import CLASS_ROW_FILE
 

@@ -9,11 +9,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from timm.models import get_pretrained_cfg
 
-from pvt_timm.files import save_atomically
+from pvt_timm.files import PathLike, save_atomically
 from pvt_timm.pvt import TOP1
 
 from .converter import convert
-from .reading import PathLike
 from .sources import SHA256
 from .targets import CARDS
 

@@ -7,14 +7,14 @@ import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List
 from unittest import mock
 
 import timm
 import torch
 from torch import nn
 
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.checkpoints import StateDict, from_timm
 from pvt_timm.files import read_checkpoint
 from pvt_timm.pvt import VARIANTS
 
@@ -26,8 +26,6 @@ __all__ = ['CHECKOUT', 'NoReferenceError', 'TOLERANCE', 'VerificationError', 'im
 TOLERANCE = 1e-10  # float64
 CHECKOUT = 'PVT_CHECKOUT'  # environment variable with the path of a checkout of whai362/PVT
 ORIGINAL_EPS = 1e-5  # of the norms in patch embeddings and spatial reductions
-
-StateDict = Mapping[str, torch.Tensor]
 
 
 class VerificationError(ValueError):

@@ -18,7 +18,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
-from weights_conversion.reading import is_finite, read_weights
+from weights_conversion.reading import read_weights
 
 from ..files import save_atomically
 from ..labels import labels_in, read_labels
@@ -77,7 +77,7 @@ def load_model(
         raise ValueError(f'{name} {_NO_HEAD}')
     if network.in_chans not in (1, 3):
         raise ValueError(f'Expected a model for images with 1 or 3 channels, {name} takes {network.in_chans}')
-    if not all(map(is_finite, network.state_dict().values())):
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
         raise ValueError(f'{name} has weights that are not finite, it is damaged')
 
     data = resolve_model_data_config(network)

@@ -121,6 +121,14 @@ def test_what_cannot_be_is_refused(options, match, original, refused):
     assert match in refused(original, *options.split())
 
 
+@pytest.mark.parametrize('wrong', [dict(to='timm_features'), dict(dtype='int8'), dict(drop=['legs'])])
+def test_choices_in_python(wrong, original, tmp_path):
+    """Where no parser looks at them an int8 would be cast to and an unknown part would be left alone."""
+    with pytest.raises(ValueError, match=r'timm_features|int8|legs'):
+        convert(original, tmp_path / 'out', **wrong)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_a_dense_checkpoint_without_the_class_row(original, refused, tmp_path):
     """transformers lacks parts that nobody can make up. The original's dense form has a row that nobody reads."""
     source = files.make('mmdet')
