@@ -17,6 +17,7 @@ from .upload import check_repo, publish, push
 
 __all__ = ['main']
 
+
 def _parser(command: str) -> Parser:
     parser = Parser(
         prog=f'pvt-convert {command}'.rstrip(),

@@ -14,7 +14,7 @@ from pvt_timm.pvt import resize_pos_embeds
 from . import verification
 from .output import check_output, new_folder
 from .reading import (
-    CLASS_ROW, PARTS, POS_EMBED, Size, Weights, check_size, model_args_of, read_weights)
+    CLASS_ROW, PARTS, POS_EMBED, Size, Weights, check_size, read_weights)
 from .report import Report, trace
 from .sources import CLASS_ROW_FILE
 from .targets import WRITERS, save_tensors, write_card
@@ -153,8 +153,7 @@ def _choose(
         info = replace(info, dtype=getattr(torch, dtype))
     if not info.num_classes:
         cfg.pop('label_names', None)
-    args = model_args_of(info, weights.variant, weights.model_args.get('global_pool'))
-    return replace(weights, state_dict=state_dict, info=info, model_args=args, cfg=cfg), row
+    return replace(weights, state_dict=state_dict, info=info, cfg=cfg), row
 
 
 def _take_parts(weights: Weights, to: str, drop: List[str], report: Report) -> Tuple[StateDict, StateDict]:

@@ -18,7 +18,7 @@ from pvt_timm.pvt import VARIANTS, find_variant
 
 from .sources import Source, open_source
 
-__all__ = ['CLASS_ROW', 'PARTS', 'POS_EMBED', 'Weights', 'check_size', 'model_args_of', 'read_weights']
+__all__ = ['CLASS_ROW', 'PARTS', 'POS_EMBED', 'Weights', 'check_size', 'read_weights']
 
 Size = Union[int, Sequence[int], None]
 
@@ -39,7 +39,7 @@ class Weights:
     state_dict: StateDict  # the last position embedding has its class token row where the source has one
     info: Description
     variant: str  # name of the timm model
-    model_args: Dict[str, Any]  # for `timm.create_model`, besides the name and num_classes
+    pool: Any  # the pooling that is said to go with them, which no state dict tells
     cfg: Dict[str, Any]  # preprocessing and names of the classes, for timm's `pretrained_cfg`
     notes: List[str]  # what is odd about it
 
@@ -48,6 +48,24 @@ class Weights:
         """Those of `PARTS` that it has."""
         has = (self.info.class_token, self.info.norm, self.info.num_classes)
         return [part for part, there in zip(PARTS, has) if there]
+
+    @property
+    def model_args(self) -> Dict[str, Any]:
+        """Arguments for `timm.create_model` that differ from the defaults of the variant, but for num_classes."""
+        info = self.info
+        default: Any = get_pretrained_cfg(self.variant)
+        args: Dict[str, Any] = {}
+        if info.img_size != tuple(default.input_size[1:]):
+            args['img_size'] = info.img_size[0] if info.img_size[0] == info.img_size[1] else list(info.img_size)
+        if info.in_chans != 3:
+            args['in_chans'] = info.in_chans
+        if not info.class_token:
+            args['class_token'] = False
+        if info.class_token != info.norm:
+            args['output_fmt'] = 'NLC' if info.norm else 'NCHW'
+        if self.pool == '' or self.pool == 'avg' and info.class_token and info.norm:
+            args['global_pool'] = self.pool
+        return args
 
     def dtype_name(self) -> str:
         return ', '.join(dict.fromkeys(str(v.dtype).removeprefix('torch.') for v in self.state_dict.values()))
@@ -135,8 +153,7 @@ def read_weights(
                     if isinstance(beside.get(key), str)})
         names = _labels(source, trained, labels, info.num_classes, notes)
         cfg.update({'label_names': names} if names else {})
-        weights = Weights(
-            source, converted, state_dict, info, variant, model_args_of(info, variant, pool), cfg, notes)
+        weights = Weights(source, converted, state_dict, info, variant, pool, cfg, notes)
         check_keys(weights.for_model(), weights.create_model(device='meta').state_dict())
         yield weights
 
@@ -155,29 +172,6 @@ def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
         raise ValueError(
             f'Expected {name} to be one or two numbers from {MIN_SIZE} to {MAX_SIZE}, got {" ".join(map(str, pair))}.')
     return pair
-
-
-def model_args_of(info: Description, variant: str, pool: Any = None) -> Dict[str, Any]:
-    """Arguments for `timm.create_model` that differ from the defaults of the variant.
-
-    Args:
-        info: What the weights have.
-        variant: Name of the model.
-        pool: The pooling that is said to go with them, which no state dict tells.
-    """
-    args: Dict[str, Any] = {}
-    default: Any = get_pretrained_cfg(variant)
-    if info.img_size != tuple(default.input_size[1:]):
-        args['img_size'] = info.img_size[0] if info.img_size[0] == info.img_size[1] else list(info.img_size)
-    if info.in_chans != 3:
-        args['in_chans'] = info.in_chans
-    if not info.class_token:
-        args['class_token'] = False
-    if info.class_token != info.norm:
-        args['output_fmt'] = 'NLC' if info.norm else 'NCHW'
-    if pool == '' or pool == 'avg' and info.class_token and info.norm:
-        args['global_pool'] = pool
-    return args
 
 
 # ---- what is said about the weights: by their training, and by the files next to them --------------------------------
