@@ -17,11 +17,7 @@ _OURS = re.compile(
 
 
 def check_output(path: PathLike, force: bool) -> Path:
-    """Refuse an output folder that would overwrite something, before any work is done.
-
-    Raises:
-        ValueError: It is there and not empty without `force`, or it has other files than a conversion writes.
-    """
+    """Refuse an output folder that would overwrite something, before any work is done."""
     path = Path(path).resolve()
     if not path.name or os.path.lexists(path) and not path.is_dir():
         raise ValueError(f'Expected a folder for the output, {path} is {"a file" if path.name else "none"}.')
@@ -40,10 +36,6 @@ def new_folder(path: Path, force: bool) -> Iterator[Path]:
 
     It lies next to `path` under a hidden name until then, and is removed after an error. A process that is killed
     leaves it behind.
-
-    Args:
-        path: Result of `check_output`.
-        force: Replace `path` if it is there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', suffix='.partial', dir=path.parent) as hidden:

@@ -108,9 +108,7 @@ def read_weights(
         max_bytes: Refuse a file that is larger.
 
     Raises:
-        ValueError: It is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for.
-        OSError: Something cannot be read.
-        Exception: What the clients raise where something cannot be downloaded.
+        What `convert` does for its source.
     """
     told = check_size(source_size, 'source_size')
     with open_source(spec) as source:
@@ -159,11 +157,7 @@ def read_weights(
 
 
 def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
-    """Height and width of a size.
-
-    Raises:
-        ValueError: It is not one or two numbers, or they are too small or large.
-    """
+    """Height and width of a size of one or two numbers."""
     if size is None:
         return None
     pair = (size,) if isinstance(size, int) else tuple(size)

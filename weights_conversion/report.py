@@ -80,11 +80,7 @@ _RUNS = re.compile(r'(?<!ffn\.layers\.)\b\d+\b|(?<=block)\d+|(?<=embed)\d+|(?<=s
 
 
 def trace(read: Pairs, written: Optional[Pairs] = None) -> List[Dict[str, Any]]:
-    """Follow parameters from source to target.
-
-    Args:
-        read: (timm names, source names) that hold the same numbers.
-        written: (target names, timm names), None if the target has timm's names.
+    """Follow parameters from source to target, which has timm's names if nothing else was `written`.
 
     Returns:
         One row per kind of parameter: 'from', 'to' (joined by ' + ' where several are one, or one is several) and

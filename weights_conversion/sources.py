@@ -62,12 +62,7 @@ class Source:
 
 @contextlib.contextmanager
 def open_source(spec: PathLike) -> Iterator[Source]:
-    """Find or download a checkpoint. What was downloaded from a url is removed again at the end.
-
-    Raises:
-        ValueError: `spec` makes no sense, or means something that is no checkpoint.
-        Exception: The clients' own, if it is not there or cannot be reached.
-    """
+    """Find or download a checkpoint. What was downloaded from a url is removed again at the end."""
     spec = os.fspath(spec)
     if not spec or '\0' in spec:
         raise ValueError('Expected a file, folder, url or hub repository, got an empty name or a zero byte.')

@@ -47,14 +47,7 @@ class Reference:
 
 
 def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, to: str) -> Dict[str, Any]:
-    """Compare the source with the timm model, and the written file with what was meant.
-
-    Args:
-        weights: The source.
-        target: What was to be written.
-        tensors: The same under the names of the target format.
-        folder: Where it was written.
-        to: Format of what was written.
+    """Compare the source with the timm model, and what is in `folder` with the `tensors` that were meant.
 
     Returns:
         'reference' (name), 'tolerance', 'passed', and 'differences': name of an output to its largest difference (of
@@ -62,7 +55,8 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
 
     Raises:
         VerificationError: The outputs differ by more than `TOLERANCE`.
-        ValueError: The written file is not what was meant, or no implementation to compare with is installed.
+        NoReferenceError: No implementation to compare with is installed.
+        ValueError: The written file is not what was meant.
     """
     fmt = weights.converted.format
     reference = _reference(fmt, weights)
