@@ -14,10 +14,9 @@ from pvt_timm.pvt import resize_pos_embeds
 from . import verification
 from .output import check_output, new_folder
 from .reading import (
-    CLASS_ROW, PARTS, POS_EMBED, Size, Weights, check_size, read_weights)
+    PARTS, POS_EMBED, Size, Weights, check_size, read_weights)
 from .report import Report, trace
-from .sources import CLASS_ROW_FILE
-from .targets import WRITERS, save_tensors, write_card
+from .targets import WRITERS, write_card
 
 __all__ = ['DTYPES', 'convert', 'inspect']
 
@@ -91,8 +90,8 @@ def convert(
                 f'A new head is made by timm.create_model(..., num_classes={num_classes}).')
         if num_classes == 0:
             drop = [*drop, 'head']
-        target, class_row = _choose(weights, to, [part for part in PARTS if part in drop], new_size, dtype, report)
-        tensors, written = (target.state_dict, None) if to == 'timm' else from_timm(target.state_dict, to)
+        target = _choose(weights, to, [part for part in PARTS if part in drop], new_size, dtype, report)
+        tensors, written = (target.for_model(), None) if to == 'timm' else from_timm(target.state_dict, to)
         report.mapped = trace(weights.converted.mapped, written)
         report.dropped.update({name: 'asked for with --drop' for timm, sources in weights.converted.mapped
                                if not target.state_dict.keys() & set(timm) for name in sources})
@@ -102,8 +101,6 @@ def convert(
         with new_folder(path, force) as folder:
             try:
                 WRITERS[to](folder, target, tensors)
-                if class_row:
-                    save_tensors(class_row, folder / CLASS_ROW_FILE)
             except (RuntimeError, OSError) as e:  # torch reports a full disk by the first one
                 raise OSError(f'Cannot write to {path.parent}: {clean(e, 200)}') from e
             if keep_source:
@@ -126,8 +123,8 @@ def convert(
 def _choose(
         weights: Weights, to: str, drop: List[str], size: Optional[Tuple[int, int]], dtype: Optional[str],
         report: Report,
-) -> Tuple[Weights, StateDict]:
-    """What is to be written, and the class token row that timm has no place for, {} if there is none."""
+) -> Weights:
+    """What is to be written."""
     cfg = dict(weights.cfg)
     if report.known:  # else it is not ours to say
         default: Any = get_pretrained_cfg(report.known)
@@ -137,7 +134,7 @@ def _choose(
         size = trained_size
         report.notes.append('the images that the model was trained with have another size than its position '
                             'embeddings, which transformers does not allow')
-    state_dict, row = _take_parts(weights, to, drop, report)
+    state_dict = _take_parts(weights, to, drop, report)
     info = describe(state_dict, weights.info.img_size)
     if size:
         grid = size[0] // 4, size[1] // 4
@@ -148,18 +145,18 @@ def _choose(
     if to == 'transformers' and info.grid_size[0] != info.grid_size[1]:
         raise ValueError(f'The transformers format holds square images only, got {info.img_size}: say --img-size N.')
     if dtype and dtype != report.dtype:
-        state_dict, row = ({k: _cast(k, v, getattr(torch, dtype)) for k, v in x.items()} for x in (state_dict, row))
+        state_dict = {k: _cast(k, v, getattr(torch, dtype)) for k, v in state_dict.items()}
         report.notes.append(f'cast from {report.dtype} to {dtype}')
         info = replace(info, dtype=getattr(torch, dtype))
     if not info.num_classes:
         cfg.pop('label_names', None)
-    return replace(weights, state_dict=state_dict, info=info, cfg=cfg), row
+    return replace(weights, state_dict=state_dict, info=info, cfg=cfg)
 
 
-def _take_parts(weights: Weights, to: str, drop: List[str], report: Report) -> Tuple[StateDict, StateDict]:
-    """Take the parts that the target holds. Returns them, and the class token row that timm has no place for."""
+def _take_parts(weights: Weights, to: str, drop: List[str], report: Report) -> StateDict:
+    """The parts that the target holds."""
     info, have = weights.info, weights.parts
-    if to == 'mmdet' and info.class_row and not info.class_token:
+    if to == 'mmdet' and weights.has_bare_row:
         have = ['class_token', *have]  # its row is still there
     left = [part for part in have if part not in drop]
     cure = f'leave them out with --drop {" ".join(have)}.'
@@ -189,11 +186,9 @@ def _take_parts(weights: Weights, to: str, drop: List[str], report: Report) -> T
             'checkpoint has none, and the dense models of the original cut it away unread')
     elif to == 'original' and 'class_token' in drop:
         state_dict.pop('stages.3.cls_token', None)  # its position row stays, as in the original's dense checkpoints
-    elif to == 'timm' and info.class_row and not info.class_token and 'class_token' not in drop:
-        return drop_parts(state_dict, ['class_token']), {CLASS_ROW: pos_embed[:, :1]}
     elif 'class_token' in drop:
         state_dict = drop_parts(state_dict, ['class_token'], info.class_row)
-    return state_dict, {}
+    return state_dict
 
 
 def _cast(key: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

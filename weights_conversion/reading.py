@@ -50,6 +50,11 @@ class Weights:
         return [part for part, there in zip(PARTS, has) if there]
 
     @property
+    def has_bare_row(self) -> bool:
+        """Its last position embedding has a row for a class token that is not there, as in the original's detectors."""
+        return self.info.class_row and not self.info.class_token
+
+    @property
     def model_args(self) -> Dict[str, Any]:
         """Arguments for `timm.create_model` that differ from the defaults of the variant, but for num_classes."""
         info = self.info
@@ -77,8 +82,7 @@ class Weights:
 
     def for_model(self) -> StateDict:
         """The state dict without the class token row of dense checkpoints, which no timm model has a place for."""
-        has_row = self.info.class_row and not self.info.class_token
-        return drop_parts(self.state_dict, ['class_token'] if has_row else [])
+        return drop_parts(self.state_dict, ['class_token'] if self.has_bare_row else [])
 
 
 @contextlib.contextmanager

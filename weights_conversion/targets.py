@@ -16,16 +16,16 @@ from pvt_timm.labels import LABELS_FILE
 from pvt_timm.pvt import VARIANTS
 from pvt_timm.version import __version__
 
-from .reading import Weights
+from .reading import CLASS_ROW, POS_EMBED, Weights
 from .report import Report
 from .sources import CLASS_ROW_FILE
 
-__all__ = ['CARDS', 'WRITERS', 'save_tensors', 'transformers_config', 'write_card']
+__all__ = ['CARDS', 'WRITERS', 'transformers_config', 'write_card']
 
 CARDS = Path(__file__).parent / 'cards'  # texts of model cards
 
 
-def save_tensors(tensors: StateDict, file: Path) -> None:
+def _save_tensors(tensors: StateDict, file: Path) -> None:
     """Write a safetensors or torch file, as its name says."""
     # in memory of their own: safetensors refuses parts of other tensors, torch.save would write the whole
     tensors = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
@@ -36,9 +36,11 @@ def save_tensors(tensors: StateDict, file: Path) -> None:
 
 
 def write_timm(folder: Path, weights: Weights, tensors: StateDict) -> None:
-    """model.safetensors and config.json in the layout of timm's hub repositories."""
-    save_tensors(tensors, folder / 'model.safetensors')
+    """model.safetensors and config.json in the layout of timm's hub repositories, and what timm has no place for."""
+    _save_tensors(tensors, folder / 'model.safetensors')
     info, cfg = weights.info, dict(weights.cfg)
+    if weights.has_bare_row:
+        _save_tensors({CLASS_ROW: weights.state_dict[POS_EMBED][:, :1]}, folder / CLASS_ROW_FILE)
     names = cfg.pop('label_names', None)
     default: Any = get_pretrained_cfg(weights.variant)
     _write_json({
@@ -61,7 +63,7 @@ def write_timm(folder: Path, weights: Weights, tensors: StateDict) -> None:
 
 def write_bare(folder: Path, weights: Weights, tensors: StateDict) -> None:
     """A bare state dict, as whai362/PVT and OpenMMLab publish, with the names of the classes beside it."""
-    save_tensors(tensors, folder / f'{weights.variant}.pth')
+    _save_tensors(tensors, folder / f'{weights.variant}.pth')
     names = weights.cfg.get('label_names')
     if names:
         (folder / LABELS_FILE).write_text(''.join(f'{label}\n' for label in names), encoding='utf-8')
@@ -70,7 +72,7 @@ def write_bare(folder: Path, weights: Weights, tensors: StateDict) -> None:
 def write_transformers(folder: Path, weights: Weights, tensors: StateDict) -> None:
     """What `PvtForImageClassification.from_pretrained` and `AutoImageProcessor.from_pretrained` read."""
     cfg = weights.cfg
-    save_tensors(tensors, folder / 'model.safetensors')
+    _save_tensors(tensors, folder / 'model.safetensors')
     _write_json(transformers_config(weights), folder / 'config.json')
     _write_json({
         'image_processor_type': 'PvtImageProcessor',
