@@ -66,19 +66,15 @@ def convert(
         about: Text of the model card before the table of provenance, None for what loads it.
         options: How to read the checkpoint, those of `reading.read_weights`.
 
-    Returns:
-        What was done.
-
     Raises:
         ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for. A
             `VerificationError` says how far the outputs differ.
         OSError: Something cannot be read or written.
         Exception: What the clients raise where something cannot be downloaded.
     """
-    for value, known, what in ((to, WRITERS, 'a target'), (dtype, (None, *DTYPES), 'a dtype'),
-                               *((part, PARTS, 'parts to drop') for part in drop)):
-        if value not in known:
-            raise ValueError(f'Expected {what} in {tuple(known)}, got {value!r}.')
+    for value, known in ((to, WRITERS), (dtype, (None, *DTYPES)), *((part, PARTS) for part in drop)):
+        if value not in known:  # an int8 would be cast to, an unknown part left alone
+            raise ValueError(f'Expected one of {tuple(known)}, got {value!r}.')
     new_size = check_size(img_size)
     path = check_output(output, force)
 
