@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
@@ -128,10 +128,10 @@ class Converted:
     raw: StateDict  # the same weights under the names of the format
     beside: Dict[Any, Any]  # what stands beside them in the innermost dict, under its own names
     format: str  # key of `FORMATS`
-    wrappers: Tuple[str, ...] = ()  # keys that were opened to reach the weights, outermost first
-    prefix: str = ''  # what stood before every name
-    mapped: Pairs = field(default_factory=list)  # (timm names, source names) that hold the same numbers
-    dropped: Dict[str, str] = field(default_factory=dict)  # key or group ('decoder.*') left out: how many or why
+    wrappers: Tuple[str, ...]  # keys that were opened to reach the weights, outermost first
+    prefix: str  # what stood before every name
+    mapped: Pairs  # (timm names, source names) that hold the same numbers
+    dropped: Dict[str, str]  # key or group ('decoder.*') left out: how many or why
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Description:
         return self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size
 
 
-def stage_grids(grid_size: Grid, num_stages: int = 4) -> List[Grid]:
+def stage_grids(grid_size: Grid, num_stages: int) -> List[Grid]:
     """Grids (height, width) of all stages, from that of the first one. Every stage halves and floors."""
     return [(grid_size[0] // 2 ** i, grid_size[1] // 2 ** i) for i in range(num_stages)]
 

@@ -30,12 +30,7 @@ class CheckpointError(ValueError):
 
 
 def find_checkpoint(path: PathLike) -> Path:
-    """The checkpoint that `path` means: the file itself, or the one in a folder.
-
-    Raises:
-        FileNotFoundError: No such file or folder.
-        CheckpointError: A folder with no checkpoint, or several and none under a usual name.
-    """
+    """The checkpoint that `path` means: the file itself, or that of a folder, the only one or under a usual name."""
     path = Path(path)
     if path.is_dir():
         usual = [path / name for name in _FILES if (path / name).is_file()]

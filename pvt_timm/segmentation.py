@@ -45,7 +45,7 @@ def ade20k_classes() -> Tuple[List[str], List[Color]]:
 class SemanticFpnHead(nn.Module):
     """Brings all levels of a pyramid to the size of the finest one, adds them up and classifies every position."""
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, drop_rate: float = 0.1):
+    def __init__(self, in_channels: int, channels: int, num_classes: int, drop_rate: float):
         super().__init__()
         self.branches = nn.ModuleList()
         for i in range(4):

@@ -84,6 +84,7 @@ class PvtMaskRCNN(PvtFasterRCNN, MaskRCNN):
         super().__init__(backbone, num_classes, box_channels, **{**settings, **kwargs})
 
 
+# Functions for what README builds, as torchvision names its own
 pvt_retinanet = PvtRetinaNet.on_pvt
 pvt_faster_rcnn = PvtFasterRCNN.on_pvt
 pvt_mask_rcnn = PvtMaskRCNN.on_pvt
