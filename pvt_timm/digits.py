@@ -1,15 +1,9 @@
 """ `test_pvt`, a PVT of 0.15 M parameters whose weights are in the package, and the data that it was trained on.
 
-The data are scikit-learn's handwritten digits as an image folder.
-
-    python -m pvt_timm.digits FOLDER
-
-writes `FOLDER/train/<label>/*.png` (1437 images) and `FOLDER/validation/<label>/*.png` (360 held-out ones, 36 of every
-label), 32x32 grey levels. The same files come out every time. Needs scikit-learn and Pillow.
+The data are scikit-learn's handwritten digits as an image folder, which `pvt-timm digits FOLDER` writes.
 """
-import sys
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -46,7 +40,11 @@ test_pvt.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a
 
 
 def write_digits(output: Union[str, Path]) -> Path:
-    """Write the image folder `output`, and return it. A folder that holds a split already is left alone."""
+    """Write the image folder `output` and return it. Needs scikit-learn and Pillow.
+
+    `output/train/<label>/*.png` are 1437 images, `output/validation/<label>/*.png` the 360 held-out ones, 36 of every
+    label, 32x32 grey levels, the same every time. A folder that holds a split already is left alone.
+    """
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -64,17 +62,3 @@ def write_digits(output: Union[str, Path]) -> Path:
         for n, i in enumerate(rng.permutation(np.flatnonzero(digits.target == label))):
             Image.fromarray(images[i]).save(folders[n < HELD_OUT_PER_LABEL] / str(label) / f'{i:04d}.png')
     return Path(output)
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    from .cli.errors import Parser, run_command
-
-    parser = Parser(
-        prog='python -m pvt_timm.digits', description="Write scikit-learn's handwritten digits as an image folder.")
-    parser.add_argument('output', metavar='FOLDER', help='folder to write train/ and validation/ into')
-    output = parser.parse_args(argv).output
-    return run_command(parser.prog, lambda: print(f'{write_digits(output)}: train and validation'))
-
-
-if __name__ == '__main__':
-    sys.exit(main())

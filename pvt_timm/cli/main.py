@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
+from ..digits import write_digits
 from ..recipes import RECIPES
 from ..version import __version__
 from .detect import run_detect, run_segment
@@ -61,6 +62,9 @@ def _parser() -> Parser:
     demo = add('demo', run_demo, 'classify handwritten digits and draw their features, without network')
     demo.add_argument(
         '--output', type=Path, default='pvt_demo', metavar='DIR', help='folder to write to (default pvt_demo)')
+    digits = add('digits', lambda args: print(f'{write_digits(args.folder)}: train and validation'),
+                 "write scikit-learn's handwritten digits as an image folder, to train on")
+    digits.add_argument('folder', metavar='FOLDER', help='folder to write train/ and validation/ into')
     add('list', run_list, 'models, their cost, accuracy and where the weights come from')
     predict = add('predict', run_predict, 'classify images', parents=[images, model])
     predict.add_argument(

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import pvt_timm.digits
 from pvt_timm.checkpoints import from_timm
 from pvt_timm.cli.main import main as pvt_timm_main
 from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
@@ -129,8 +128,6 @@ def run(argv, request):
         assert pvt_timm_main(argv[1:]) == 0, argv
     elif argv[0] == 'pvt-convert':
         assert convert_main(argv[1:]) in (0, None), argv
-    elif argv[:3] == ['python', '-m', 'pvt_timm.digits']:
-        assert pvt_timm.digits.main(argv[3:]) == 0, argv
     else:
         line = ' '.join(argv)
         assert any(line.startswith(start) for start in NOT_RUN), line

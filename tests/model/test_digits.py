@@ -13,6 +13,7 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 
 import pvt_timm
 from pvt_timm import digits
+from pvt_timm.cli.main import main
 
 PACKAGE = Path(pvt_timm.__file__).parent
 
@@ -71,10 +72,10 @@ def test_weights_are_small_and_native():
 
 
 def test_command(tmp_path, capsys):
-    assert digits.main([str(tmp_path / 'new')]) == 0
+    assert main(['digits', str(tmp_path / 'new')]) == 0
     (tmp_path / 'file').write_text('')
     (tmp_path / 'half' / 'validation').mkdir(parents=True)
     for name, says in (('new', 'File exists'), ('half', 'File exists'), ('file', 'Not a directory')):
-        assert digits.main([str(tmp_path / name)]) == 2
+        assert main(['digits', str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert says in error and str(tmp_path / name) in error and error.count('\n') == 1
