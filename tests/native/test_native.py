@@ -1,20 +1,141 @@
-""" What else a timm model has to stand: AMP, other dtypes, torch.func, TorchScript, tracing. """
+""" What a timm model has to stand: it is compiled, exported, scripted, traced, looked into, cast to other dtypes. """
 import pytest
+import timm
 import torch
+from timm.layers import set_fused_attn, use_fused_attn
+from timm.utils import AttentionExtract
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_leaves
 
-from forms import KINDS, SIZES, as_list, assert_equal_at, gradients, loss_of, make_input, make_model
+from forms import KINDS, SIZES, assert_equal_at, gradients, loss_of, make_input, make_model
+from reference import images, randomize
 
+SIZE = (2, 256, 320)  # the forms are made with
+# Below 64 pixels the grid of the last stage is 1, which torch's symbolic shapes never generalise over.
+SMALLEST = 64
+# The last one has as many tokens in its first grid as are stored for STORED, in another shape.
+STORED, EVERY_SIZE = 112, (*SIZES, (2, SMALLEST, SMALLEST), (4, 113, 227), (5, 64, 196))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# torch.compile and torch.export
+
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend='aot_eager')
+
+
+def export(model, dynamic=False, strict=False):
+    dynamic_shapes = ({
+        0: torch.export.Dim('batch', min=1, max=64),
+        2: torch.export.Dim('height', min=SMALLEST, max=4096),
+        3: torch.export.Dim('width', min=SMALLEST, max=4096),
+    },) if dynamic else None
+    return torch.export.export(model, (make_input(*SIZE),), dynamic_shapes=dynamic_shapes, strict=strict)
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+def test_all_sizes_with_one_compilation(kwargs):
+    model = make_model(img_size=STORED, **kwargs)
+    backend = CompileCounterWithBackend('eager')
+    assert_equal_at(torch.compile(model, fullgraph=True, dynamic=True, backend=backend), model, EVERY_SIZE[1:])
+    assert backend.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_inductor(dynamic, kwargs):
+    model = make_model(**kwargs)
+    form = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    # the number of calls of the backend says nothing here, Inductor may be called twice for one compilation
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_equal_at(form, model, (SIZE, (2, 224, 224), SIZES[2]) if dynamic else [SIZE])
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('strict', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_export_of_all_sizes(strict, kwargs, tmp_path):
+    model = make_model(img_size=STORED, **kwargs)
+    program = export(model, True, strict)
+    assert_equal_at(program.module(), model, EVERY_SIZE)
+    torch.export.save(program, tmp_path / 'model.pt2')
+    assert_equal_at(torch.export.load(tmp_path / 'model.pt2').module(), model, SIZES[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_export_to_aot_inductor(dynamic, tmp_path):
+    model = make_model()
+    path = torch._inductor.aoti_compile_and_package(export(model, dynamic), package_path=str(tmp_path / 'model.pt2'))
+    assert_equal_at(torch._inductor.aoti_load_package(path), model, SIZES if dynamic else [SIZE])
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('form', [compiled, lambda model: export(model).module()], ids=['compile', 'export'])
+def test_gradients(form, kwargs):
+    model, other, x = make_model(**kwargs), make_model(**kwargs), make_input(*SIZE)
+    other = form(other)
+    for m in (model, other):
+        loss_of(m(x)).backward()
+    found = {name.removeprefix('_orig_mod.'): grad for name, grad in gradients(other).items()}
+    torch.testing.assert_close(found, gradients(model), rtol=1e-4, atol=1e-6)
+
+
+# Other graphs
+
+@pytest.mark.parametrize('kwargs', [
+    *KINDS, dict(features_only=True, feature_cls='getter'), dict(class_token=False),
+    dict(global_pool='avg', num_classes=7)], ids=str)
+def test_torchscript(kwargs, tmp_path):
+    model = make_model(img_size=STORED, **kwargs)
+    torch.jit.script(model).save(tmp_path / 'model.pt')
+    assert_equal_at(torch.jit.load(tmp_path / 'model.pt'), model, EVERY_SIZE)
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+def test_traced_at_one_size_runs_at_others(kwargs):
+    model = make_model(**kwargs)
+    assert_equal_at(torch.jit.trace(model, make_input(*SIZE), check_trace=False), model)
+
+
+@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('dynamic', [False, True])
+@pytest.mark.parametrize('dynamo', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_onnx(dynamo, dynamic, kwargs, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    model, path = make_model(**kwargs), str(tmp_path / 'model.onnx')
+    names = {0: 'batch', 2: 'height', 3: 'width'}
+    axes = {}
+    if dynamic and dynamo:
+        axes = dict(dynamic_shapes=({i: torch.export.Dim.DYNAMIC for i in names},))
+    elif dynamic:
+        axes = dict(dynamic_axes={'x': names})
+    torch.onnx.export(model, (make_input(*SIZE),), path, dynamo=dynamo, input_names=['x'], **axes)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    assert_equal_at(lambda x: session.run(None, {'x': x.numpy()}), model, SIZES if dynamic else [SIZE])
+
+
+# Dtypes, torch.func, attention
 
 @pytest.mark.parametrize('kwargs', KINDS)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_and_dtype(dtype, kwargs):
     model, x = make_model(**kwargs).train(), make_input(2, 96, 64)
-    expected = as_list(model(x))
+    expected = tree_leaves(model(x))
     with torch.autocast('cpu', dtype=dtype):
-        outputs = as_list(model(x))
+        outputs = tree_leaves(model(x))
     loss_of(outputs).backward()
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(model).values())
-    low = as_list(model.to(dtype)(x.to(dtype)))
+    low = tree_leaves(model.to(dtype)(x.to(dtype)))
     assert {o.dtype for o in low} == {dtype}
     for a, b, e in zip(outputs, low, expected, strict=True):
         assert max((a.float() - e).norm(), (b.float() - e).norm()) <= 0.03 * e.norm()
@@ -34,16 +155,23 @@ def test_per_sample_gradients():
     torch.testing.assert_close({n: g[1] for n, g in grads.items()}, gradients(model), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('kwargs', [
-    *KINDS, dict(features_only=True, feature_cls='getter'), dict(class_token=False),
-    dict(global_pool='avg', num_classes=7)], ids=str)
-def test_torchscript(kwargs, tmp_path):
-    model = make_model(**kwargs)
-    torch.jit.script(model).save(tmp_path / 'model.pt')
-    assert_equal_at(torch.jit.load(tmp_path / 'model.pt'), model, (*SIZES, (1, 64, 196)))
-
-
-@pytest.mark.parametrize('kwargs', KINDS)
-def test_traced_at_one_size_runs_at_others(kwargs):
-    model = make_model(**kwargs)
-    assert_equal_at(torch.jit.trace(model, make_input(2, 256, 320), check_trace=False), model)
+@torch.no_grad()
+@pytest.mark.parametrize('method, node', [('fx', 'softmax'), ('hook', 'attn_drop')])
+@pytest.mark.parametrize('size', [(64, 64), (96, 160)])
+def test_attention_maps(method, node, size):
+    """Of every block (batch, heads, queries, keys): the keys are the tokens of its stage (the queries) reduced
+    `sr_ratio` times per side. The class token is the first of both in stage 4. Fused attention holds no map."""
+    before = use_fused_attn()
+    set_fused_attn(False)
+    model = randomize(timm.create_model('test_pvt', dtype=torch.float64)).eval()
+    set_fused_attn(before)
+    maps = AttentionExtract(model, method=method)(images(2, 3, *size))
+    shapes = {}
+    for i, stage in enumerate(model.stages):
+        h, w, prefix = size[0] // 4 // 2 ** i, size[1] // 4 // 2 ** i, i == 3
+        for j, block in enumerate(stage.blocks):
+            sr, heads = block.attn.sr_ratio, block.attn.num_heads
+            shapes[f'stages.{i}.blocks.{j}.attn.{node}'] = (2, heads, prefix + h * w, prefix + (h // sr) * (w // sr))
+    assert {name: tuple(m.shape) for name, m in maps.items()} == shapes
+    for m in maps.values():
+        torch.testing.assert_close(m.sum(-1), torch.ones(m.shape[:-1], dtype=m.dtype))
