@@ -1,17 +1,15 @@
 """ Pretrained weights through the real clients: huggingface_hub and torch.hub, against a loopback server. """
-import argparse
 import logging
-import os
 import subprocess
 import sys
 import urllib.request
+from urllib.parse import urlsplit
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save as safetensors_bytes
 
-import pvt_timm  # noqa: F401
+from convert_files import same, save, serve, wrap
 from pvt_timm.checkpoints import drop_parts, from_timm
 from pvt_timm.pvt import update_model_input_size
 from reference import images, randomize
@@ -29,21 +27,12 @@ def tiny():
     return randomize(timm.create_model('pvt_tiny')).eval()
 
 
-@pytest.fixture(scope='module')
-def tiny_safetensors(tiny):
-    return transformers_bytes(tiny)
-
-
-@pytest.fixture(scope='module')
-def tiny_pth(tiny, tmp_path_factory):
-    return save(from_timm(tiny.state_dict(), 'original')[0], tmp_path_factory.mktemp('original'))
-
-
 @pytest.fixture(params=['hub', 'url'])
-def create(request, hub, tiny_pth, tiny_safetensors):
+def create(request, hub, tiny, tmp_path):
     """Makes a PVT-Tiny with weights from the hub, or from a url."""
-    serve_hub(hub, 'pvt_tiny', tiny_safetensors)
-    url = hub.add_file('pvt_tiny.pth', tiny_pth)
+    serve(hub, 'pvt_tiny.in1k', tiny)
+    file = save(from_timm(tiny.state_dict(), 'original')[0], tmp_path / 'x.pth')
+    url = hub.add_file('pvt_tiny.pth', file)
     overlay = dict(hf_hub_id=None, url=url) if request.param == 'url' else None
     return lambda **kwargs: timm.create_model('pvt_tiny', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
@@ -59,35 +48,6 @@ def url_host(hub, monkeypatch):
         return real(request, *args, **kwargs)
 
     monkeypatch.setattr(torch.hub, 'urlopen', urlopen)
-    return lambda tag, file: hub.add_file(timm.get_pretrained_cfg(tag).url.split('/', 3)[3], file)
-
-
-def save(content, folder, **kwargs):
-    torch.save(content, folder / 'x.pth', **kwargs)
-    return folder / 'x.pth'
-
-
-def transformers_bytes(model) -> bytes:
-    return safetensors_bytes({k: v.contiguous() for k, v in from_timm(model.state_dict(), 'transformers')[0].items()})
-
-
-def retinanet(model):
-    """What OpenMMLab's files hold: the detector, its metadata, and no class token, norm or head."""
-    state = drop_parts(model.state_dict(), ('class_token', 'norm', 'head'))
-    out = {f'backbone.{k}': v for k, v in from_timm(state, 'mmdet')[0].items()}
-    out['neck.lateral_convs.0.conv.weight'] = torch.zeros(256, 128, 1, 1)
-    out['bbox_head.retina_cls.bias'] = torch.zeros(720)
-    return dict(meta=dict(mmdet_version='2.16.0', CLASSES=('person', 'bicycle'), epoch=12), state_dict=out)
-
-
-def serve_hub(hub, name, data):
-    repo_id, _, revision = timm.get_pretrained_cfg(f'{name}.in1k').hf_hub_id.partition('@')
-    hub.add_repo(repo_id, {'model.safetensors': data, 'config.json': '{}'}, commit=revision or None)
-
-
-def same(a, b) -> bool:
-    a, b = (x.state_dict() if isinstance(x, torch.nn.Module) else x for x in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # Weights land exactly
@@ -95,7 +55,7 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize('name', slow_but('pvt_small', IN1K))
 def test_hub(hub, name):
     source = randomize(timm.create_model(name), seed=3)
-    serve_hub(hub, name, transformers_bytes(source))
+    serve(hub, f'{name}.in1k', source)
     model = timm.create_model(f'{name}.in1k', pretrained=True)
     assert same(model, source)
     assert same(timm.create_model(name, pretrained=True), source)  # the default tag, from the cache
@@ -104,19 +64,19 @@ def test_hub(hub, name):
 
 @pytest.mark.parametrize('name', slow_but('pvt_tiny', IN1K))
 @pytest.mark.parametrize('form', ['zip', 'legacy', 'wrapped'])
-def test_url_of_the_original(url_host, tmp_path, name, form):
+def test_url_of_the_original(hub, url_host, tmp_path, name, form):
     source = randomize(timm.create_model(name), seed=4)
     state = from_timm(source.state_dict(), 'original')[0]
     wrapped = dict(model=state, epoch=3, lr_scheduler={'last_epoch': 3})
-    url_host(f'{name}.in1k', save(
-        wrapped if form == 'wrapped' else state, tmp_path, _use_new_zipfile_serialization=form != 'legacy'))
+    hub.add_file(urlsplit(timm.get_pretrained_cfg(name).url).path, save(
+        wrapped if form == 'wrapped' else state, tmp_path / 'x.pth', legacy=form == 'legacy'))
     assert same(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=None)), source)
 
 
 @pytest.mark.parametrize('name', slow_but('pvt_tiny', COCO))
-def test_retinanet(url_host, own_caches, caplog, tmp_path, name):
+def test_retinanet(hub, url_host, own_caches, caplog, name):
     source = randomize(timm.create_model(name), seed=5)
-    url_host(f'{name}.retinanet_coco', save(retinanet(source), tmp_path))
+    serve(hub, f'{name}.retinanet_coco', source)
     want = drop_parts(source.state_dict(), ('class_token', 'norm', 'head'))
     model = timm.create_model(f'{name}.retinanet_coco', pretrained=True)
     assert not model.class_token and model.num_classes == 0 and same(model.state_dict(), want)
@@ -158,7 +118,7 @@ def test_other_heads_channels_and_sizes(create, tiny):
 def test_own_head(tmp_path, caplog, fmt):
     """It is kept where it fits, whatever the tag says, and named where it does not."""
     own = randomize(timm.create_model('test_pvt', num_classes=3), seed=7)
-    file = str(save(dict(state_dict=from_timm(own.state_dict(), fmt)[0], args=argparse.Namespace(lr=.1)), tmp_path))
+    file = str(save(wrap(from_timm(own.state_dict(), fmt)[0], 'state_dict'), tmp_path / 'x.pth'))
     overlay = dict(file=file)
     model = timm.create_model('test_pvt', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
     assert same(model, own) and not caplog.records and model.pretrained_cfg['num_classes'] == 3
@@ -184,7 +144,7 @@ def test_own_head(tmp_path, caplog, fmt):
 @pytest.mark.parametrize('theirs, ours', [(1, 1), (1, 3), (2, 2), (4, 1), (4, 3), (4, 4), (4, 6), (3, 4)])
 def test_own_channels(tmp_path, theirs, ours):
     own = randomize(timm.create_model('test_pvt', in_chans=theirs), seed=7)
-    overlay = dict(file=str(save(own.state_dict(), tmp_path)))
+    overlay = dict(file=str(save(own.state_dict(), tmp_path / 'x.pth')))
 
     def create():
         return timm.create_model('test_pvt', pretrained=True, in_chans=ours, pretrained_cfg_overlay=overlay)
@@ -216,8 +176,8 @@ def test_faults(request, create, hub, tiny, no_waits, kind):
         assert same(create(), tiny)
 
 
-def test_wrong_variant_is_named_and_its_file_kept(hub, tiny, tiny_safetensors):
-    serve_hub(hub, 'pvt_tiny', tiny_safetensors)
+def test_wrong_variant_is_named_and_its_file_kept(hub, tiny):
+    serve(hub, 'pvt_tiny.in1k', tiny)
     for _ in range(2):
         with pytest.raises(ValueError, match=r'\(3, 8, 27, 3\).*pvt_large.*\(2, 2, 2, 2\).*pvt_tiny'):
             timm.create_model('pvt_tiny', pretrained=True, depths=(3, 8, 27, 3))
@@ -225,8 +185,8 @@ def test_wrong_variant_is_named_and_its_file_kept(hub, tiny, tiny_safetensors):
     assert hub.count('GET', 'model.safetensors') == 1
 
 
-def test_wrong_arguments_cost_no_download(hub, tiny_safetensors):
-    serve_hub(hub, 'pvt_tiny', tiny_safetensors)
+def test_wrong_arguments_cost_no_download(hub, tiny):
+    serve(hub, 'pvt_tiny.in1k', tiny)
     for error, kwargs in ((AssertionError, dict(global_pool='max')), (TypeError, dict(bogus=1)),
                           (ValueError, dict(output_stride=8)), (AssertionError, dict(img_size=16))):
         with pytest.raises(error):
@@ -243,17 +203,17 @@ def test_save_for_hf(hub, token, tiny):
     assert same(timm.create_model('hf-hub:someone/tuned', pretrained=True), tiny)
 
 
-def test_offline(hub, client_env, tiny, tiny_safetensors, tmp_path):
+def test_offline(hub, client_env, tiny, tmp_path):
     """The tag of pvt_tiny names a revision, that of pvt_small does not: both are found in the cache."""
     def create():
         code = 'for name in sys.argv[1:]: torch.save(timm.create_model(name, True).state_dict(), name)'
         return subprocess.run(
             [sys.executable, '-c', f'import sys, timm, torch, pvt_timm\n{code}', 'pvt_tiny', 'pvt_small'],
-            env=dict(os.environ, **client_env, HF_HUB_OFFLINE='1'), cwd=tmp_path, capture_output=True, text=True)
+            env={**client_env, 'HF_HUB_OFFLINE': '1'}, cwd=tmp_path, capture_output=True, text=True)
 
     small = randomize(timm.create_model('pvt_small'), seed=6)
-    serve_hub(hub, 'pvt_tiny', tiny_safetensors)
-    serve_hub(hub, 'pvt_small', transformers_bytes(small))
+    serve(hub, 'pvt_tiny.in1k', tiny)
+    serve(hub, 'pvt_small.in1k', small)
     repo_id = timm.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')[0]
     hub.add_repo(repo_id, {'model.safetensors': b'something else that was pushed later'})
     assert 'LocalEntryNotFoundError' in create().stderr and not hub.requests

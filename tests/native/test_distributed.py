@@ -16,8 +16,27 @@ WORLD_SIZE = 2
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason='needs a torch with the gloo backend')
 
 
-def assert_trains_as_one_process(rank, model, parallel, reference):
-    """`parallel` holds `model` and sees its part of the batch, `reference` sees all of it."""
+def ddp(rank, model):
+    if rank:  # DDP must hand out the weights of rank 0
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1.)
+    return DistributedDataParallel(model)
+
+
+def fsdp2(rank, model):
+    mesh = init_device_mesh('cpu', (WORLD_SIZE,))
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert any(p.to_local().numel() < p.numel() for p in model.parameters())
+    return model
+
+
+def assert_trains_as_one_process(rank, wrap, features_only, grad_checkpointing):
+    model, reference = (make_model(features_only=features_only).train() for _ in range(2))
+    model.set_grad_checkpointing(grad_checkpointing)
+    parallel = wrap(rank, model)  # sees its part of the batch, `reference` sees all of it
     images = make_input(2 * WORLD_SIZE, 64, 96)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, reference)]
     for _ in range(2):  # an unused parameter is an error in the second step
@@ -31,45 +50,17 @@ def assert_trains_as_one_process(rank, model, parallel, reference):
             optimizer.zero_grad()
 
 
-def ddp(rank, features_only, grad_checkpointing=False):
-    model, reference = (make_model(features_only=features_only).train() for _ in range(2))
-    if rank:  # DDP must hand out the weights of rank 0
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(1.)
-    if grad_checkpointing:
-        model.set_grad_checkpointing()
-    assert_trains_as_one_process(rank, model, DistributedDataParallel(model), reference)
-
-
-def fsdp2(rank, features_only):
-    model, reference = (make_model(features_only=features_only).train() for _ in range(2))
-    mesh = init_device_mesh('cpu', (WORLD_SIZE,))
-    for block in [m for m in model.modules() if isinstance(m, Block)]:
-        fully_shard(block, mesh=mesh)
-    model = fully_shard(model, mesh=mesh)
-    assert any(p.to_local().numel() < p.numel() for p in model.parameters())
-    assert_trains_as_one_process(rank, model, model, reference)
-
-
-def start(rank, folder, case, kinds):
+def start(rank, folder, wrap):
     torch.set_num_threads(1)
     dist.init_process_group(
         'gloo', init_method=(folder / 'rendezvous').as_uri(), rank=rank, world_size=WORLD_SIZE,
         timeout=datetime.timedelta(seconds=120))
-    for kwargs in kinds:
-        case(rank, **kwargs)
+    for kind in ((False, False), (True, False), (True, True)):  # in one pair of processes, starting them takes longest
+        assert_trains_as_one_process(rank, wrap, *kind)
     dist.destroy_process_group()
 
 
-# The kinds of a case share a pair of processes, as starting them takes longest.
-
-def test_ddp_gradients_equal_one_process(tmp_path):
-    kinds = [dict(features_only=False), dict(features_only=True), dict(features_only=True, grad_checkpointing=True)]
-    mp.spawn(start, (tmp_path, ddp, kinds), nprocs=WORLD_SIZE)
-
-
-@pytest.mark.skipif(
-    torch.__version__.startswith('2.6.'), reason='fully_shard of torch 2.6 fails between processes on CPUs')
-def test_fsdp2_gradients_equal_one_process(tmp_path):
-    mp.spawn(start, (tmp_path, fsdp2, [dict(features_only=False), dict(features_only=True)]), nprocs=WORLD_SIZE)
+@pytest.mark.parametrize('wrap', [ddp, pytest.param(fsdp2, marks=pytest.mark.skipif(
+    torch.__version__.startswith('2.6.'), reason='fully_shard of torch 2.6 fails between processes on CPUs'))])
+def test_gradients_equal_one_process(wrap, tmp_path):
+    mp.spawn(start, (tmp_path, wrap), nprocs=WORLD_SIZE)

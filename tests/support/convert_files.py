@@ -1,16 +1,17 @@
-""" Checkpoints of every format for the converter's tests, with random bit patterns as weights. """
+""" Checkpoints of every format, with random bit patterns as weights or of a model, and the hosts that have them. """
 import argparse
 import contextlib
 import io
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
+from urllib.parse import urlsplit
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes, save_file
 
 import pvt_timm  # noqa: F401  registers the models
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.checkpoints import drop_parts, from_timm
 from weights_conversion.cli import main
 
 StateDict = Dict[str, torch.Tensor]
@@ -83,8 +84,26 @@ def save(checkpoint: Dict[str, Any], path: Path, legacy: bool = False) -> Path:
     return path
 
 
-def same(a: StateDict, b: StateDict) -> bool:
+def serve(server, tag: str, model: torch.nn.Module) -> None:
+    """Let the hub or host of a tag have the weights of a model, in a file like the one that is there."""
+    cfg = timm.get_pretrained_cfg(tag)
+    if cfg.hf_hub_id:
+        repo_id, _, commit = cfg.hf_hub_id.partition('@')
+        state_dict = {k: v.contiguous() for k, v in from_timm(model.state_dict(), 'transformers')[0].items()}
+        server.add_repo(
+            repo_id, {'model.safetensors': safetensors_bytes(state_dict), 'config.json': '{}'}, commit=commit or None)
+    else:  # OpenMMLab's: a detector, its metadata, and no class token, norm or head
+        state_dict = from_timm(drop_parts(model.state_dict(), ('class_token', 'norm', 'head')), 'mmdet')[0]
+        file = io.BytesIO()
+        torch.save({
+            'meta': {'mmdet_version': '2.16.0', 'CLASSES': ('person', 'bicycle'), 'epoch': 12},
+            'state_dict': wrap(state_dict, prefix='backbone.')}, file)
+        server.add_file(urlsplit(cfg.url).path, file.getvalue())
+
+
+def same(a: Union[StateDict, torch.nn.Module], b: Union[StateDict, torch.nn.Module]) -> bool:
     """Same keys, types, shapes and bit patterns."""
+    a, b = (x.state_dict() if isinstance(x, torch.nn.Module) else x for x in (a, b))
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(
         *(x[k].detach().contiguous().view(torch.uint8) for x in (a, b))) for k in a)
 

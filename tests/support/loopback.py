@@ -50,8 +50,6 @@ class _Repo:
 class LoopbackServer:
     """The server, running in threads of this process until `close`. See the module's docstring."""
 
-    TOKEN = 'hf_loopback'  # the client wants one, the server does not look at it
-
     def __init__(self):
         self.clear()
         handler = type('Handler', (_Handler,), dict(loopback=self))
@@ -100,7 +98,7 @@ class LoopbackServer:
         self._files[path] = _File(content)
         return self.url + path
 
-    def fail(self, kind: Union[str, int], path: str = '', times: Optional[int] = None) -> None:
+    def fail(self, kind: Union[str, int], path: str = '', times: float = math.inf) -> None:
         """Inject a fault into requests that match.
 
         Args:
@@ -109,10 +107,10 @@ class LoopbackServer:
                 'garbage' sends other bytes of the right length; 'html' sends a web page instead.
             path: Regular expression that is searched in the path. A large file of a repository is found under the
                 path of its repository too, although its bytes come from /cdn/, as on the real hub.
-            times: How often, None for always.
+            times: How often.
         """
         assert isinstance(kind, int) or kind in ('drop', *BODY_FAULTS)
-        self._faults.append([kind, path, math.inf if times is None else times])
+        self._faults.append([kind, path, times])
 
     def heal(self) -> None:
         """Remove all faults."""

@@ -25,7 +25,7 @@ _outcomes = {}
 for _tag in timm.list_pretrained([f'{name}*' for name in MODELS]):
     _cfg = _registry._model_pretrained_cfgs[_tag]
     if _cfg.url and not _cfg.hf_hub_id:
-        _cfg.url = f'{os.environ["PVT_CONFORMANCE_MIRROR"]}/mirror{urlparse(_cfg.url).path}'
+        _cfg.url = f'{os.environ["PVT_CONFORMANCE_MIRROR"]}{urlparse(_cfg.url).path}'
 
 
 def _split(argnames):

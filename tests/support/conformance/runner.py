@@ -18,9 +18,9 @@ from typing import Any, Dict, List
 import timm
 
 import loopback
+from convert_files import serve
 
-from . import weights
-from .cases import FILES, FILTERS, MERGED, NAME_ARGUMENTS
+from .cases import FILES, FILTERS, MERGED, MODELS, NAME_ARGUMENTS
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT / 'tests'))
@@ -36,20 +36,14 @@ def fetch_tests(folder: Path) -> Path:
     shutil.unpack_archive(sdist, folder)  # `filter=` is not in every Python 3.10 and 3.11
     # not under its name, which is that of this package's tests too
     tests = Path(str(sdist).removesuffix('.tar.gz'), 'tests').rename(folder / 'timm_tests')
-    for file in FILES:
-        if (tests / file).is_file():
-            add_filters(tests / file)
+    for file in tests.glob('test_*.py'):
+        text = file.read_text()
+        for name, ours in FILTERS.items():  # lists that are assigned at the top level
+            text = re.sub(rf'^{name} = \[', rf'{name} = [*{ours!r}, ', text, flags=re.MULTILINE)
+        file.write_text(text)
     # timm's own settings are not part of `tests/`, only the names of the markers are needed
     (folder / 'pytest.ini').write_text('[pytest]\n')
     return tests
-
-
-def add_filters(file: Path) -> None:
-    """Put our names into the lists that are assigned at the top level of a file."""
-    text = file.read_text()
-    for name, ours in FILTERS.items():
-        text = re.sub(rf'^{name} = \[', rf'{name} = [*{ours!r}, ', text, flags=re.MULTILINE)
-    file.write_text(text)
 
 
 def functions_with_names(tests: Path) -> List[str]:
@@ -75,11 +69,11 @@ def run(merged: bool) -> Dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix='pvt_timm_') as tmp:
         tmp = Path(tmp)
         tests = fetch_tests(tmp)
-        weights.add_weights(server, tmp / 'weights')
+        for tag in timm.list_pretrained([f'{name}*' for name in MODELS], exclude_filters='test_pvt*'):
+            serve(server, tag, timm.create_model(tag.partition('.')[0]))
         env = loopback.isolate(tmp / 'home', server)
         report = tmp / 'report.json'
-        env['PVT_CONFORMANCE_REPORT'] = str(report)
-        env['PVT_CONFORMANCE_MIRROR'] = server.url
+        env.update(PVT_CONFORMANCE_REPORT=str(report), PVT_CONFORMANCE_MIRROR=server.url)
         family = ROOT
         if merged:
             env[MERGED] = '1'
