@@ -14,12 +14,15 @@ def test_summary():
     assert run.summary([4., 1., 2., 3.]) == dict(median=2.5, min=1., spread=0.4, rounds=4)
 
 
-def results():
+def test_report(tmp_path):
+    pytest.importorskip('matplotlib')
+
     def row(shape, **values):
         return dict(variant='small', shape=shape, precision='fp32', contenders={
             name: dict(median=ms, min=ms, spread=0.1, rounds=3) if ms else dict(skipped='not there')
             for name, ms in values.items()})
-    return dict(
+
+    results = dict(
         machine=run.machine('cpu'), gmacs=run.GMACS,
         peak=[dict(precision='fp32', size=2048, gflops=200., by={})],
         throughput=[row([16, 3, 224, 224], original=1200., fused=600., resnet50=900., openvino=0)],
@@ -28,11 +31,7 @@ def results():
         memory=[dict(variant='small', shape=[b, 3, s, s], precision='fp32', contenders=dict(
             original=dict(bytes=b * s * 1e4), fused=dict(bytes=b * s * 2e3)))
             for b, s in ((1, 224), (1, 448), (16, 224))])
-
-
-def test_report(tmp_path):
-    pytest.importorskip('matplotlib')
-    report.report(json.loads(json.dumps(results())), tmp_path, 'cpu_avx2')
+    report.report(json.loads(json.dumps(results)), tmp_path, 'cpu_avx2')
     text = (tmp_path / 'cpu_avx2.md').read_text()
     assert '| throughput small 16x224 fp32 | ours, fused against original code | 2.00x the speed |' in text
     assert '| latency small 1x800x1344 fp32 | ours, fused against original code | 4.00x the speed |' in text

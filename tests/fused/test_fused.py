@@ -10,7 +10,7 @@ import torch.nn as nn
 from timm.utils import reparameterize_model
 from torch.utils._pytree import tree_leaves
 
-from forms import as_list, gradients, loss_of, make_input, make_model
+from forms import gradients, loss_of, make_input, make_model
 from pvt_timm import PyramidVisionTransformerStage, fuse, fused as fast
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='PyTorch is built without oneDNN')
@@ -83,7 +83,7 @@ def test_variants_and_configurations(fast_calls, name, kwargs):
     with torch.no_grad():
         expected, actual = model(x), reparameterize_model(model)(x)
     assert_same(actual, expected)
-    assert [a.stride() for a in as_list(actual)] == [e.stride() for e in as_list(expected)]
+    assert [a.stride() for a in tree_leaves(actual)] == [e.stride() for e in tree_leaves(expected)]
     assert len(fast_calls) == len(kwargs.get('depths', 'four'))
 
 
@@ -223,11 +223,6 @@ def test_meta_device(fast_calls):
 
 # --- Where the plain path is right ---
 
-class Adapter(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def assert_plain(fast_calls, reason, change=nn.Module.eval):
     """A change of the stages, made after their weights were packed, leads to the plain stages' very results."""
     plain, fused = (f(make_model(drop_path_rate=0.5, proj_drop_rate=0.3).stages) for f in (nn.Module.eval, fuse))
@@ -246,7 +241,8 @@ def assert_plain(fast_calls, reason, change=nn.Module.eval):
 
 
 @pytest.mark.parametrize('change, reason', [
-    (lambda s: setattr(s.blocks[0].attn, 'q', Adapter(s.dim, s.dim)), f'{__name__}.Adapter as q has no fast form'),
+    (lambda s: setattr(s.blocks[0].attn, 'q', type('Adapter', (nn.Linear,), {})(s.dim, s.dim)),
+     f'{__name__}.Adapter as q has no fast form'),
     (lambda s: torch.ao.quantization.quantize_dynamic(s, {nn.Linear}, inplace=True), 'torch.ao.nn.quantized.dynamic'),
     (lambda s: nn.utils.parametrizations.weight_norm(s.blocks[0].mlp.fc1), 'torch.nn.utils.parametrize.Parametrized'),
     (lambda s: setattr(s.blocks[0].mlp, 'forward', torch.neg), 'pvt_timm.sliced_mlp.SlicedMlp as mlp has no fast form'),

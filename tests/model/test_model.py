@@ -11,12 +11,13 @@ import torch.nn as nn
 from hypothesis import given, settings, strategies as st
 from timm.layers import DropPath, Mlp, set_reentrant_ckpt
 from timm.models import group_parameters
+from torch.utils._pytree import tree_leaves
 
-from forms import as_list
+from forms import gradients, loss_of, make_input, make_model
 from pvt_timm import PyramidVisionTransformer, checkpoint_filter_fn, pvt
 from pvt_timm.checkpoints import from_timm
 from pvt_timm.sliced_mlp import SLICE_TOKENS, SlicedMlp
-from reference import images, logits, max_diff, randomize
+from reference import images, logits, max_diff
 
 VARIANTS = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large', 'pvt_huge_v2', 'test_pvt')
 DIMS, STRIDES = (16, 32, 40, 64), (4, 8, 16, 32)
@@ -28,18 +29,14 @@ def create(**kwargs):
     return timm.create_model('test_pvt', **kwargs)
 
 
-def x_of(*size, batch=1, chans=3):
-    return images(batch, chans, *size, dtype=torch.float32)
-
-
 @pytest.fixture(scope='module')
 def model():
-    return randomize(create()).eval()
+    return make_model()
 
 
 @pytest.fixture(scope='module')
 def net():
-    return randomize(create(features_only=True)).eval()
+    return make_model(features_only=True)
 
 
 def test_import(client_env):
@@ -89,7 +86,7 @@ def shapes(batch, h, w):
 @examples
 @given(h=sides, w=sides, batch=st.integers(0, 3))
 def test_any_size(model, net, h, w, batch):
-    x = x_of(h, w, batch=batch)
+    x = make_input(batch, h, w)
     tokens = model.forward_features(x)
     assert tokens.shape == (batch, 1 + (h // 32) * (w // 32), 64)
     assert model.forward_head(tokens).shape == (batch, 10)
@@ -104,7 +101,7 @@ def test_any_size(model, net, h, w, batch):
 @torch.no_grad()
 @pytest.mark.parametrize('img_size', [32, 64, (48, 80), [64, 32]])
 def test_img_size(img_size):
-    model = randomize(create(img_size=img_size, dtype=torch.float64)).eval()
+    model = make_model(img_size=img_size, dtype=torch.float64)
     h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
     assert model.stages[0].grid_size == (h // 4, w // 4)
     assert [s.pos_embed.shape[1] for s in model.stages] == [
@@ -121,13 +118,13 @@ def test_img_size(img_size):
 def test_set_input_size(old, new, dense):
     """Equals a model that is created at that size and loads the same weights."""
     kwargs = dict(class_token=False) if dense else {}
-    model = randomize(create(img_size=old, **kwargs)).eval()
+    model = make_model(img_size=old, **kwargs)
     other = create(img_size=new, **kwargs).eval()
     other.pretrained_model_args = dict(img_size=old)  # as timm's argument of that name, where it has it
     other.load_state_dict(checkpoint_filter_fn(model.state_dict(), other))
     model.set_input_size(new)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
-    x = x_of(*new)
+    x = make_input(1, *new)
     assert torch.equal(model(x), other(x))
     before = [p for p in model.parameters()]
     model.set_input_size(new)
@@ -160,8 +157,8 @@ def test_refused_at_construction(kwargs):
     lambda m: m.reset_classifier(3, 'max'),
     lambda m: m.set_input_size(16),
     lambda m: m.set_input_size(64, patch_size=8),
-    lambda m: m.forward_intermediates(x_of(32, 32), output_fmt='NLC'),
-    lambda m: m.forward_intermediates(x_of(32, 32), indices=[4]),
+    lambda m: m.forward_intermediates(make_input(1, 32, 32), output_fmt='NLC'),
+    lambda m: m.forward_intermediates(make_input(1, 32, 32), indices=[4]),
     lambda m: m.prune_intermediate_layers([4]),
     lambda m: m.init_weights('jax'),
 ])
@@ -171,7 +168,7 @@ def test_refused_later(call):
     with pytest.raises(AssertionError):
         call(model)
     assert (model.global_pool, model.num_classes, len(model.stages)) == ('token', 10, 4)
-    assert model.stages[0].grid_size == (8, 8) and model(x_of(32, 32)).shape == (1, 10)
+    assert model.stages[0].grid_size == (8, 8) and model(make_input(1, 32, 32)).shape == (1, 10)
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(class_token=False), dict(features_only=True)], ids=str)
@@ -179,9 +176,9 @@ def test_refused_inputs(kwargs):
     model = create(output_stride=32, **kwargs)
     for size in ((31, 32), (32, 31), (16, 64)):
         with pytest.raises(AssertionError, match='at least 32'):
-            model(x_of(*size))
+            model(make_input(1, *size))
     with pytest.raises(RuntimeError, match='channels'):
-        model(x_of(32, 32, chans=4))
+        model(make_input(1, 32, 32, 4))
     with pytest.raises(TypeError, match='bogus'):
         create(bogus=1, **kwargs)
     with pytest.raises(ValueError, match='output_stride 32 only.* 4, 8, 16, 32'):
@@ -195,8 +192,8 @@ def test_three_stages_of_larger_patches():
         img_size=64, patch_size=8, embed_dims=(8, 16, 24), depths=(1, 1, 2), num_heads=(1, 2, 3), sr_ratios=(8, 2, 1),
         mlp_ratios=(2, 2, 2), num_classes=4)
     with pytest.raises(AssertionError, match='at least 64'):
-        model(x_of(63, 64))
-    assert model(x_of(64, 80)).shape == (1, 4)
+        model(make_input(1, 63, 64))
+    assert model(make_input(1, 64, 80)).shape == (1, 4)
     assert [(f['num_chs'], f['reduction']) for f in model.feature_info] == [(8, 8), (16, 16), (24, 32)]
     assert model.no_weight_decay() == {'stages.2.cls_token'}
     model.double().eval().reset_classifier(7)
@@ -208,7 +205,7 @@ def test_three_stages_of_larger_patches():
 
 @torch.no_grad()
 def test_global_pool(model):
-    x = x_of(64, 96, batch=2)
+    x = make_input(2, 64, 96)
     tokens = model.forward_features(x)
     for pool, want in (('token', tokens[:, 0]), ('avg', tokens[:, 1:].mean(1)), ('', tokens)):
         other = create(global_pool=pool).eval()
@@ -221,8 +218,8 @@ def test_global_pool(model):
 
 @torch.no_grad()
 def test_dense_mode():
-    dense = randomize(create(class_token=False)).eval()
-    x = x_of(64, 96, batch=2)
+    dense = make_model(class_token=False)
+    x = make_input(2, 64, 96)
     fmap = dense.forward_features(x)
     assert fmap.shape == (2, 64, 2, 3) and dense.global_pool == 'avg'
     assert torch.allclose(dense(x), dense.head(fmap.mean((2, 3))), atol=1e-5)
@@ -245,7 +242,7 @@ def test_layers_are_pluggable():
     assert type(block) is Block and type(block.mlp) is Mlp and isinstance(block.mlp.act, nn.ReLU)
     assert (block.norm1.eps, block.norm2.eps, model.norm.eps) == (0.5, 0.5, 0.5)
     assert (model.stages[0].patch_embed.norm.eps, block.attn.norm.eps) == (1e-5, 1e-5)
-    assert model(x_of(32, 64)).shape == (1, 10)
+    assert model(make_input(1, 32, 64)).shape == (1, 10)
 
 
 # Features
@@ -264,8 +261,8 @@ def test_features_only(net, feature_cls, indices, taken):
     assert other.feature_info.channels() == [DIMS[i] for i in taken]
     assert other.feature_info.reduction() == [STRIDES[i] for i in taken]
     assert other.feature_info.module_name() == [f'stages.{i}' for i in taken]
-    x = x_of(64, 96, batch=2)
-    for a, i in zip(as_list(other(x)), taken, strict=True):
+    x = make_input(2, 64, 96)
+    for a, i in zip(tree_leaves(other(x)), taken, strict=True):
         assert torch.equal(a, net(x)[i])
         assert a.is_contiguous(memory_format=torch.channels_last)  # of tokens, without a copy
 
@@ -273,8 +270,8 @@ def test_features_only(net, feature_cls, indices, taken):
 @torch.no_grad()
 @pytest.mark.parametrize('dense', [False, True])
 def test_forward_intermediates(dense):
-    model = randomize(create(class_token=not dense)).eval()
-    x = x_of(64, 96, batch=2)
+    model = make_model(class_token=not dense)
+    x = make_input(2, 64, 96)
     final, maps = model.forward_intermediates(x)
     assert torch.equal(final, model.forward_features(x))
     assert [tuple(f.shape) for f in maps] == shapes(2, 64, 96)
@@ -293,7 +290,7 @@ def test_forward_intermediates(dense):
 @torch.no_grad()
 @pytest.mark.parametrize('indices, stages', [(1, 4), ([0, 2], 3), ([0], 1), ([-1], 4)])
 def test_prune(model, indices, stages):
-    x = x_of(64, 96)
+    x = make_input(1, 64, 96)
     want = model.forward_intermediates(x, indices=indices, intermediates_only=True)
     pruned = create().eval()
     pruned.load_state_dict(model.state_dict())
@@ -332,29 +329,39 @@ def test_initialisation(later):
             assert not p.any(), name
 
 
-def results_of(model, x):
-    """Outputs and gradients with the same random numbers in every call."""
-    model.zero_grad()
-    torch.manual_seed(1)
-    out = as_list(model(x))
-    sum(o.sum() for o in out).backward()
-    return [o.detach() for o in out] + [p.grad.clone() for p in model.parameters()]
+@pytest.fixture(params=[False, True])
+def reentrant(request):
+    set_reentrant_ckpt(request.param)
+    yield
+    set_reentrant_ckpt(False)
 
 
-@pytest.mark.parametrize('kwargs, twice', [
-    ({}, [2] * 6), (dict(features_only=True), [1, 2, 2, 2, 2, 1])])  # timm's wrapper: not the first and last stage
-def test_checkpointing(kwargs, twice):
-    """The same gradients, and the blocks run again in the backward pass."""
+@pytest.mark.usefixtures('reentrant')
+@pytest.mark.parametrize('kwargs, train, twice', [
+    ({}, True, [2] * 6), ({}, False, [2] * 6),  # in evaluation mode but for its dropout, as for Monte Carlo
+    (dict(features_only=True), True, [1, 2, 2, 2, 2, 1])])  # timm's wrapper: not the first and last stage
+def test_checkpointing(kwargs, train, twice):
+    """The same gradients, and the blocks run again in the backward pass, with the same dropout.
+
+    Reentrant checkpoints run them without gradients first, where MLPs could take slices.
+    """
     torch.manual_seed(0)
-    model, x = create(drop_path_rate=0.2, **kwargs), x_of(64, 64, batch=2)
+    model, x = create(drop_path_rate=0.2, proj_drop_rate=0.3, **kwargs).train(train), make_input(1, 192, 192)
+    assert 48 * 48 > SLICE_TOKENS
+    for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
+        dropout.train()
     calls, results = [], []
     blocks = [m for m in model.modules() if isinstance(m, pvt.Block)]
     for block in blocks:
         block.register_forward_pre_hook(lambda m, args: calls.append(m))
     for enable, times in ((False, [1] * 6), (True, twice)):
         del calls[:]
+        model.zero_grad()
         model.set_grad_checkpointing(enable)
-        results.append(results_of(model, x))
+        torch.manual_seed(1)
+        out = tree_leaves(model(x))
+        loss_of(out).backward()
+        results.append([o.detach() for o in out] + list(gradients(model).values()))
         assert [calls.count(block) for block in blocks] == times
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -368,7 +375,7 @@ def test_dropout_arguments():
     block = blocks[0]
     assert (model.head_drop.p, model.stages[0].pos_drop.p, block.attn.proj_drop.p, block.mlp.drop1.p, block.mlp.drop2.p,
             block.attn.attn_drop.p) == (.1, .2, .3, .3, .3, .4)
-    x = x_of(32, 32)
+    x = make_input(1, 32, 32)
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
@@ -396,7 +403,7 @@ def test_weight_decay_and_groups():
 
 @torch.no_grad()
 def test_inputs_in_any_layout(model):
-    x = x_of(64, 96, batch=2)
+    x = make_input(2, 64, 96)
     want = model(x)
     for other in (x.to(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, :3], x.expand(2, 3, 64, 96)):
         assert max_diff(model(other), want) <= 1e-4 * want.abs().max()
@@ -443,18 +450,13 @@ def test_mlp_slices_change_nothing(batch, tokens, dtype):
     assert torch.equal(mlp(x), whole)  # with gradients
 
 
-class Centered(nn.Identity):
-    def forward(self, x):
-        return x - x.mean(1, keepdim=True)
-
-
 def test_mlp_slices_are_left_where_somebody_looks():
     x = torch.randn(2, SLICE_TOKENS, 16)
     seen = []
     for change in (
             lambda mlp: mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(out.shape)),
             lambda mlp: setattr(mlp, 'fc1', nn.Sequential(mlp.fc1)),
-            lambda mlp: setattr(mlp, 'drop2', Centered()),
+            lambda mlp: setattr(mlp, 'drop2', type('Watcher', (nn.Identity,), {})()),
             lambda mlp: mlp.train(),
             lambda mlp: mlp.drop2.train(),
             lambda mlp: mlp.drop1.train(),
@@ -464,21 +466,3 @@ def test_mlp_slices_are_left_where_somebody_looks():
         with torch.no_grad():
             assert rows_of(mlp, x) == [2 * SLICE_TOKENS]
     assert seen == [(2, SLICE_TOKENS, 64)]
-
-
-@pytest.mark.parametrize('monte_carlo', [False, True])
-def test_recomputation_draws_the_same_dropout(monte_carlo):
-    """Reentrant checkpoints run the blocks without gradients first, and once more with them."""
-    torch.manual_seed(0)
-    model = create(proj_drop_rate=0.3).train(not monte_carlo)
-    for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
-        dropout.train()
-    x = x_of(192, 192)
-    assert 48 * 48 > SLICE_TOKENS
-    plain = results_of(model, x)
-    model.set_grad_checkpointing()
-    set_reentrant_ckpt(True)
-    try:
-        assert all(torch.equal(a, b) for a, b in zip(results_of(model, x), plain, strict=True))
-    finally:
-        set_reentrant_ckpt(False)

@@ -3,14 +3,13 @@
     python tests/support/mutate.py --sample 100 --jobs 2
 
 draws a seeded sample from all places of the files of `TESTS` that `changed` knows a change for. A mutant that no test
-notices is printed, to be argued or to be given a test. Linux and macOS.
+notices is printed, to be argued or to be given a test.
 """
 import argparse
 import ast
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -63,7 +62,7 @@ def changed(node: Any, top: bool) -> Optional[ast.AST]:
 
 
 def mutants(file: Path) -> Iterator[Dict[str, Any]]:
-    """All changes of a file: what is changed into what, and `make`, which returns the file with the change in it."""
+    """All changes of a file: what is changed into what, and the `text` of the file with the change in it."""
     tree = ast.parse(file.read_bytes())
     for parent in ast.walk(tree):
         for name, value in ast.iter_fields(parent):
@@ -71,14 +70,11 @@ def mutants(file: Path) -> Iterator[Dict[str, Any]]:
             for i, node in enumerate(nodes):
                 new = changed(node, parent is tree)
                 if new is not None:
-                    def make(parent=parent, name=name, value=value, nodes=nodes, i=i, new=new) -> str:
-                        setattr(parent, name, [*nodes[:i], new, *nodes[i + 1:]] if isinstance(value, list) else new)
-                        text = ast.unparse(ast.fix_missing_locations(tree))
-                        setattr(parent, name, value)
-                        return text
-
+                    setattr(parent, name, [*nodes[:i], new, *nodes[i + 1:]] if isinstance(value, list) else new)
+                    text = ast.unparse(ast.fix_missing_locations(tree))
+                    setattr(parent, name, value)
                     yield dict(file=str(file.relative_to(ROOT)), line=node.lineno, before=ast.unparse(node),
-                               after=ast.unparse(new), make=make)
+                               after=ast.unparse(new), text=text)
 
 
 def run(file: str, text: str, tests: List[str]) -> Tuple[bool, float]:
@@ -88,19 +84,13 @@ def run(file: str, text: str, tests: List[str]) -> Tuple[bool, float]:
         copy = Path(folder, 'copy')
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.*_cache', '__pycache__', '.venv'))
         (copy / file).write_text(text, encoding='utf-8')
-        process = subprocess.Popen(
-            [sys.executable, '-m', 'pytest', '-x', '-q', '-n', '0', '-p', 'no:cacheprovider', *tests], cwd=copy,
-            env={**os.environ, 'PYTHONPATH': str(copy), 'TMPDIR': folder, 'PVT_CHECKOUT': '', 'TIMM_CHECKOUT': ''},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            failed = process.wait(SECONDS) != 0
+            failed = subprocess.run(
+                [sys.executable, '-m', 'pytest', '-x', '-q', '-n', '0', '-p', 'no:cacheprovider', *tests], cwd=copy,
+                env={**os.environ, 'PYTHONPATH': str(copy), 'TMPDIR': folder, 'PVT_CHECKOUT': '', 'TIMM_CHECKOUT': ''},
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS).returncode != 0
         except subprocess.TimeoutExpired:
             failed = True
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
     return failed, round(time.monotonic() - begin, 1)
 
 
@@ -122,9 +112,9 @@ def main() -> None:
         print(f'{name}: the tests pass without a change in {seconds} s', flush=True)
     sample = random.Random(args.seed).sample(pool, min(args.sample, len(pool)))
     print(f'{len(sample)} of {len(pool)} mutants', flush=True)
-    jobs = [(mutant['file'], mutant.pop('make')(), mutant.pop('tests')) for mutant in sample]
     with ThreadPoolExecutor(args.jobs) as executor:
-        for n, (mutant, result) in enumerate(zip(sample, executor.map(lambda job: run(*job), jobs)), 1):
+        results = executor.map(lambda mutant: run(mutant['file'], mutant['text'], mutant['tests']), sample)
+        for n, (mutant, result) in enumerate(zip(sample, results), 1):
             mutant['noticed'], mutant['seconds'] = result
             print('{:4d} {:<12} {seconds:6.1f} s  {file}:{line}'.format(
                 n, 'noticed' if mutant['noticed'] else 'not noticed', **mutant), flush=True)
