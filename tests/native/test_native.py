@@ -26,10 +26,6 @@ def fresh():
 
 # torch.compile and torch.export
 
-def compiled(model):
-    return torch.compile(model, fullgraph=True, backend='aot_eager')
-
-
 def export(model, dynamic=False, strict=False):
     dynamic_shapes = ({
         0: torch.export.Dim('batch', min=1, max=64),
@@ -77,7 +73,9 @@ def test_export_to_aot_inductor(dynamic, tmp_path):
 
 
 @pytest.mark.parametrize('kwargs', KINDS)
-@pytest.mark.parametrize('form', [compiled, lambda model: export(model).module()], ids=['compile', 'export'])
+@pytest.mark.parametrize('form', [
+    lambda model: torch.compile(model, fullgraph=True, backend='aot_eager'),
+    lambda model: export(model).module()], ids=['compile', 'export'])
 def test_gradients(form, kwargs):
     model, other, x = make_model(**kwargs), make_model(**kwargs), make_input(*SIZE)
     other = form(other)
@@ -92,16 +90,13 @@ def test_gradients(form, kwargs):
 @pytest.mark.parametrize('kwargs', [
     *KINDS, dict(features_only=True, feature_cls='getter'), dict(class_token=False),
     dict(global_pool='avg', num_classes=7)], ids=str)
-def test_torchscript(kwargs, tmp_path):
+@pytest.mark.parametrize('form', [
+    torch.jit.script, lambda model: torch.jit.trace(model, make_input(*SIZE), check_trace=False)],
+    ids=['script', 'trace'])
+def test_torchscript(form, kwargs, tmp_path):
     model = make_model(img_size=STORED, **kwargs)
-    torch.jit.script(model).save(tmp_path / 'model.pt')
+    form(model).save(tmp_path / 'model.pt')
     assert_equal_at(torch.jit.load(tmp_path / 'model.pt'), model, EVERY_SIZE)
-
-
-@pytest.mark.parametrize('kwargs', KINDS)
-def test_traced_at_one_size_runs_at_others(kwargs):
-    model = make_model(**kwargs)
-    assert_equal_at(torch.jit.trace(model, make_input(*SIZE), check_trace=False), model)
 
 
 @pytest.mark.parametrize('kwargs', KINDS)

@@ -42,10 +42,10 @@ def make(
         fill=random_bits,
 ) -> StateDict:
     """A bare state dict of format `fmt`."""
-    size = {} if img_size is None else {'img_size': img_size}
-    dense = {'class_token': False} if fmt in DENSE and fmt != 'original-dense' else {}
     classes = 0 if fmt in DENSE or fmt == 'transformers-base' else num_classes
-    model = timm.create_model(variant, device='meta', in_chans=in_chans, num_classes=classes, **size, **dense)
+    class_token = fmt not in DENSE or fmt == 'original-dense'
+    model = timm.create_model(  # which leaves out None
+        variant, device='meta', in_chans=in_chans, num_classes=classes, img_size=img_size, class_token=class_token)
     generator = torch.Generator().manual_seed(seed)
     state_dict = {k: fill(v.shape, dtype, generator) for k, v in model.state_dict().items()}
     if fmt == 'original-dense':  # the row of the class token is there, the token is not

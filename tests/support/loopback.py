@@ -136,6 +136,7 @@ class _Error(Exception):
 class _Handler(BaseHTTPRequestHandler):
     loopback: LoopbackServer
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True
     # (method, path, name of the method that answers)
     ROUTES = [(method, path.replace('REPO', '(?P<repo>[^/]+/[^/]+)').replace('REV', '(?P<revision>[^/]+)'), name)
               for method, path, name in (
@@ -150,10 +151,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
-
-    def setup(self):
-        super().setup()
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def answer(self):
         server = self.loopback
@@ -227,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # the hub
 
-    def find(self, repo: str, revision: str = 'main') -> Tuple[_Repo, str]:
+    def find(self, repo: str, revision: str) -> Tuple[_Repo, str]:
         """Repository and commit."""
         found = self.loopback._repos.get(repo)
         if found is None:

@@ -78,7 +78,7 @@ def build(kind: str, letter: str = 't', delta_std: float = 1., checkout=None):
     theirs, originals = CONFIGS[kind]
     if checkout is not None:
         from reference import load_original
-        original = load_original('segmentation' if segmenter else 'detection', checkout)
+        original = load_original('segmentation' if segmenter else 'detection')
         name = f'pvt_{dict(t="tiny", s="small", m="medium", l="large")[letter]}'
         models.register_module(name=name, module=getattr(original, name), force=True)
         config = Config.fromfile(checkout / originals.format(letter)).model

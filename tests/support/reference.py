@@ -9,7 +9,7 @@ import os
 import sys
 import types
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Tuple
 from unittest import mock
 
 import pytest
@@ -145,7 +145,7 @@ def pvt_checkout() -> Path:
     return Path(path)
 
 
-def load_original(name: str, checkout: Optional[Path] = None) -> types.ModuleType:
+def load_original(name: str) -> types.ModuleType:
     """Import 'classification', 'detection' or 'segmentation' `pvt.py` of the original, or skip the test without it.
 
     Its names stay out of timm's registry, which holds ours. mmdetection, mmsegmentation and mmcv need not be there.
@@ -155,7 +155,7 @@ def load_original(name: str, checkout: Optional[Path] = None) -> types.ModuleTyp
     for package in ('mmdet', 'mmseg'):
         stand_ins[f'{package}.models.builder'] = types.SimpleNamespace(BACKBONES=registry)
         stand_ins[f'{package}.utils'] = types.SimpleNamespace(get_root_logger=None)
-    path = (checkout or pvt_checkout()) / name / 'pvt.py'
+    path = pvt_checkout() / name / 'pvt.py'
     spec = importlib.util.spec_from_file_location(f'original_pvt_{name}', path)
     module = importlib.util.module_from_spec(spec)
     with mock.patch.dict(sys.modules, stand_ins), mock.patch('timm.models.registry.register_model', lambda fn: fn):

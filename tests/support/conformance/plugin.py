@@ -28,10 +28,6 @@ for _tag in timm.list_pretrained([f'{name}*' for name in MODELS]):
         _cfg.url = f'{os.environ["PVT_CONFORMANCE_MIRROR"]}{urlparse(_cfg.url).path}'
 
 
-def _split(argnames):
-    return [n.strip() for n in argnames.split(',')] if isinstance(argnames, str) else list(argnames)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc):
     """Replace the model names of a `parametrize` mark by ours."""
@@ -40,7 +36,8 @@ def pytest_generate_tests(metafunc):
     for i, mark in enumerate(markers):
         if mark.name != 'parametrize':
             continue
-        argnames = _split(mark.args[0])
+        argnames = mark.args[0]
+        argnames = [n.strip() for n in argnames.split(',')] if isinstance(argnames, str) else list(argnames)
         arg = next((n for n in argnames if n in NAME_ARGUMENTS), None)
         if arg is None:
             continue
