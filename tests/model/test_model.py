@@ -309,9 +309,8 @@ def test_initialisation(later):
     if later:
         assert all(p.is_meta for p in [*model.parameters(), *model.buffers()])
         model.to_empty(device='cpu')
-        with torch.no_grad():
-            for p in model.parameters():
-                p.fill_(float('nan'))
+        for p in model.parameters():
+            nn.init.constant_(p, float('nan'))
         model.init_weights(needs_reset=True)
     for name, p in model.named_parameters():
         if name.endswith(('pos_embed', 'cls_token')) or (p.ndim == 2 and name.endswith('weight')):
