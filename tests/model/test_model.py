@@ -450,8 +450,8 @@ def test_mlp_slices_are_left_where_somebody_looks():
     seen = []
     for change in (
             lambda mlp: mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(out.shape)),
-            lambda mlp: setattr(mlp, 'fc1', nn.Sequential(mlp.fc1)),
-            lambda mlp: setattr(mlp, 'drop2', type('Watcher', (nn.Identity,), {})()),
+            lambda mlp: setattr(mlp, 'fc1', nn.Sequential(mlp.fc1).eval()),
+            lambda mlp: setattr(mlp, 'drop2', type('Watcher', (nn.Identity,), {})().eval()),
             lambda mlp: mlp.train(),
             lambda mlp: mlp.drop2.train(),
             lambda mlp: mlp.drop1.train(),
