@@ -66,8 +66,8 @@ _TRANSFORMERS = (
     ('head.{p}',                             'classifier.{p}'),
 )
 
-# A linear weight is a 1x1 convolution there. What is linear there becomes a convolution here, refused by its shape.
-_CONV1X1 = (lambda x: x[:, :, 0, 0] if x.shape[2:] == (1, 1) else x[..., None, None] if x.ndim == 2 else x,) * 2
+# A linear weight is a 1x1 convolution there. Other kernels stay, to be refused by their shape.
+_CONV1X1 = (lambda x: x[:, :, 0, 0] if x.shape[2:] == (1, 1) else x, lambda x: x[..., None, None] if x.ndim == 2 else x)
 
 _MMDET = (
     # timm                                   mmdetection PyramidVisionTransformer (no class token, norm and head)

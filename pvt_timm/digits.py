@@ -2,6 +2,9 @@
 
 The data are scikit-learn's handwritten digits as an image folder, which `pvt-timm digits FOLDER` writes.
 """
+import errno
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, Union
 
@@ -48,17 +51,24 @@ def write_digits(output: Union[str, Path]) -> Path:
     from PIL import Image
     from sklearn.datasets import load_digits
 
+    output, splits = Path(output), ('train', 'validation')
+    there = [str(output / split) for split in splits if (output / split).exists()]
+    if there:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), there[0])
     digits = load_digits()
-    folders = [Path(output, split) for split in ('train', 'validation')]
-    for folder in folders:
-        folder.mkdir(parents=True)
     # from 8x8 grey levels 0 to 16, bilinear in float64, so that all versions of the libraries write the same
     large = F.interpolate(torch.from_numpy(digits.images)[:, None].double(), scale_factor=4, mode='bilinear')[:, 0]
     images = (large * 255 / 16 + 0.5).byte().numpy()
     rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
-    for label in range(10):
-        for folder in folders:
-            (folder / str(label)).mkdir()
-        for n, i in enumerate(rng.permutation(np.flatnonzero(digits.target == label))):
-            Image.fromarray(images[i]).save(folders[n < HELD_OUT_PER_LABEL] / str(label) / f'{i:04d}.png')
-    return Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    # written aside first, so that a split is there completely or not at all
+    with tempfile.TemporaryDirectory(prefix='.digits-', dir=output) as aside:
+        for label in range(10):
+            for split in splits:
+                Path(aside, split, str(label)).mkdir(parents=True)
+            for n, i in enumerate(rng.permutation(np.flatnonzero(digits.target == label))):
+                split = splits[n < HELD_OUT_PER_LABEL]
+                Image.fromarray(images[i]).save(Path(aside, split, str(label), f'{i:04d}.png'))
+        for split in splits:
+            os.replace(Path(aside, split), output / split)
+    return output

@@ -151,7 +151,7 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
         The model in evaluation mode. Variant, number of classes and widths are read off the weights. Names and colours
         of classes are those in the file, or ADE20K's where there are 150 classes.
     """
-    model, said = from_openmmlab(checkpoint, 'Semantic FPN', semantic_fpn, _TABLE, prefix, **kwargs)
+    model, said = from_openmmlab(checkpoint, {'Semantic FPN': (semantic_fpn, _TABLE)}, prefix, **kwargs)
     names, palette = ade20k_classes() if model.num_classes == 150 else ([], [])
     model.categories = said.get('label_names') or names
     colors = said.get('palette') or palette

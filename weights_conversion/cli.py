@@ -49,7 +49,7 @@ def _parser(command: str) -> Parser:
     if not command:
         add('--output', '-o', metavar='DIR', required=True, help='folder to write')
         add('--to', choices=list(WRITERS), default='timm', help='target format (default: timm)')
-        add('--drop', metavar='PART', nargs='+', default=[], help=f'leave out parts: {", ".join(PARTS)}')
+        add('--drop', metavar='PART', nargs='+', choices=PARTS, default=[], help=f'leave out {", ".join(PARTS)}')
         add('--num-classes', metavar='N', type=int, help='0 leaves out the head')
         add('--img-size', metavar='N', type=int, nargs='+',
             help='resize the position embeddings to this image size (or height and width)')

@@ -115,6 +115,8 @@ def read_weights(
         What `convert` does for its source.
     """
     told = check_size(source_size, 'source_size')
+    if model is not None and model not in VARIANTS:
+        raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
     with open_source(spec) as source:
         if sha256 is not None and (len(sha256) < 8 or not source.sha256.startswith(sha256.lower())):
             raise ValueError(f'Expected a file with sha256 {ascii(sha256)} (8 digits or more), got {source.sha256}: '
@@ -177,9 +179,9 @@ def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
 def _notes(converted: Converted) -> List[str]:
     notes = []
     if converted.beside:
-        from pvt_timm.detection.openmmlab import describe_heads  # which needs torchvision's detectors
+        from pvt_timm.detection.openmmlab import describe_heads, heads_of  # which needs torchvision's detectors
 
-        heads = describe_heads(converted.beside)
+        heads = describe_heads(heads_of(converted))
         notes = [f'beside the backbone is the rest of a {heads[0]} for {heads[1]} classes'] if heads else []
     state_dict = converted.state_dict
     bad = [k for k, v in state_dict.items() if v.dtype not in _FLOATS or v.layout != torch.strided]

@@ -83,7 +83,14 @@ def _transformers(variant: str) -> torch.nn.Module:
 
 def module(name: str, variant: str) -> torch.nn.Module:
     """A contender that is a module of PyTorch, in float32 on CPU."""
-    return copy.deepcopy(_module(name, variant))
+    model = copy.deepcopy(_module(name, variant))
+    if name == 'checkpointed':
+        model.set_grad_checkpointing()
+    if name == 'unfused_attention':  # as after `timm.layers.set_fused_attn(False)`
+        for m in model.modules():
+            if hasattr(m, 'fused_attn'):
+                m.fused_attn = False
+    return model
 
 
 @functools.cache
@@ -97,14 +104,7 @@ def _module(name: str, variant: str) -> torch.nn.Module:
     if name == 'resnet50':
         import torchvision
         return torchvision.models.resnet50().eval()
-    model = copy.deepcopy(reference(variant))
-    if name == 'checkpointed':
-        model.set_grad_checkpointing()
-    if name == 'unfused_attention':  # as after `timm.layers.set_fused_attn(False)`
-        for m in model.modules():
-            if hasattr(m, 'fused_attn'):
-                m.fused_attn = False
-    return model
+    return reference(variant)
 
 
 def _onnx(variant: str, shape) -> str:

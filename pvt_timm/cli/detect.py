@@ -11,10 +11,8 @@ import torch
 from PIL import Image, ImageColor
 from torchvision.transforms.functional import to_tensor
 
-from ..checkpoints import unwrap
-from ..detection import (
-    describe_heads, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, retinanet_coco, retinanet_from_mmdet)
-from ..files import read_checkpoint, save_atomically
+from ..detection import detector_from_mmdet, retinanet_coco
+from ..files import save_atomically
 from ..segmentation import semantic_fpn_from_mmseg
 from .errors import clean
 from .pictures import new_figure
@@ -24,7 +22,6 @@ __all__ = ['draw_detections', 'draw_segments', 'run_detect', 'run_segment']
 
 Rows = List[Dict[str, Any]]
 
-_DETECTORS = {'Faster R-CNN': faster_rcnn_from_mmdet, 'Mask R-CNN': mask_rcnn_from_mmdet}
 # Told apart by most people with a colour deficiency too, and white text can be read on them
 _COLORS = ('#d1495b', '#1f77b4', '#2a8c55', '#8e5bb5', '#b8741a', '#17808a', '#c2488f', '#5f6b2d', '#4455a8', '#7a4b3a')
 
@@ -63,10 +60,7 @@ def _run(args: argparse.Namespace, load: Callable[..., Any], find: Callable[...,
 def _load_detector(args: argparse.Namespace) -> Any:
     if not args.checkpoint:
         return retinanet_coco(args.model.removesuffix('.retinanet_coco'))
-    checkpoint = read_checkpoint(args.checkpoint)
-    kind, _ = describe_heads(unwrap(checkpoint)[0]) or ('', 0)
-    # whatever else it is, RetinaNet refuses it by its name
-    return _DETECTORS.get(kind, retinanet_from_mmdet)(checkpoint, prefix=args.prefix)
+    return detector_from_mmdet(args.checkpoint, args.prefix)
 
 
 def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
@@ -100,7 +94,7 @@ def draw_detections(image: Image.Image, objects: Rows, masks: Sequence[torch.Ten
     pixels = np.array(image)
     for mask, color in zip(masks, colors):
         pixels[mask.numpy()] = (pixels[mask.numpy()] + np.array(ImageColor.getrgb(color))) / 2
-    with _picture(pixels, output) as axes:
+    with _picture(pixels, output, 'lanczos') as axes:
         for row, color in reversed(list(zip(objects, colors))):
             x1, y1, x2, y2 = row['box']
             axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=color, linewidth=2)
@@ -128,7 +122,7 @@ def draw_segments(
     """Draw the class (H, W) of every pixel over an image, with a legend of the first 14 of `classes`."""
     colors = np.array(palette)
     pixels = (0.4 * np.array(image) + 0.6 * colors[labels.numpy()]).astype(np.uint8)
-    with _picture(pixels, output) as axes:
+    with _picture(pixels, output, 'nearest') as axes:
         for row in classes[:14]:
             text = f'{row["name"].split(";")[0]}  {row["share"]:.0%}'
             axes.scatter([], [], s=120, marker='s', color=colors[row['label']] / 255, label=text)
@@ -138,11 +132,11 @@ def draw_segments(
 
 
 @contextlib.contextmanager
-def _picture(pixels: np.ndarray, output: Path) -> Iterator[Any]:
+def _picture(pixels: np.ndarray, output: Path, interpolation: str) -> Iterator[Any]:
     """Axes over an image in which a unit is a pixel of it, written as a picture at the end."""
     figure = new_figure(figsize=(9, 9))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(pixels, interpolation='lanczos', extent=(0, pixels.shape[1], pixels.shape[0], 0))
+    axes.imshow(pixels, interpolation=interpolation, extent=(0, pixels.shape[1], pixels.shape[0], 0))
     axes.set_axis_off()
     axes.autoscale(False)
     yield axes

@@ -69,7 +69,7 @@ def load_model(
     if checkpoint is None:
         name, network = _load_published(model or DEFAULT_MODEL, kwargs)
     else:
-        with read_weights(checkpoint, model=variant, prefix=prefix, img_size=img_size) as weights:
+        with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
             network = weights.create_model(pretrained_cfg_overlay=weights.cfg, **kwargs)
             network.load_state_dict(checkpoint_filter_fn(weights.state_dict, network))
             name, notes = f'{weights.variant} from {Path(weights.source.name).name}', weights.notes

@@ -7,11 +7,11 @@
 from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet, pvt_faster_rcnn, pvt_mask_rcnn, pvt_retinanet
 from .fpn import PvtFpnBackbone, pvt_fpn_backbone
 from .openmmlab import (
-    coco_categories, describe_heads, detector_to_mmdet, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, retinanet_coco,
-    retinanet_from_mmdet)
+    coco_categories, describe_heads, detector_from_mmdet, detector_to_mmdet, faster_rcnn_from_mmdet,
+    mask_rcnn_from_mmdet, retinanet_coco, retinanet_from_mmdet)
 
 __all__ = [
     'PvtFasterRCNN', 'PvtFpnBackbone', 'PvtMaskRCNN', 'PvtRetinaNet', 'coco_categories', 'describe_heads',
-    'detector_to_mmdet', 'faster_rcnn_from_mmdet', 'mask_rcnn_from_mmdet', 'pvt_faster_rcnn', 'pvt_fpn_backbone',
-    'pvt_mask_rcnn', 'pvt_retinanet', 'retinanet_coco', 'retinanet_from_mmdet',
+    'detector_from_mmdet', 'detector_to_mmdet', 'faster_rcnn_from_mmdet', 'mask_rcnn_from_mmdet', 'pvt_faster_rcnn',
+    'pvt_fpn_backbone', 'pvt_mask_rcnn', 'pvt_retinanet', 'retinanet_coco', 'retinanet_from_mmdet',
 ]

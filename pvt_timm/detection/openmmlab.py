@@ -5,14 +5,15 @@ alike. A row of a table says which parameters hold the same numbers, as in `chec
 """
 import re
 from os import PathLike
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 from torch.hub import load_state_dict_from_url
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
-from ..checkpoints import Table, check_keys, describe, drop_parts, from_timm, map_to_timm, remap, training_config
+from ..checkpoints import (
+    Converted, Table, check_keys, describe, drop_parts, from_timm, map_to_timm, remap, training_config)
 from ..files import read_checkpoint
 from ..pvt import default_cfgs, find_variant
 from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet, pvt_faster_rcnn, pvt_mask_rcnn, pvt_retinanet
@@ -62,6 +63,12 @@ _HEADS = {
     'Faster R-CNN': ('roi_head.bbox_head.fc_cls.weight', 1, 1),
     'Semantic FPN': ('decode_head.conv_seg.weight', 1, 0),
 }
+# Kind of detector -> what makes it from the name of a PVT, names of what stands beside its backbone
+_DETECTORS: Dict[str, Tuple[Callable[..., Any], Table]] = {
+    'RetinaNet': (pvt_retinanet, _RETINANET),
+    'Faster R-CNN': (pvt_faster_rcnn, _FASTER_RCNN),
+    'Mask R-CNN': (pvt_mask_rcnn, _MASK_RCNN),
+}
 # Argument of a model -> the parameter, under our names, and the dimension that have this width
 _WIDTHS = {
     'out_channels': ('backbone.fpn.inner_blocks.0.0.weight', 0),
@@ -95,13 +102,19 @@ def describe_heads(state_dict: Mapping[str, Any]) -> Optional[Tuple[str, int]]:
     return None
 
 
+def heads_of(converted: Converted) -> Dict[str, Any]:
+    """What stands beside the backbone of a detector or segmenter, under OpenMMLab's names."""
+    root = converted.prefix.removesuffix('backbone.')
+    return {k[len(root):]: v for k, v in converted.beside.items() if isinstance(k, str) and k.startswith(root)}
+
+
 def from_openmmlab(
-        checkpoint: Checkpoint, kind: str, build: Callable[..., Any], table: Table, prefix: Optional[str] = None,
+        checkpoint: Checkpoint, kinds: Mapping[str, Tuple[Callable[..., Any], Table]], prefix: Optional[str] = None,
         **kwargs: Any) -> Tuple[Any, Dict[str, Any]]:
     """Load a whole detector or segmenter of OpenMMLab or of the original code, or nothing of it.
 
-    `kind` is what `describe_heads` has to say. `build` makes the model from the name of a PVT, a number of classes and
-    what the weights and the config in the file say, and `kwargs`. `table` is for what stands beside the backbone.
+    `describe_heads` has to say one of `kinds`. Each has what makes the model from the name of a PVT, a number of
+    classes, what the weights and the config in the file say, and `kwargs`, and a table for what is beside the backbone.
 
     Returns:
         The model in evaluation mode, and 'label_names' and 'palette' in the file, where there is one per class.
@@ -111,16 +124,15 @@ def from_openmmlab(
     converted = map_to_timm(checkpoint, prefix=prefix)
     if converted.format not in ('mmdet', 'original') or not converted.prefix.endswith('backbone.'):
         raise ValueError(
-            f"Expected a {kind} of OpenMMLab or the original code (keys 'backbone.*', 'neck.*', ...), got a "
-            f'{converted.format} model under {converted.prefix!r}.')
-    root = converted.prefix[:-len('backbone.')]
-    heads: StateDict = {
-        k[len(root):]: v for k, v in converted.beside.items() if isinstance(k, str) and k.startswith(root)}
-    found = describe_heads(heads)
-    if found is None or found[0] != kind:
+            f"Expected a {' or '.join(kinds)} of OpenMMLab or the original code (keys 'backbone.*', 'neck.*', ...), "
+            f'got a {converted.format} model under {converted.prefix!r}.')
+    heads = heads_of(converted)
+    kind, num_classes = describe_heads(heads) or ('', 0)
+    if kind not in kinds:
         parts = ', '.join(sorted({k.partition('.')[0] for k in heads})) or 'nothing'
-        what = f'a {found[0]}' if found else f'a model with {parts} beside its backbone'
-        raise ValueError(f'Expected a {kind}, got {what}.')
+        raise ValueError(
+            f'Expected a {" or ".join(kinds)}, got a {kind or f"model with {parts} beside its backbone"}.')
+    build, table = kinds[kind]
     info = describe(converted.state_dict)
     variant = find_variant(info.depths, info.embed_dims)
     if variant is None:
@@ -131,9 +143,11 @@ def from_openmmlab(
     ours, _, _ = remap(heads, table)
     settings = {k: ours[name].shape[dim] for k, (name, dim) in _WIDTHS.items()
                 if name in ours and ours[name].ndim > dim and ours[name].numel()}  # the others are refused below
-    settings.update(_image_size(checkpoint.get('meta')))
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, Mapping) else {}
+    settings.update(_image_size(meta))
     model_args = dict(img_size=info.img_size, in_chans=info.in_chans)
-    model = build(variant, found[1], model_args=model_args, **{**settings, **kwargs})
+    model = build(variant, num_classes, model_args=model_args, **{**settings, **kwargs})
 
     check_keys(heads, remap(model.state_dict(), table, to_timm=False)[0])
     weights = {**{f'backbone.body.{k}': v for k, v in body.items()}, **ours}
@@ -143,13 +157,14 @@ def from_openmmlab(
         for m in model.backbone.body.modules():
             if isinstance(m, nn.LayerNorm):
                 m.eps = 1e-6  # in patch embeddings and spatial reductions too, unlike the original
-    said = training_config(checkpoint)
+    dataset = meta.get('dataset_meta')
+    said = training_config({'meta': {**meta, **(dataset if isinstance(dataset, Mapping) else {})}})
     return model.eval(), {k: said[k] for k in ('label_names', 'palette') if len(said.get(k, ())) == model.num_classes}
 
 
-def _image_size(meta: Any) -> Dict[str, int]:
+def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
     """Shorter and longest side that the config in the file resizes images to, nothing if it does not say it."""
-    text = meta.get('config') or meta.get('cfg') if isinstance(meta, Mapping) else None
+    text = meta.get('config') or meta.get('cfg')
     sizes = set(re.findall(r'\b(?:img_)?scale=\((\d+), (\d+)\)', text)) if isinstance(text, str) else set()
     if len(sizes) != 1:
         return {}
@@ -179,8 +194,11 @@ def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fm
     return to_openmmlab(model, tables[type(model)], fmt)
 
 
-def _detector_from_mmdet(*args: Any, **kwargs: Any) -> Any:
-    model, said = from_openmmlab(*args, **kwargs)
+def detector_from_mmdet(
+        checkpoint: Checkpoint, prefix: Optional[str] = None, kinds: Iterable[str] = tuple(_DETECTORS),
+        **kwargs: Any) -> Any:
+    """Whole checkpoint of any of these `kinds` of detectors, otherwise as `retinanet_from_mmdet`."""
+    model, said = from_openmmlab(checkpoint, {kind: _DETECTORS[kind] for kind in kinds}, prefix, **kwargs)
     model.categories = said.get('label_names') or list(coco_categories().values() if model.num_classes == 80 else ())
     return model
 
@@ -201,17 +219,17 @@ def retinanet_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, *
     Raises:
         ValueError: Not such a checkpoint. The message names what is wrong.
     """
-    return _detector_from_mmdet(checkpoint, 'RetinaNet', pvt_retinanet, _RETINANET, prefix, **kwargs)
+    return detector_from_mmdet(checkpoint, prefix, ['RetinaNet'], **kwargs)
 
 
 def faster_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtFasterRCNN:
     """Whole Faster R-CNN checkpoint, otherwise as `retinanet_from_mmdet`."""
-    return _detector_from_mmdet(checkpoint, 'Faster R-CNN', pvt_faster_rcnn, _FASTER_RCNN, prefix, **kwargs)
+    return detector_from_mmdet(checkpoint, prefix, ['Faster R-CNN'], **kwargs)
 
 
 def mask_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtMaskRCNN:
     """Whole Mask R-CNN checkpoint, otherwise as `retinanet_from_mmdet`."""
-    return _detector_from_mmdet(checkpoint, 'Mask R-CNN', pvt_mask_rcnn, _MASK_RCNN, prefix, **kwargs)
+    return detector_from_mmdet(checkpoint, prefix, ['Mask R-CNN'], **kwargs)
 
 
 def retinanet_coco(model_name: str = 'pvt_small', cache_dir: Optional[str] = None, **kwargs: Any) -> PvtRetinaNet:

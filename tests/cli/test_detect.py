@@ -93,7 +93,7 @@ def test_model_takes_all_that_are_published(cli, folder, monkeypatch):
 
 @pytest.mark.parametrize('args, message', [
     (['detect', 'none.png', '--checkpoint', 'mask_rcnn.pth'], 'No such file or directory: none.png'),
-    (['detect', 'a.png', '--checkpoint', 'segmenter.pth'], 'got a Semantic FPN'),
+    (['detect', 'a.png', '--checkpoint', 'segmenter.pth'], 'Faster R-CNN or Mask R-CNN, got a Semantic FPN'),
     (['segment', 'a.png', '--checkpoint', 'mask_rcnn.pth'], 'Expected a Semantic FPN, got a Mask R-CNN'),
     (['detect', 'a.png', '--checkpoint', 'plain.pth'], 'got keys layer.weight'),
     (['detect', 'a.png', '--model', 'pvt_large'], 'pvt_medium'),

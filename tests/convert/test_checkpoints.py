@@ -143,8 +143,8 @@ def test_layouts(state):
     assert source['layers.1.1.2.ffn.layers.0.weight'].shape == (32, 16, 1, 1)
     assert torch.equal(source['layers.3.1.0.pos_embed'], state['stages.3.pos_embed'][:, 1:])
     name, dense = 'layers.1.1.2.ffn.layers.0.weight', small(num_classes=0, class_token=False)
-    for wrong in (source[name][:, :, 0, 0], source[name].expand(-1, -1, 3, 3)):
-        assert 'Wrong shape' in error(checkpoint_filter_fn, {**source, name: wrong}, dense)
+    wrong = source[name].expand(-1, -1, 3, 3)
+    assert 'Wrong shape' in error(checkpoint_filter_fn, {**source, name: wrong}, dense)
 
 
 def test_original_detector(state):

@@ -305,6 +305,8 @@ def test_labels_that_do_not_fit_are_left_out_with_a_word(id2label, tmp_path):
 
 def test_config_that_does_not_fit(refused, tmp_path):
     config = _transformers_folder(tmp_path / 'hf') / 'config.json'
+    for name in ('', 'foo'):
+        assert 'Expected a model in' in refused(config.parent, '--model', name)
     for wrong in ({'num_attention_heads': [1, 2, 4, 8]}, {'hidden_act': 'relu'}, {'architecture': 'pvt_tiny'},
                   [], 'x' * 2 ** 24):
         config.write_text(json.dumps(wrong))
@@ -377,9 +379,13 @@ def test_the_source_is_not_kept_in_place_of_the_output(original, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_labels_from_a_file(tmp_path):
-    source = _transformers_folder(tmp_path / 'hf', id2label={str(i): f'old {i}' for i in range(4)})
+def test_labels_from_a_file(tmp_path, caplog):
+    from pvt_timm.cli.predict import load_model
+
+    source = _transformers_folder(tmp_path / 'hf', id2label={str(i): f'old {i}' for i in range(3)})  # one too few
     (tmp_path / 'names.txt').write_text('a\nb\nc\nd\n')
+    assert load_model(checkpoint=source, labels=tmp_path / 'names.txt').labels == ['a', 'b', 'c', 'd']
+    assert not caplog.records  # what is replaced is not worth a word
     convert(source, tmp_path / 'out', labels=tmp_path / 'names.txt')
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['a', 'b', 'c', 'd']
 

@@ -12,8 +12,9 @@ from torchvision.models.detection.image_list import ImageList
 
 import pvt_timm  # noqa: F401
 from pvt_timm.detection import (
-    coco_categories, describe_heads, detector_to_mmdet, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, pvt_faster_rcnn,
-    pvt_fpn_backbone, pvt_mask_rcnn, pvt_retinanet, retinanet_coco, retinanet_from_mmdet)
+    PvtFasterRCNN, coco_categories, describe_heads, detector_from_mmdet, detector_to_mmdet, faster_rcnn_from_mmdet,
+    mask_rcnn_from_mmdet, pvt_faster_rcnn, pvt_fpn_backbone, pvt_mask_rcnn, pvt_retinanet, retinanet_coco,
+    retinanet_from_mmdet)
 from pvt_timm.detection.parts import AlignedRoIAlign, paste_masks
 
 SIZES = dict(out_channels=32, model_args=dict(img_size=64), min_size=64, max_size=128)
@@ -322,7 +323,7 @@ def test_checkpoint_of_other_classes_and_wrappers():
     bare = detector_to_mmdet(few)
     two = {f'{who}.{k}': v for who in ('teacher', 'student') for k, v in bare.items()}
     wrapped = {'state_dict': {f'module.{k}': v for k, v in bare.items()}, 'meta': {'dataset_meta': {'classes': 'ab'}}}
-    named = {'state_dict': bare, 'meta': {'dataset_meta': {'classes': ('a', 'b')}}}
+    named = {'state_dict': bare, 'meta': {'classes': ('x', 'y'), 'dataset_meta': {'classes': ('a', 'b')}}}
     for checkpoint, names, prefix in (
             (bare, [], None), (wrapped, [], None), (named, ['a', 'b'], None), (two, [], 'student.backbone')):
         model = retinanet_from_mmdet(checkpoint, prefix=prefix)
@@ -330,6 +331,9 @@ def test_checkpoint_of_other_classes_and_wrappers():
         assert torch.equal(model.head.regression_head.bbox_reg.weight, few.head.regression_head.bbox_reg.weight)
     with pytest.raises(ValueError, match="(?s)'student.backbone.'.*'teacher.backbone.'"):
         retinanet_from_mmdet(two)
+    faster = {f'other.{k}': v for k, v in detector_to_mmdet(build_small('faster_rcnn', 2)).items()}
+    for prefix, kind in (('other.backbone', PvtFasterRCNN), ('student.backbone', type(few))):
+        assert type(detector_from_mmdet({**two, **faster}, prefix)) is kind
 
 
 @pytest.mark.parametrize('meta, sizes', [

@@ -75,7 +75,16 @@ def test_command(tmp_path, capsys):
     assert main(['digits', str(tmp_path / 'new')]) == 0
     (tmp_path / 'file').write_text('')
     (tmp_path / 'half' / 'validation').mkdir(parents=True)
-    for name, says in (('new', 'File exists'), ('half', 'File exists'), ('file', 'Not a directory')):
+    for name in ('new', 'half', 'file'):
         assert main(['digits', str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
-        assert says in error and str(tmp_path / name) in error and error.count('\n') == 1
+        assert 'File exists' in error and str(tmp_path / name) in error and error.count('\n') == 1
+    assert not (tmp_path / 'half' / 'train').exists()
+
+
+def test_an_interrupted_folder_holds_no_split(tmp_path, monkeypatch):
+    images = iter(range(500))
+    monkeypatch.setattr(Image.Image, 'save', lambda *args: next(images))
+    with pytest.raises(StopIteration):
+        digits.write_digits(tmp_path / 'data')
+    assert not list((tmp_path / 'data').iterdir())
