@@ -13,8 +13,7 @@ from pvt_timm.pvt import resize_pos_embeds
 
 from . import verification
 from .output import check_output, new_folder
-from .reading import (
-    PARTS, POS_EMBED, Size, Weights, check_size, read_weights)
+from .reading import PARTS, POS_EMBED, Size, Weights, check_size, read_weights
 from .report import Report, trace
 from .targets import WRITERS, write_card
 

@@ -16,7 +16,7 @@ from ..checkpoints import (
     Converted, Table, check_keys, describe, drop_parts, from_timm, map_to_timm, remap, training_config)
 from ..files import read_checkpoint
 from ..pvt import default_cfgs, find_variant
-from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet, pvt_faster_rcnn, pvt_mask_rcnn, pvt_retinanet
+from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet
 
 StateDict = Dict[str, torch.Tensor]
 Checkpoint = Union[str, 'PathLike[str]', Mapping[str, Any]]
@@ -63,11 +63,11 @@ _HEADS = {
     'Faster R-CNN': ('roi_head.bbox_head.fc_cls.weight', 1, 1),
     'Semantic FPN': ('decode_head.conv_seg.weight', 1, 0),
 }
-# Kind of detector -> what makes it from the name of a PVT, names of what stands beside its backbone
-_DETECTORS: Dict[str, Tuple[Callable[..., Any], Table]] = {
-    'RetinaNet': (pvt_retinanet, _RETINANET),
-    'Faster R-CNN': (pvt_faster_rcnn, _FASTER_RCNN),
-    'Mask R-CNN': (pvt_mask_rcnn, _MASK_RCNN),
+# Kind of detector -> its class, names of what stands beside its backbone
+_DETECTORS: Dict[str, Tuple[Any, Table]] = {
+    'RetinaNet': (PvtRetinaNet, _RETINANET),
+    'Faster R-CNN': (PvtFasterRCNN, _FASTER_RCNN),
+    'Mask R-CNN': (PvtMaskRCNN, _MASK_RCNN),
 }
 # Argument of a model -> the parameter, under our names, and the dimension that have this width
 _WIDTHS = {
@@ -190,15 +190,16 @@ def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fm
         fmt: 'mmdet', or 'original' for the backbone of the original code (whose position embedding of the last stage
             gets a row of zeros that it never uses).
     """
-    tables = {PvtRetinaNet: _RETINANET, PvtFasterRCNN: _FASTER_RCNN, PvtMaskRCNN: _MASK_RCNN}
-    return to_openmmlab(model, tables[type(model)], fmt)
+    return to_openmmlab(model, dict(_DETECTORS.values())[type(model)], fmt)
 
 
 def detector_from_mmdet(
         checkpoint: Checkpoint, prefix: Optional[str] = None, kinds: Iterable[str] = tuple(_DETECTORS),
         **kwargs: Any) -> Any:
     """Whole checkpoint of any of these `kinds` of detectors, otherwise as `retinanet_from_mmdet`."""
-    model, said = from_openmmlab(checkpoint, {kind: _DETECTORS[kind] for kind in kinds}, prefix, **kwargs)
+    wanted = ((kind, *_DETECTORS[kind]) for kind in kinds)
+    model, said = from_openmmlab(
+        checkpoint, {kind: (detector.on_pvt, table) for kind, detector, table in wanted}, prefix, **kwargs)
     model.categories = said.get('label_names') or list(coco_categories().values() if model.num_classes == 80 else ())
     return model
 
