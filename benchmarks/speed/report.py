@@ -161,15 +161,16 @@ def plots(results, output, device) -> None:
             axis.set_title(precision)
         save(name, figure, axes[0])
 
+    order = list(results['gmacs'])
+
     def bars(unit, key='median', value=lambda row, x: x):
         def draw(axis, rows):
             _bars(axis, [(f'{r["variant"]} {_size(r["shape"])}', {
-                n: value(r, c[key]) for n, c in r['contenders'].items() if key in c}) for r in rows], unit)
+                n: value(r, c[key]) for n, c in r['contenders'].items() if key in c})
+                for r in sorted(rows, key=lambda r: order.index(r['variant']))], unit)
             axis.tick_params('x', labelsize=8)
         return draw
 
-    order = list(results['gmacs'])
-    results['throughput'].sort(key=lambda r: order.index(r['variant']))
     panels('throughput', bars('images/s', value=lambda row, ms: row['shape'][0] / ms * 1e3), 'throughput')
 
     def latency(axis, rows):

@@ -137,6 +137,13 @@ def inference(variant, shape, precision, names, args) -> dict:
     return dict(variant=variant, shape=list(shape), precision=precision, contenders=result)
 
 
+def forward_backward(model, x, precision, device):
+    with contenders.autocast(precision, device):
+        out = model(x)
+    out.float().square().mean().backward()
+    return out
+
+
 def training(variant, shape, precision, names, args) -> dict:
     """Time a forward and backward pass (no optimizer), after the outputs were found equal."""
     contenders.set_precision(precision, args.device)
@@ -154,9 +161,7 @@ def training(variant, shape, precision, names, args) -> dict:
         model = model.train().to(device=args.device, dtype=x.dtype)
 
         def step(model=model):
-            with contenders.autocast(precision, args.device):
-                out = model(x)
-            out.float().square().mean().backward()
+            out = forward_backward(model, x, precision, args.device)
             model.zero_grad(set_to_none=True)
             return out
         functions[name] = step
@@ -200,7 +205,6 @@ def memory(field: str) -> int:
 
 def memory_of(name, variant, shape, precision, device, train=False) -> int:
     """How many bytes memory rises over that of the loaded (and packed) model in one forward (and backward)."""
-    torch.set_grad_enabled(train)
     contenders.set_precision(precision, device)
     dtype = contenders.training_dtype(precision, device) if train else contenders.input_dtype(name, precision)
     x = torch.randn(shape).to(device=device, dtype=dtype)
@@ -210,25 +214,23 @@ def memory_of(name, variant, shape, precision, device, train=False) -> int:
         model = contenders.build(name, variant, shape, precision, device)
 
     def step():
-        with contenders.autocast(precision if train else 'fp32', device):
-            out = model(x)
-        if train:
-            out.float().square().mean().backward()
+        forward_backward(model, x, precision, device) if train else model(x)
 
-    if name not in ('transformers', 'onnxruntime', 'openvino', 'original'):
-        model(torch.zeros(1, 3, 64, 64, dtype=x.dtype, device=device))
-    gc.collect()
-    if device == 'cuda':
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with torch.set_grad_enabled(train):
+        if name not in ('transformers', 'onnxruntime', 'openvino', 'original'):
+            model(torch.zeros(1, 3, 64, 64, dtype=x.dtype, device=device))
+        gc.collect()
+        if device == 'cuda':
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            return torch.cuda.max_memory_allocated() - before
+        with open('/proc/self/clear_refs', 'w') as f:
+            f.write('5')  # the peak starts anew
+        before = memory('VmRSS')
         step()
-        return torch.cuda.max_memory_allocated() - before
-    with open('/proc/self/clear_refs', 'w') as f:
-        f.write('5')  # the peak starts anew
-    before = memory('VmRSS')
-    step()
-    return memory('VmHWM') - before
+        return memory('VmHWM') - before
 
 
 def peak_memory(variant, shape, precision, names, args, train=False) -> dict:
