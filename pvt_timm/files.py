@@ -7,13 +7,14 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterable, List, Tuple, Union
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-__all__ = ['MAX_BYTES', 'CheckpointError', 'find_checkpoint', 'read_checkpoint', 'save_atomically']
+__all__ = [
+    'MAX_BYTES', 'CheckpointError', 'checkpoints_among', 'find_checkpoint', 'read_checkpoint', 'save_atomically']
 
 PathLike = Union[str, 'os.PathLike[str]']
 
@@ -33,8 +34,7 @@ def find_checkpoint(path: PathLike) -> Path:
     """The checkpoint that `path` means: the file itself, or that of a folder, the only one or under a usual name."""
     path = Path(path)
     if path.is_dir():
-        usual = [path / name for name in _FILES if (path / name).is_file()]
-        found = usual[:1] or sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+        found = checkpoints_among(p for p in path.iterdir() if p.is_file())
         if len(found) != 1:
             have = ', '.join(p.name for p in found[:4]) or 'none'
             raise CheckpointError(f'Expected one checkpoint file ({", ".join(_FILES[:2])}) in {path}, found {have}.')
@@ -44,6 +44,15 @@ def find_checkpoint(path: PathLike) -> Path:
     if not path.is_file():
         raise CheckpointError(f'Expected a file, got a device, pipe or socket: {path}')
     return path
+
+
+def checkpoints_among(files: Iterable[Path]) -> List[Path]:
+    """The one of a folder's files that is its checkpoint, by a usual name or as the only one, else all that may be."""
+    by_name = {file.name: file for file in files}
+    for name in _FILES:
+        if name in by_name:
+            return [by_name[name]]
+    return [by_name[name] for name in sorted(by_name) if Path(name).suffix in _SUFFIXES]
 
 
 def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any]:

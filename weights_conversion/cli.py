@@ -56,7 +56,7 @@ def _parser(command: str) -> Parser:
         add('--dtype', choices=DTYPES, help='cast the weights')
         add('--verify', action='store_true',
             help="compare outputs with the source's own implementation, fail if they differ")
-        add('--force', action='store_true', help='replace an earlier output')
+        add('--force', action='store_true', help='replace files of the same names in the folder, others stay')
         add('--push', metavar='OWNER/REPO', help='upload the output to the Hugging Face Hub')
     if command != 'inspect':
         add('--private', action='store_true', help='make an uploaded repository private')
@@ -82,17 +82,20 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
     report = inspect(**args)
-    print(json.dumps(vars(report), indent=2) if as_json else report.to_text())
+    if as_json:
+        print(json.dumps(vars(report), indent=2))
+    elif not quiet:
+        print(report.to_text())
 
 
 def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
     repo, private, dry_run = (args.pop(key) for key in ('push', 'private', 'dry_run'))
-    if repo:
+    if repo is not None:
         check_repo(repo)
     elif private or dry_run:
         raise ValueError('Expected --push OWNER/REPO with --private or --dry-run.')
     report = convert(**args)
-    pushed = push(args['output'], repo, private=private, dry_run=dry_run) if repo else None
+    pushed = push(args['output'], repo, files=list(report.files), private=private, dry_run=dry_run) if repo else None
     if as_json:
         print(json.dumps({**vars(report), 'push': pushed}, indent=2))
     elif not quiet:

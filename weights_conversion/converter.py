@@ -12,7 +12,7 @@ from pvt_timm.files import PathLike
 from pvt_timm.pvt import resize_pos_embeds
 
 from . import verification
-from .output import check_output, new_folder
+from .output import KEPT_SOURCE, check_output, files_in, new_files
 from .reading import PARTS, POS_EMBED, Size, Weights, check_size, read_weights
 from .report import Report, trace
 from .targets import WRITERS, write_card
@@ -52,7 +52,7 @@ def convert(
 
     Args:
         source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
-        output: Folder to write. It appears once it is complete.
+        output: Folder to write. Its files appear once all of them are complete.
         to: 'timm', 'original' (whai362/PVT), 'transformers' or 'mmdet'.
         drop: Parts to leave out: 'class_token', 'norm', 'head'.
         num_classes: Only 0 (leave out the head) or the number that the head has.
@@ -60,8 +60,8 @@ def convert(
         dtype: 'float32', 'float16' or 'bfloat16', None to keep the types.
         verify: Compare outputs with the source's own implementation, and the written file with what was meant. None to
             do so where that implementation is installed.
-        force: Replace an earlier output.
-        keep_source: Also copy the source file into the output.
+        force: Replace files of the same names in a folder that is not empty. Nothing else in it is touched.
+        keep_source: Also copy the source file into the folder `source` of the output.
         about: Text of the model card before the table of provenance, None for what loads it.
         options: How to read the checkpoint, those of `reading.read_weights`.
 
@@ -93,16 +93,14 @@ def convert(
         report.dtype = target.dtype_name()
         report.preprocessing['input_size'] = target.cfg['input_size']
 
-        with new_folder(path, force) as folder:
+        with new_files(path, force, weights.source.files) as folder:
             try:
                 WRITERS[to](folder, target, tensors)
             except (RuntimeError, OSError) as e:  # torch reports a full disk by the first one
                 raise OSError(f'Cannot write to {path.parent}: {clean(e, 200)}') from e
             if keep_source:
-                kept = folder / weights.source.file.name
-                if kept.exists():
-                    raise ValueError(f'Cannot keep {kept.name}, the {to} format has a file of that name.')
-                shutil.copyfile(weights.source.file, kept)
+                (folder / KEPT_SOURCE).mkdir()  # where it is not taken for the weights
+                shutil.copyfile(weights.source.file, folder / KEPT_SOURCE / weights.source.file.name)
             if verify is not False:
                 try:
                     report.verification = verification.verify(weights, target, tensors, folder, to)
@@ -110,7 +108,7 @@ def convert(
                     if verify:
                         raise
             write_card(folder, target, report, about)
-            report.files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+            report.files = files_in(folder)
         report.output = str(path)
         return report
 

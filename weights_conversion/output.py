@@ -1,53 +1,170 @@
-""" Write a folder completely or not at all. """
+""" Write files into a folder by name: all of them completely or none, and nothing else there is touched. """
 import contextlib
 import os
-import re
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Iterator
+from typing import Dict, Iterator, Sequence
 
-from pvt_timm.files import PathLike
+from pvt_timm.files import PathLike, checkpoints_among, find_checkpoint
+from pvt_timm.labels import LABELS_FILE
 
-__all__ = ['check_output', 'new_folder']
+from .sources import NEIGHBOURS
 
-# Everything that a conversion writes. `--force` replaces a folder only if there is nothing else in it.
-_OURS = re.compile(
-    r'model\.safetensors|class_row\.safetensors|config\.json|preprocessor_config\.json|README\.md|class_names\.txt|'
-    r'[\w.-]+\.pth')
+__all__ = ['KEPT_SOURCE', 'check_output', 'files_in', 'new_files']
+
+KEPT_SOURCE = 'source'  # folder within an output for the file that was converted, where it is kept
+
+_ASIDE = '.partial'  # how the hidden folder ends in which files are prepared
+
+# Stands in place of the weights while the other files are replaced. No reader takes it for weights.
+_STOPPED = ('pvt-convert was stopped while it replaced the files of this folder. Those that were here before are in '
+            '{old}, complete. Move them back, or convert again with --force.\n')
 
 
 def check_output(path: PathLike, force: bool) -> Path:
-    """Refuse an output folder that would overwrite something, before any work is done."""
+    """Refuse an output folder that cannot be written to, or holds something without `force`. Returns the whole path.
+
+    Raises:
+        ValueError: It is no folder, or not empty.
+    """
+    if not os.fspath(path):
+        raise ValueError('Expected a folder for the output, got an empty name.')
     path = Path(path).resolve()
     if not path.name or os.path.lexists(path) and not path.is_dir():
         raise ValueError(f'Expected a folder for the output, {path} is {"a file" if path.name else "none"}.')
-    inside = sorted(path.iterdir()) if path.is_dir() else []
-    if inside and not force:
-        raise ValueError(f'The output folder {path} is not empty: choose another one, or replace it with --force.')
-    others = [p.name for p in inside if not _OURS.fullmatch(p.name) or p.is_dir()]
-    if others:
-        raise ValueError(f'The output folder {path} holds other files ({ascii(others[0])}): choose another one.')
+    if path.is_dir() and not force:
+        inside = [p.name for p in path.iterdir()]
+        aside = [name for name in inside if name.startswith('.') and name.endswith(_ASIDE)]
+        if len(inside) > len(aside):
+            stopped = f' A conversion that was stopped has left {path / aside[0]} there.' if aside else ''
+            raise ValueError(
+                f'The output folder {path} is not empty: choose another one, or replace the files of the same names '
+                f'with --force, others stay.{stopped}')
     return path
 
 
-@contextlib.contextmanager
-def new_folder(path: Path, force: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` once the block has ended without an error.
+def files_in(folder: Path) -> Dict[str, int]:
+    """Files in a folder and below it: name from that folder on, with '/', to bytes."""
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob('*') if p.is_file()}
+    return {name: found[name].stat().st_size for name in sorted(found)}
 
-    It lies next to `path` under a hidden name until then, and is removed after an error. A process that is killed
-    leaves it behind.
+
+@contextlib.contextmanager
+def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """A folder to fill. Once the block has ended without an error, its files are those of the same names in `path`.
+
+    A folder that was not there appears at once. In one that is there, files are replaced one by one: a file that cannot
+    be read takes the place of the weights, then the other files follow, and the new weights come last. So old weights
+    never stand beside new settings. After an error the files from before are put back.
+
+    A process that is killed leaves a hidden folder `.NAME-*.partial`, in `path` if that was there, else beside it.
+    Where files were being replaced, its folder `old` has all that were there before. No later run touches it.
+
+    Args:
+        path: What `check_output` returns.
+        force: Replace files of the same names.
+        sources: Files that are being converted. None of them is replaced.
+
+    Raises:
+        ValueError: The folder would then hold what nobody can tell apart (two checkpoints, or a config that belongs to
+            another one), or a source would be replaced. Nothing has been changed.
+        OSError: Files cannot be written, or not be put back. The error says where the ones from before are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', suffix='.partial', dir=path.parent) as hidden:
-        new, old = Path(hidden, 'new'), Path(hidden, 'old')
+    home = path if path.is_dir() else path.parent
+    hidden = Path(tempfile.mkdtemp(prefix=f'.{path.name}-', suffix=_ASIDE, dir=home))
+    try:
+        new = hidden / 'new'
         new.mkdir()
         yield new
         check_output(path, force)  # again, as the work took its time
-        try:
-            if path.is_dir():
-                path.rename(old)
-            new.rename(path)
-        except BaseException:
-            if old.is_dir() and not path.exists():
-                old.rename(path)
+        if os.path.lexists(path):
+            _check_names(path, new, sources)
+            _replace(path, new, hidden / 'old')
+        else:
+            os.rename(new, path)
+    except _NotPutBackError:  # `old` has what nothing else has
+        raise
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+class _NotPutBackError(OSError):
+    """Files could not be put back after an error."""
+
+
+def _check_names(path: Path, new: Path, sources: Sequence[Path]) -> None:
+    """Refuse a folder that would lose a source, or could not be read."""
+    names = files_in(new)
+    for name in names:
+        there = path / name
+        if there.parent != path and os.path.lexists(there.parent) and (
+                there.parent.is_symlink() or not there.parent.is_dir()):
+            raise ValueError(f'Expected a folder {there.parent}, or none: it is something else.')
+        if not os.path.lexists(there):
+            continue
+        if not there.is_symlink() and not there.is_file():
+            raise ValueError(f'Expected a file {there}, or none: it is something else, and is not replaced.')
+        if any(os.path.samefile(there, source) for source in sources if there.exists()):
+            raise ValueError(f'{there} is being converted and would be replaced: choose another folder.')
+
+    weights = find_checkpoint(new).name
+    others = {p.name for p in path.iterdir() if p.is_file()} - set(names)
+    found = [p.name for p in checkpoints_among(Path(name) for name in (weights, *others))]
+    if found != [weights]:
+        rivals = ', '.join(name for name in found if name != weights)
+        raise ValueError(
+            f'The output folder {path} also holds {rivals}: nobody could tell which weights are meant. Choose another '
+            f'folder.')
+    for name in (*NEIGHBOURS, LABELS_FILE):
+        if name in others:
+            raise ValueError(
+                f'The output folder {path} holds {name}, which would be read with the new weights: choose another '
+                f'folder, or remove that file.')
+
+
+def _replace(path: Path, new: Path, old: Path) -> None:
+    """Move the files of `new` to the same names in `path`, all of them or none."""
+    weights = find_checkpoint(new).name
+    names = [*(name for name in files_in(new) if name != weights), weights]
+    saved = [name for name in names if os.path.lexists(path / name)]
+    for name in saved:
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(path / name, old / name)
+    marker = new.with_name('marker')
+    marker.write_text(_STOPPED.format(old=old), encoding='utf-8')
+    made = sorted({(path / name).parent for name in names if not (path / name).parent.exists()})
+    try:
+        os.replace(marker, path / weights)
+        for folder in made:
+            folder.mkdir()
+        for name in names:
+            os.replace(new / name, path / name)
+    except BaseException as e:
+        if not (new / weights).exists():  # the last one has arrived
             raise
+        try:
+            for name in names:
+                arrived = not (marker if name == weights else new / name).exists()
+                if arrived and name in saved:
+                    os.replace(old / name, path / name)
+                elif arrived:
+                    (path / name).unlink()
+            for folder in made:
+                with contextlib.suppress(OSError):  # was not made yet
+                    folder.rmdir()
+        except BaseException as again:
+            raise _NotPutBackError(
+                f'Cannot put back the files that were in {path}, they are in {old}: {again}') from e
+        raise
+
+
+def _link_or_copy(file: Path, to: Path) -> None:
+    """A second name for a file, which it keeps when the first one gets another file."""
+    try:
+        os.link(file, to, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # not on this file system, or not of somebody else's file
+        shutil.copy2(file, to, follow_symlinks=False)

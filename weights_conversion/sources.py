@@ -9,7 +9,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, Optional
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import torch
@@ -18,12 +18,13 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 
 from pvt_timm.files import PathLike, find_checkpoint
+from pvt_timm.labels import LABELS_FILE
 
-__all__ = ['CLASS_ROW_FILE', 'SHA256', 'Source', 'open_source']
+__all__ = ['CLASS_ROW_FILE', 'NEIGHBOURS', 'SHA256', 'Source', 'open_source']
 
 CLASS_ROW_FILE = 'class_row.safetensors'
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
-_NEIGHBOURS = (CLASS_ROW_FILE, 'preprocessor_config.json', 'config.json')  # a later one goes before
+NEIGHBOURS = (CLASS_ROW_FILE, 'preprocessor_config.json', 'config.json')  # a later one goes before
 _MAX_CONFIG_BYTES = 16 * 2 ** 20
 
 # sha256 of the public file of each pretrained tag, or its first 8 digits where no more is published
@@ -53,6 +54,13 @@ class Source:
             while chunk := f.read(2 ** 20):
                 digest.update(chunk)
         return digest.hexdigest()
+
+    @property
+    def files(self) -> List[Path]:
+        """The checkpoint and the files beside it that were read with it."""
+        read = NEIGHBOURS if self.config or self.class_row else ()
+        beside = [self.file.with_name(name) for name in (*read, LABELS_FILE)]
+        return [self.file, *(path for path in beside if path.is_file())]
 
     @property
     def known(self) -> Optional[str]:
@@ -102,7 +110,7 @@ def _from_hub(spec: str) -> Source:
     if file is None:
         where = f'{spec}, offline' if constants.HF_HUB_OFFLINE else spec
         raise ValueError(f'Expected {" or ".join(names)} in {where}, found nothing of that name.')
-    for name in _NEIGHBOURS if file.name in _HUB_FILES else ():
+    for name in NEIGHBOURS if file.name in _HUB_FILES else ():
         fetch(str(PurePosixPath(wanted or name).with_name(name)))
     return _with_neighbours(spec, file)
 
@@ -111,7 +119,7 @@ def _with_neighbours(name: str, file: Path) -> Source:
     """A checkpoint with the files that belong to it, if it is that of a folder or named as in one."""
     if not os.path.isdir(name) and file.name not in _HUB_FILES:
         return Source(name, file, {})
-    row, *configs = map(file.with_name, _NEIGHBOURS)
+    row, *configs = map(file.with_name, NEIGHBOURS)
     config = {key: value for path in configs for key, value in _read_json(path).items()}
     return Source(name, file, config, row if row.is_file() else None)
 

@@ -1,19 +1,24 @@
 """ Upload converted folders to the Hugging Face Hub, one's own and all public PVT v1 checkpoints. """
+import hashlib
 import json
+import os
 import re
+import tempfile
 from pathlib import Path
 from string import Template
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 from timm.models import get_pretrained_cfg
 
 from pvt_timm.files import PathLike, save_atomically
-from pvt_timm.pvt import TOP1
+from pvt_timm.labels import LABELS_FILE
+from pvt_timm.pvt import TOP1, VARIANTS
 
 from .converter import convert
-from .sources import SHA256
+from .output import KEPT_SOURCE, files_in
+from .sources import NEIGHBOURS, SHA256
 from .targets import CARDS
 
 __all__ = ['check_repo', 'publish', 'push']
@@ -21,34 +26,67 @@ __all__ = ['check_repo', 'publish', 'push']
 # Box AP on COCO val2017 as OpenMMLab publishes it with its detectors
 BOX_AP = {'pvt_tiny.retinanet_coco': 36.6, 'pvt_small.retinanet_coco': 40.4, 'pvt_medium.retinanet_coco': 41.7}
 
+_CARD = 'README.md'
 _MEASURED = re.compile(r'(?<=<!-- measured -->).*?(?=<!-- end -->)', re.DOTALL)
 
+# What a conversion writes
+_WRITTEN = re.compile('|'.join((
+    *map(re.escape, ('model.safetensors', *NEIGHBOURS, LABELS_FILE, _CARD)),
+    *(rf'{variant}\.pth' for variant in VARIANTS),
+    rf'{KEPT_SOURCE}/[^/]+',
+)))
 
-def push(folder: PathLike, repo: str, *, private: bool = False, dry_run: bool = False) -> Dict[str, Any]:
-    """Upload a folder that `convert` wrote. Files that the repository holds already are not sent again.
+
+def push(
+        folder: PathLike,
+        repo: str,
+        *,
+        files: Optional[Sequence[str]] = None,
+        private: bool = False,
+        dry_run: bool = False,
+) -> Dict[str, Any]:
+    """Upload files that `convert` wrote. What the repository holds already is not sent again.
 
     Args:
         folder: Folder with the files.
         repo: 'OWNER/REPO', made (private, if so) where it is not there.
+        files: Names of those to upload, as in the `files` of a `Report`. By default all, if there are no others.
+        private: Refuse a repository that is there and public.
         dry_run: Only say what would be uploaded.
 
     Returns:
         'repo', 'url' (None in a dry run), 'files' (name to bytes) and 'dry_run'.
 
     Raises:
-        ValueError: No such folder, or a wrong name.
+        ValueError: No such folder, files that no conversion writes, a wrong name, or a public repository.
         Exception: What the hub's client raises.
     """
     check_repo(repo)
     folder = Path(folder)
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())} if folder.is_dir() else {}
-    if not files:
-        raise ValueError(f'Expected a folder with files to upload, got {folder}.')
-    result: Dict[str, Any] = {'repo': repo, 'url': None, 'files': files, 'dry_run': dry_run}
+    there = files_in(folder) if folder.is_dir() else {}
+    if files is None:
+        others = [name for name in there if not _WRITTEN.fullmatch(name)]
+        if others:
+            raise ValueError(
+                f'Expected nothing but what a conversion writes in {folder}, it holds {ascii(others[0])}. Name the '
+                f'files to upload.')
+        files = list(there)
+    missing = [name for name in files if name not in there]
+    if not files or missing:
+        raise ValueError(f'Expected a folder with {missing[0] if missing else "files"} to upload, got {folder}.')
+    result: Dict[str, Any] = {
+        'repo': repo, 'url': None, 'files': {name: there[name] for name in files}, 'dry_run': dry_run}
     if not dry_run:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message='Upload converted PVT weights')
+        if private and not api.model_info(repo).private:  # it was there: the hub leaves it as it is
+            raise ValueError(
+                f'Expected a private repository, {repo} is public and nothing was uploaded: make it private in its '
+                f'settings, or leave out --private.')
+        api.create_commit(
+            repo,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
+            commit_message='Upload converted PVT weights')
         result['url'] = f'{api.endpoint}/{repo}'
     return result
 
@@ -72,7 +110,9 @@ def publish(
 ) -> List[Dict[str, Any]]:
     """Convert the public PVT v1 checkpoints to timm's format and upload each to 'OWNER/pvt_small.in1k' and so on.
 
-    What an interrupted run has finished is taken up again.
+    What an interrupted run has finished is taken up again, if it is still what was written: names, sizes and hashes
+    stand in a file `TAG.json` beside each folder. Nothing but these files is uploaded, and each card is made for
+    `owner`.
 
     Args:
         owner: User or organisation on the hub.
@@ -87,7 +127,8 @@ def publish(
         What `push` returns, per tag.
 
     Raises:
-        ValueError: An unknown tag, or a file that is not the published one.
+        ValueError: An unknown tag, a file that is not the published one, or a folder with something else than what
+            was written.
         Exception: What the clients raise where something cannot be downloaded or uploaded.
     """
     unknown = [tag for tag in only if tag not in SHA256]
@@ -98,20 +139,76 @@ def publish(
     results = []
     for tag in only or SHA256:
         folder, repo = Path(output, tag), f'{owner}/{tag}'
-        if (folder / 'README.md').is_file():
+        written = _finished(folder, tag)
+        if written:
             say(f'{tag}: {folder} is there')
         else:
             say(f'{tag}: converting')
-            cfg: Any = get_pretrained_cfg(tag)
-            source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else str(cfg.url)
-            convert(
-                source, folder, model=tag.partition('.')[0], sha256=SHA256[tag], verify=None,
-                keep_source=tag in BOX_AP, about=_about(tag, repo, cfg))
-        if tag in accuracy:
-            _fill_in(folder / 'README.md', accuracy[tag])
-        results.append(push(folder, repo, private=private, dry_run=dry_run))
+            written = _write(folder, tag, repo)
+        _make_card(folder / _CARD, tag, repo, accuracy.get(tag))
+        results.append(push(folder, repo, files=list(written), private=private, dry_run=dry_run))
         say(f'{tag}: {"would be uploaded to" if dry_run else "is in"} {results[-1]["url"] or repo}')
     return results
+
+
+def _finished(folder: Path, tag: str) -> Dict[str, Any]:
+    """Files that an earlier run wrote and that are as it left them (see `_describe`), none if there is no folder.
+
+    Raises:
+        ValueError: Something else is there.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return {}
+    cure = f'Move {folder} away to have it made anew, or choose another folder for the output.'
+    manifest = folder.with_name(f'{tag}.json')
+    if not manifest.is_file():
+        raise ValueError(f'{folder} was not written by publish, as there is no {manifest}. {cure}')
+    try:
+        written = dict(json.loads(manifest.read_text(encoding='utf-8'))['files'])
+    except (ValueError, LookupError, TypeError) as e:
+        raise ValueError(f'Cannot read {manifest}, which says what was written. {cure}') from e
+    for name, said in written.items():
+        if not (folder / name).is_file():
+            raise ValueError(f'{folder / name} is missing. {cure}')
+        found = _describe(folder, name, tag)
+        if found != said:
+            raise ValueError(f'{folder / name} is not what was written, it has {found["bytes"]:,} bytes now. {cure}')
+    return written
+
+
+def _write(folder: Path, tag: str, repo: str) -> Dict[str, Any]:
+    """Convert the public file of a tag. Returns the files, see `_describe`, which also stand beside the folder."""
+    cfg: Any = get_pretrained_cfg(tag)
+    source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else str(cfg.url)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{tag}-', dir=folder.parent) as hidden:
+        new = Path(hidden, tag)
+        report = convert(
+            source, new, model=tag.partition('.')[0], sha256=SHA256[tag], verify=None, keep_source=tag in BOX_AP,
+            about=_about(tag, repo, cfg))
+        written = {name: _describe(new, name, tag) for name in report.files}
+        text = json.dumps({'files': written}, indent=2).encode()
+        save_atomically(folder.with_name(f'{tag}.json'), lambda f: f.write(text))  # before the folder is there
+        os.replace(new, folder)
+    return written
+
+
+def _describe(folder: Path, name: str, tag: str) -> Dict[str, Any]:
+    """'bytes' and 'sha256' of a file. Of a card without what changes with its owner and with what was measured."""
+    if name == _CARD:
+        card = (folder / name).read_bytes().decode(errors='replace')
+        content = _MEASURED.sub('', _repo_in_card(tag).sub('', card)).encode()
+        return {'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest()}
+    digest = hashlib.sha256()
+    with open(folder / name, 'rb') as f:
+        while chunk := f.read(2 ** 20):
+            digest.update(chunk)
+    return {'bytes': (folder / name).stat().st_size, 'sha256': digest.hexdigest()}
+
+
+def _repo_in_card(tag: str) -> 're.Pattern[str]':
+    """Finds the repository in the snippets of a card."""
+    return re.compile(rf"(?<=[':])[\w.-]+/{re.escape(tag)}(?=')")
 
 
 def _about(tag: str, repo: str, cfg: Any) -> str:
@@ -119,12 +216,17 @@ def _about(tag: str, repo: str, cfg: Any) -> str:
     card = CARDS / ('backbone.md' if tag in BOX_AP else 'classifier.md')
     return Template(card.read_text(encoding='utf-8')).substitute(
         TAG=tag, REPO=repo, VARIANT=tag.partition('.')[0], SCORE={**TOP1, **BOX_AP}[tag], ORIGIN=cfg.origin_url,
-        LICENSE=cfg.license, FILE=(cfg.url or '').rpartition('/')[2])
+        LICENSE=cfg.license, FILE=f'{KEPT_SOURCE}/{(cfg.url or "").rpartition("/")[2]}')
 
 
-def _fill_in(card: Path, measured: str) -> None:
-    text = _MEASURED.sub(lambda _: measured, card.read_text(encoding='utf-8'))
-    save_atomically(card, lambda f: f.write(text.encode()))
+def _make_card(card: Path, tag: str, repo: str, measured: Optional[str]) -> None:
+    """Let a card name `repo`, and what was measured if that is known."""
+    before = card.read_text(encoding='utf-8')
+    text = _repo_in_card(tag).sub(repo, before)
+    if measured is not None:
+        text = _MEASURED.sub(lambda _: measured, text)
+    if text != before:
+        save_atomically(card, lambda f: f.write(text.encode()))
 
 
 def _read_measured(file: PathLike) -> Dict[str, str]:

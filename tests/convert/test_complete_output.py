@@ -1,4 +1,7 @@
 """ An output of the converter is complete or not there, and says nothing that it must not. """
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 import convert_files as files
+from pvt_timm.checkpoints import map_to_timm
 from pvt_timm.files import read_checkpoint
 from weights_conversion import convert
 
@@ -64,7 +68,7 @@ def watch(home, name):
         return result
     setattr(home, name, outer)
 for home, name in ((targets, 'save'), (targets, '_write_json'), (targets.ModelCard, 'save'),
-                   (Path, 'rename'), (Path, 'mkdir')):
+                   (os, 'rename'), (os, 'replace'), (os, 'link'), (Path, 'mkdir')):
     watch(home, name)
 for out in sys.argv[4:]:
     if os.fork() == 0:
@@ -74,30 +78,235 @@ for out in sys.argv[4:]:
 '''
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)])
-@pytest.mark.parametrize('there', [False, True])
-def test_stopped_at_any_moment(there, number, code, program, tmp_path):
+def visible(out: Path):
+    """Name to content of the files that are not hidden."""
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} if out.is_dir() else None
+
+
+@pytest.mark.parametrize('number, code, there, tries', [  # as many tries as there are moments, and a few more
+    (signal.SIGKILL, -signal.SIGKILL, None, 17),
+    (signal.SIGKILL, -signal.SIGKILL, 'empty', 23),
+    (signal.SIGKILL, -signal.SIGKILL, 'training', 23),
+    (signal.SIGKILL, -signal.SIGKILL, 'old', 35),
+    (signal.SIGTERM, 130, None, 17),
+    (signal.SIGTERM, 130, 'old', 35),
+])
+def test_stopped_at_any_moment(number, code, there, tries, program, tmp_path):
+    """What is found then is old, new, or no weights at all, with the old files aside. Other files stay.
+
+    `there`: nothing, an empty folder, an earlier output with a thesis, a training with a checkpoint.
+    """
     old, new = (files.save(files.make('original', seed=n), tmp_path / f'{n}.pth') for n in (1, 2))
     convert(new, tmp_path / 'finished')
-    complete = state(tmp_path / 'finished')
-    outs = [tmp_path / f'place {n}' / 'out' for n in range(18)]
+    convert(old, tmp_path / 'earlier')
+    (tmp_path / 'earlier' / 'thesis.tex').write_text('years of work')
+    written = set(visible(tmp_path / 'finished'))
+    outs = [tmp_path / f'place {n}' / 'out' for n in range(tries)]
     for out in outs:
         out.parent.mkdir()
-        if there:
-            convert(old, out)
-    before = state(outs[0])
+        if there == 'old':
+            shutil.copytree(tmp_path / 'earlier', out)
+        elif there:
+            out.mkdir()
+        if there == 'training':
+            files.save(files.make('original', seed=3), out / 'epoch_1.pth')
+    before = visible(outs[0])
+    complete = {**(before or {}), **visible(tmp_path / 'finished')}
     done = program(_SIGNALLED, 0, int(number), new, *outs)
     assert done.returncode == 0 and done.stderr == ''
     codes = list(map(int, done.stdout.split()))
     moments = codes.index(0)
-    assert 12 <= moments < 18 and codes == [code] * moments + [0] * (18 - moments)
-    ends = [state(out) for out in outs]
-    assert all(end in (None, before, complete) for end in ends)
+    assert 12 <= moments < tries and codes == [code] * moments + [0] * (tries - moments)
+    ends = [visible(out) for out in outs]
     assert ends[0] == before and ends[moments - 1] == complete
+    between = [out for out, end in zip(outs, ends) if end not in (before, complete)]
+    assert bool(between) == (bool(there) and number == signal.SIGKILL)
+    for out in between:
+        with pytest.raises(ValueError, match='pvt-convert was'):  # the start of the text that stands for the weights
+            read_checkpoint(out)
+        aside, = out.glob('.out-*.partial')
+        assert str(aside) in (out / 'model.safetensors').read_text()
+        for name, content in (before or {}).items():
+            assert (aside / 'old' / name if name in written else out / name).read_bytes() == content
     if number == signal.SIGTERM:
-        assert None not in ends or not there
-        assert all(p.name == 'out' for out in outs for p in out.parent.iterdir())
-    convert(new, outs[moments // 2], force=True)  # whatever was left behind is in nobody's way
+        assert all([p.name for p in out.parent.iterdir()] in ([], ['out']) for out in outs)
+        assert all(not list(out.glob('.*')) for out in outs)
+    for out in (outs[moments // 2], *between[:1]):  # whatever was left behind is in nobody's way
+        convert(new, out, force=True)
+        assert visible(out) == complete
+
+
+def test_files_come_back_after_an_error(tmp_path, monkeypatch):
+    """At every move, also where a second one fails: then the error says where they are."""
+    file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out'
+    convert(file, out, keep_source=True)
+    (out / 'config.json').unlink()  # one that was not there
+    (out / 'source' / 'x.pth').write_text('old')
+    before = {**visible(out), 'source/x.pth': b'old'}
+    replace, calls, failing = os.replace, [], []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) in failing:
+            raise OSError(28, 'No space left')
+        replace(*args)
+    monkeypatch.setattr(os, 'replace', fails)
+    for number in range(1, 6):
+        calls.clear()
+        failing[:] = [number]
+        with pytest.raises(OSError, match='No space left'):
+            convert(file, out, force=True, keep_source=True)
+        assert {**visible(out), 'source/x.pth': (out / 'source' / 'x.pth').read_bytes()} == before
+        assert not list(out.glob('.*')) and sorted(p.name for p in out.iterdir()) == sorted(
+            ['README.md', 'model.safetensors', 'source'])
+    calls.clear()
+    failing[:] = [4, 5]
+    with pytest.raises(OSError, match=r'Cannot put back .*\.partial/old: ') as error:
+        convert(file, out, force=True, keep_source=True)
+    kept = Path(re.search(r'in (/\S+/old)', str(error.value))[1])
+    assert all((kept / name).read_bytes() == content for name, content in before.items() if name != 'config.json')
+
+
+def test_no_links(tmp_path, monkeypatch):
+    """On a file system without hard links the old files are copied aside."""
+    def link(*args, **kwargs):
+        raise OSError(95, 'Operation not supported')
+    file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out'
+    convert(file, out)
+    complete = visible(out)
+    (out / 'config.json').write_text('old')
+    monkeypatch.setattr(os, 'link', link)
+    convert(file, out, force=True)
+    assert visible(out) == complete and not list(out.glob('.*'))
+
+
+# ---- what is in the folder already -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('to', ['timm', 'original'])
+def test_other_files_of_a_folder_stay(to, tmp_path):
+    """A training, a thesis, a folder, a link, a pipe."""
+    out = tmp_path / 'runs'
+    out.mkdir()
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    (out / 'thesis.tex').write_text('years of work')
+    (out / 'sub').mkdir()
+    (out / 'sub' / 'config.json').write_text('{}')
+    os.mkfifo(out / 'pipe')
+    if to == 'timm':
+        (out / 'epoch_1.pth').write_bytes(b'weights')
+        (out / 'optimizer.pth').symlink_to(out / 'epoch_1.pth')
+    with pytest.raises(ValueError, match='not empty'):
+        convert(file, out, to=to)
+    there = {p: p.lstat() for p in out.rglob('*')}
+    for _ in range(2):
+        report = convert(file, out, to=to, force=True)
+        for path, stat in there.items():
+            now = path.lstat()
+            assert (now.st_ino, now.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns) or path == out / 'sub', path
+        assert {p for p in out.iterdir() if p not in there} == {out / name for name in report.files}
+        assert convert(out, tmp_path / 'again' / to, force=True).sha256
+
+
+@pytest.mark.parametrize('how', ['file', 'link', 'hard link', 'folder', 'beside'])
+def test_the_source_is_not_replaced(how, tmp_path):
+    """Neither by its own name nor by another one, nor what was read with it."""
+    out = tmp_path / 'w'
+    out.mkdir()
+    file = files.save(files.make('original'), out / 'test_pvt.pth')
+    to, source = 'original', file
+    if how == 'link':
+        source = file.rename(tmp_path / 'x.pth')
+        file.symlink_to(source)
+    elif how == 'hard link':
+        source = tmp_path / 'x.pth'
+        os.link(file, source)
+    elif how == 'folder':
+        file.rename(tmp_path / 'x.pth')
+        convert(tmp_path / 'x.pth', out, force=True)
+        to, source = 'timm', out
+    elif how == 'beside':  # the folder's config.json tells what the weights do not
+        (out / 'config.json').write_text('{"image_size": 32}')
+        to, source = 'timm', out
+    before = {p.name: (p.lstat(), p.read_bytes()) for p in out.iterdir()}
+    with pytest.raises(ValueError, match='is being converted and would be replaced'):
+        convert(source, out, to=to, force=True)
+    assert {p.name: (p.lstat(), p.read_bytes()) for p in out.iterdir()} == before
+
+
+def test_a_source_beside_its_output(tmp_path):
+    """As `pvt-convert w/pvt_tiny.pth -o w --force`, twice."""
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    before = file.read_bytes()
+    for _ in range(2):
+        convert(file, tmp_path, force=True)
+        assert file.read_bytes() == before
+        assert files.same(read_checkpoint(tmp_path), map_to_timm(read_checkpoint(file)).state_dict)
+
+
+@pytest.mark.parametrize('to, other', [
+    ('timm', 'class_row.safetensors'), ('timm', 'preprocessor_config.json'), ('timm', 'class_names.txt'),
+    ('original', 'epoch_1.pth'), ('original', 'model.safetensors'), ('original', 'config.json'),
+    ('original', 'class_row.safetensors'), ('transformers', 'class_row.safetensors'),
+    ('transformers', 'class_names.txt'),
+])
+def test_a_folder_that_could_not_be_read_is_refused(to, other, tmp_path):
+    """A second checkpoint, or a file of other weights that is read with any."""
+    file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out'
+    out.mkdir()
+    (out / other).write_text('{}')
+    with pytest.raises(ValueError, match=re.escape(other)):
+        convert(file, out, to=to, force=True)
+    assert visible(out) == {other: b'{}'} and not list(out.glob('.*'))
+
+
+@pytest.mark.parametrize('kind', ['folder', 'pipe', 'source is a file', 'source is a link'])
+def test_what_is_no_file_is_not_replaced(kind, tmp_path):
+    file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out'
+    out.mkdir()
+    if kind == 'folder':
+        (out / 'config.json').mkdir()
+    elif kind == 'pipe':
+        os.mkfifo(out / 'config.json')
+    elif kind == 'source is a file':
+        (out / 'source').write_text('code')
+    else:
+        (out / 'source').symlink_to(tmp_path)
+    before = sorted(out.iterdir())
+    with pytest.raises(ValueError, match='or none: it is something else'):
+        convert(file, out, force=True, keep_source=True)
+    assert sorted(out.iterdir()) == before
+
+
+def test_a_link_is_replaced_and_not_its_target(tmp_path):
+    file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out'
+    out.mkdir()
+    (tmp_path / 'notes.md').write_text('mine')
+    (out / 'README.md').symlink_to(tmp_path / 'notes.md')
+    convert(file, out, force=True)
+    assert (tmp_path / 'notes.md').read_text() == 'mine' and not (out / 'README.md').is_symlink()
+
+
+def test_the_folder_that_a_shell_stands_in(program, tmp_path):
+    files.save(files.make('original'), tmp_path / 'x.pth')
+    inode = tmp_path.stat().st_ino
+    done = program('import os, sys; from weights_conversion.cli import main; os.chdir(sys.argv[1])\n'
+                   'sys.exit(main(["x.pth", "--output", ".", "--force", "-q"]) or len(os.listdir(".")) - 4)', tmp_path)
+    assert done.returncode == 0 and tmp_path.stat().st_ino == inode, done.stderr
+    with pytest.raises(ValueError, match='empty name'):
+        convert(tmp_path / 'x.pth', '')
+
+
+@pytest.mark.parametrize('to', ['timm', 'original', 'mmdet'])
+def test_a_kept_source_is_not_taken_for_the_weights(to, tmp_path):
+    source = files.make('mmdet')
+    file = files.save(source, tmp_path / 'test_pvt.pth')
+    report = convert(file, tmp_path / 'out', to=to, keep_source=True)
+    assert (tmp_path / 'out' / 'source' / 'test_pvt.pth').read_bytes() == file.read_bytes()
+    assert report.files['source/test_pvt.pth'] == file.stat().st_size
+    convert(tmp_path / 'out', tmp_path / 'back', to='mmdet', drop=['class_token'] if to == 'original' else [])
+    assert files.same(read_checkpoint(tmp_path / 'back'), source)
+    folder = convert(tmp_path / 'out', tmp_path / 'twice', keep_source=True)  # a source that is called as the weights
+    assert 'source/model.safetensors' in folder.files or to != 'timm'
 
 
 @pytest.mark.parametrize('to', ['timm', 'original'])

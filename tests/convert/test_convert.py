@@ -214,12 +214,12 @@ def test_existing_output_is_kept_unless_forced(original, tmp_path):
     with pytest.raises(ValueError, match='--force'):
         convert(original, out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    convert(original, out, force=True)
-    assert sorted(p.name for p in out.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     (out / 'thesis.tex').write_text('years of work')
-    with pytest.raises(ValueError, match='other files'):
-        convert(original, out, force=True)
-    assert (out / 'thesis.tex').read_text() == 'years of work' and [p.name for p in out.parent.iterdir()] == ['out']
+    convert(original, out, force=True)
+    after = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert sorted(after) == ['README.md', 'config.json', 'model.safetensors', 'test_pvt.pth', 'thesis.tex']
+    assert after['thesis.tex'] == b'years of work' and after['test_pvt.pth'] == before['test_pvt.pth']
+    assert after['README.md'] != before['README.md'] and [p.name for p in out.parent.iterdir()] == ['out']
     with pytest.raises(ValueError, match='is a file'):
         convert(original, original)
 
@@ -370,13 +370,6 @@ def test_a_head_trained_on_the_mean_of_tokens(tmp_path):
     with pytest.raises(ValueError, match='global_pool'):
         convert(file, tmp_path / 'theirs', to='transformers')
     assert any('global_pool' in note for note in convert(file, tmp_path / 'original', to='original').notes)
-
-
-def test_the_source_is_not_kept_in_place_of_the_output(original, tmp_path):
-    folder = convert(original, tmp_path / 'timm').output
-    with pytest.raises(ValueError, match='has a file of that name'):
-        convert(folder, tmp_path / 'out', dtype='float16', keep_source=True)
-    assert not (tmp_path / 'out').exists()
 
 
 def test_labels_from_a_file(tmp_path, caplog):

@@ -2,6 +2,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +16,7 @@ from pvt_timm import pvt
 from pvt_timm.checkpoints import map_to_timm
 from pvt_timm.detection import detector_to_mmdet, pvt_retinanet, retinanet_from_mmdet
 from pvt_timm.files import read_checkpoint
-from weights_conversion import sources
+from weights_conversion import convert, push, sources
 from weights_conversion.cli import main
 
 DEPTHS = {'pvt_tiny': (1, 1, 1, 1), 'pvt_small': (1, 2, 1, 1), 'pvt_medium': (1, 1, 2, 1), 'pvt_large': (2, 1, 1, 1)}
@@ -114,10 +115,124 @@ def test_commands_of_the_readme(public, hub, tmp_path, monkeypatch):
     assert len(hub.commit_messages('me/pvt_tiny.in1k')) == 3 and len(hub.commit_messages('me/pvt_small.in1k')) == 2
 
 
+@pytest.fixture
+def written(public, tmp_path, capsys):
+    """A folder as `publish` leaves it, and a way to publish it."""
+    def run(owner='me', *argv):
+        code = main(['publish', '--to', owner, '--only', 'pvt_tiny.in1k', '-o', str(tmp_path / 'out'), '-q', *argv])
+        return code, capsys.readouterr().err
+
+    assert run('me', '--dry-run') == (0, '')
+    run.folder = tmp_path / 'out' / 'pvt_tiny.in1k'
+    return run
+
+
+def test_the_card_is_made_for_its_owner(written, hub):
+    """Also where the folder was made for another one, and measured."""
+    for owner in ('me', 'a.team'):
+        assert written(owner) == (0, '')
+        card = hub.repo_files(f'{owner}/pvt_tiny.in1k')['README.md'].decode()
+        repos = set(re.findall(r"['/:]([\w.-]+/pvt_tiny\.in1k)", card))
+        assert repos == {f'{owner}/pvt_tiny.in1k'} and card.count(repos.pop()) == 5
+    assert 'hf-hub:Zetatech/pvt-tiny-224' in card  # where it comes from stays
+
+
+def test_nothing_but_what_was_written_is_uploaded(written, hub):
+    files_of = sorted(p.name for p in written.folder.iterdir())
+    (written.folder / 'id_rsa').write_text('secret')
+    (written.folder / 'sub').mkdir()
+    (written.folder / 'sub' / 'id_rsa').write_text('secret')
+    assert written() == (0, '')
+    assert sorted(hub.repo_files('me/pvt_tiny.in1k')) == files_of == ['README.md', 'config.json', 'model.safetensors']
+
+
+@pytest.mark.parametrize('change, says', [
+    (lambda folder: (folder / 'model.safetensors').write_bytes(
+        (folder / 'model.safetensors').read_bytes()[:1000]), 'model.safetensors is not what was written, it has 1,000'),
+    (lambda folder: (folder / 'model.safetensors').write_bytes(
+        (folder / 'model.safetensors').read_bytes()[:-1] + b'?'), 'model.safetensors is not what was written'),
+    (lambda folder: (folder / 'model.safetensors').unlink(), 'model.safetensors is missing'),
+    (lambda folder: (folder / 'config.json').write_text('{}'), 'config.json is not what was written, it has 2 bytes'),
+    (lambda folder: (folder / 'README.md').write_text('# Mine'), 'README.md is not what was written'),
+    (lambda folder: (folder.parent / f'{folder.name}.json').unlink(), 'was not written by publish'),
+    (lambda folder: (folder.parent / f'{folder.name}.json').write_text('[]'), 'Cannot read'),
+])
+def test_a_folder_that_was_changed_is_refused(change, says, written, hub):
+    change(written.folder)
+    before = {p: p.read_bytes() for p in written.folder.parent.rglob('*') if p.is_file()}
+    code, err = written()
+    assert code == 2 and says in err and err.count('\n') == 1 and 'Move ' in err
+    assert not hub.has_repo('me/pvt_tiny.in1k')
+    assert {p: p.read_bytes() for p in written.folder.parent.rglob('*') if p.is_file()} == before
+    written.folder.rename(written.folder.with_name('away'))  # what the line says
+    assert written() == (0, '') and hub.has_repo('me/pvt_tiny.in1k')
+
+
+@pytest.mark.parametrize('moment', ['before the folder', 'after the folder'])
+def test_killed_between_the_folder_and_what_stands_beside_it(moment, public, hub, tmp_path, monkeypatch):
+    """The folder of weights is there only if what is compared with it is there."""
+    argv = ['publish', '--to', 'me', '--only', 'pvt_tiny.in1k', '-o', str(tmp_path), '-q']
+    replace = os.replace
+
+    def stopped(source, target):
+        if Path(target).name == 'pvt_tiny.in1k':
+            if moment == 'after the folder':
+                replace(source, target)
+            raise KeyboardInterrupt
+        replace(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', stopped)
+        assert main(argv) == 130
+    assert (tmp_path / 'pvt_tiny.in1k.json').exists()
+    assert main(argv) == 0 and hub.has_repo('me/pvt_tiny.in1k')
+
+
+@pytest.mark.parametrize('how', ['publish', 'convert'])
+def test_a_public_repository_gets_nothing_private(how, public, hub, tmp_path, capsys):
+    hub.add_repo('me/pvt_tiny.in1k', {'a': 'b'})
+    argv = ['publish', '--to', 'me', '--only', 'pvt_tiny.in1k', '-o', str(tmp_path / 'out')]
+    if how == 'convert':
+        argv = [str(public['pvt_tiny.in1k']), '-o', str(tmp_path / 'out'), '--push', 'me/pvt_tiny.in1k']
+    assert main([*argv, '--private', '-q']) == 2
+    error = capsys.readouterr().err
+    assert 'me/pvt_tiny.in1k is public' in error and error.count('\n') == 1
+    assert list(hub.repo_files('me/pvt_tiny.in1k')) == ['a'] and not hub.is_private('me/pvt_tiny.in1k')
+    hub.clear()
+    argv = [*argv, *(['--force'] if how == 'convert' else [])]
+    for _ in range(2):  # made, then there and private
+        assert main([*argv, '--private', '-q']) == 0
+        assert hub.is_private('me/pvt_tiny.in1k') and len(hub.repo_files('me/pvt_tiny.in1k')) >= 3
+
+
+def test_what_is_pushed_from_python(hub, token, tmp_path):
+    """By default what a conversion writes, and a folder with more is refused."""
+    folder = convert(files.save(files.make('mmdet'), tmp_path / 'x.pth'), tmp_path / 'out', keep_source=True).output
+    assert list(push(folder, 'me/x')['files']) == [
+        'README.md', 'config.json', 'model.safetensors', 'source/x.pth']
+    for name in ('id_rsa', 'epoch_1.pth', '.env'):
+        Path(folder, name).write_text('secret')
+        with pytest.raises(ValueError, match=re.escape(name)):
+            push(folder, 'me/y')
+        Path(folder, name).unlink()
+    with pytest.raises(ValueError, match='thesis'):
+        push(folder, 'me/y', files=['README.md', 'thesis.tex'])
+    assert not hub.has_repo('me/y')
+    (tmp_path / 'out' / 'id_rsa').write_text('secret')  # the command names what it wrote
+    assert main([str(tmp_path / 'x.pth'), '-o', folder, '--force', '--push', 'me/z', '-q']) == 0
+    assert sorted(hub.repo_files('me/z')) == ['README.md', 'config.json', 'model.safetensors']
+
+
+def test_an_empty_repository_is_no_reason_to_keep_quiet(hub, tmp_path, capsys):
+    """As `--push "$REPO"` of a shell where REPO is not set."""
+    file = files.save(files.make('original'), tmp_path / 'x.pth')
+    assert main([str(file), '-o', str(tmp_path / 'out'), '--push', '', '-q']) == 2
+    assert capsys.readouterr().err.count('\n') == 1 and not (tmp_path / 'out').exists()
+
+
 def test_another_file_is_refused(public, hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sources.SHA256, 'pvt_tiny.in1k', '0' * 64)
     assert main(['publish', '--to', 'me', '-o', str(tmp_path / 'out')]) == 2
-    assert 'damaged' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+    assert 'damaged' in capsys.readouterr().err and not list((tmp_path / 'out').iterdir())
     for mistake in (['--only', 'pvt_huge.in1k'], ['--to', 'me/you']):
         assert main(['publish', '--to', 'me', *mistake]) == 2
     assert hub.count('POST') == 0

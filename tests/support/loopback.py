@@ -39,6 +39,7 @@ class _Repo:
     commits: Dict[str, Dict[str, _File]] = field(default_factory=dict)
     refs: Dict[str, str] = field(default_factory=dict)
     messages: List[str] = field(default_factory=list)
+    private: bool = False
 
     def commit(self, files: Dict[str, _File], message: str = '', sha: Optional[str] = None, ref: str = 'main') -> str:
         sha = sha or hashlib.sha1(f'{len(self.commits)} {ref} {message}'.encode()).hexdigest()
@@ -84,6 +85,9 @@ class LoopbackServer:
         """Contents of a repository, to look at what was uploaded. Empty if there is none."""
         repo = self._repos.get(repo_id)
         return {name: f.data for name, f in repo.commits[repo.refs['main']].items()} if repo else {}
+
+    def is_private(self, repo_id: str) -> bool:
+        return self._repos[repo_id].private
 
     def has_repo(self, repo_id: str) -> bool:
         return repo_id in self._repos
@@ -140,6 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
     # (method, path, name of the method that answers)
     ROUTES = [(method, path.replace('REPO', '(?P<repo>[^/]+/[^/]+)').replace('REV', '(?P<revision>[^/]+)'), name)
               for method, path, name in (
+        ('GET', '/api/models/REPO', 'model_info'),
         ('GET', '/api/models/REPO/revision/REV', 'model_info'),
         ('POST', '/api/repos/create', 'create_repo'),
         ('POST', '/api/validate-yaml', 'validate_yaml'),
@@ -234,8 +239,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Error(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return found, sha
 
-    def model_info(self, repo: str, revision: str):
-        self.send_json({'id': repo, 'sha': self.find(repo, revision)[1], 'siblings': []})
+    def model_info(self, repo: str, revision: str = 'main'):
+        found, sha = self.find(repo, revision)
+        self.send_json({'id': repo, 'sha': sha, 'siblings': [], 'private': found.private})
 
     def resolve(self, repo: str, revision: str, name: str):
         found, sha = self.find(repo, revision)
@@ -260,7 +266,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo_id = f'{args["organization"]}/{args["name"]}'
         exists = self.loopback.has_repo(repo_id)
         if not exists:
-            self.loopback._repos[repo_id] = _Repo()
+            private = args.get('visibility') == 'private' or bool(args.get('private'))  # by newer and older clients
+            self.loopback._repos[repo_id] = _Repo(private=private)
             self.loopback._repos[repo_id].commit({}, 'initial commit')
         self.send_json({'url': f'{self.loopback.url}/{repo_id}'}, 409 if exists else 200)
 
