@@ -2,13 +2,16 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, List, Optional, Union
+from typing import Any, List, Optional, Sequence, Union
 
-__all__ = ['LABELS_FILE', 'labels_beside', 'labels_in', 'read_labels']
+__all__ = ['LABELS_FILE', 'labels_beside', 'labels_in', 'labels_text', 'read_labels']
 
 LABELS_FILE = 'class_names.txt'  # what `pvt-timm train` writes beside the checkpoints, also a --class-map of timm
 
 PathLike = Union[str, 'os.PathLike[str]']
+
+MAX_NAME = 1000  # characters
+MAX_FILE = 16 * 2 ** 20  # bytes
 
 
 def labels_in(config: Any) -> Optional[List[str]]:
@@ -19,7 +22,8 @@ def labels_in(config: Any) -> Optional[List[str]]:
             `pretrained_cfg`, with `label_descriptions`) or transformers (`id2label`).
 
     Raises:
-        ValueError: What should be indices are not 0, 1, 2...
+        ValueError: What should be indices are not 0, 1, 2..., or what should be a name is something else, or longer
+            than `MAX_NAME`.
     """
     descriptions: Any = None
     if isinstance(config, dict) and not all(str(k).isdigit() for k in config):
@@ -35,29 +39,71 @@ def labels_in(config: Any) -> Optional[List[str]]:
         config = [by_index[i] for i in indices]
     if not isinstance(config, (list, tuple)) or not config:
         return None
-    names = [str(name) for name in config]
+    names = [_name(value) for value in config]
     if isinstance(descriptions, dict):
-        names = [str(descriptions.get(name, name)) for name in names]
+        names = [_name(descriptions.get(name, name)) for name in names]
     return None if names == [f'LABEL_{i}' for i in range(len(names))] else names
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f'Expected text as the name of a class, got {type(value).__name__}.')
+    name = str(value)
+    if len(name) > MAX_NAME:
+        raise ValueError(f'Expected names of classes of {MAX_NAME} characters at most, got {len(name)}.')
+    return name
 
 
 def read_labels(path: PathLike, count: Optional[int] = None) -> List[str]:
     """The names of classes in a file: JSON (see `labels_in`), or text with a name a line.
 
+    A file whose name does not end in .json may hold a JSON list too, see `labels_text`. In text, blank lines and blanks
+    around a name are ignored, and so is a byte order mark.
+
     Raises:
         OSError: It cannot be read.
-        ValueError: There are no names in it, or not `count`.
+        ValueError: There are no names in it, or not `count`, or it is larger than `MAX_FILE`.
     """
     try:
-        text = Path(path).read_text(encoding='utf-8')
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        names = labels_in(json.loads(text)) if Path(path).suffix == '.json' else lines
-    except ValueError as e:
+        with open(path, 'rb') as f:
+            content = f.read(MAX_FILE + 1)
+        if len(content) > MAX_FILE:
+            raise ValueError(f'expected at most {MAX_FILE:,} bytes')
+        text = content.decode('utf-8-sig')
+        if Path(path).suffix == '.json':
+            names = labels_in(json.loads(text))
+        else:
+            names = [_name(value) for value in _in_text(text)]
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'Cannot read the names of classes in {path}: {e}') from e
     if not names or count not in (None, len(names)):
         expected = 'some' if count is None else count
         raise ValueError(f'Expected the names of {expected} classes in {path}, got {len(names or ())}.')
     return names
+
+
+def labels_text(names: Sequence[str]) -> bytes:
+    """Content of a file from which `read_labels` reads the same names.
+
+    That is a name a line, as timm's --class-map takes it too. Where a name has line breaks, blanks around it, or what
+    no text file holds, it is a JSON list.
+    """
+    try:
+        content = ''.join(f'{name}\n' for name in names).encode()
+        if _in_text(content.decode('utf-8-sig')) == list(names):
+            return content
+    except UnicodeEncodeError:  # of a folder whose name is no text
+        pass
+    return (json.dumps(list(names)) + '\n').encode()
+
+
+def _in_text(text: str) -> List[Any]:
+    if text.startswith('["'):
+        try:
+            return list(json.loads(text))
+        except ValueError:
+            pass  # a name that starts so
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def labels_beside(checkpoint: PathLike) -> Optional[List[str]]:

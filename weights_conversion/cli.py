@@ -61,6 +61,7 @@ def _parser(command: str) -> Parser:
     if command != 'inspect':
         add('--private', action='store_true', help='make an uploaded repository private')
         add('--dry-run', action='store_true', help='write the output, only show what would be uploaded')
+    add('--debug', action='store_true', help='show where an error comes from, before its one line')
     add('--json', action='store_true', help='print the report as JSON')
     add('--quiet', '-q', action='store_true', help='no progress bar and no report')
     return parser
@@ -73,11 +74,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = vars(_parser(command).parse_args(argv[bool(command):]))
     logging.set_verbosity_error()  # not a line per attempt
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
-    as_json, quiet = args.pop('json'), args.pop('quiet')
+    as_json, quiet, debug = args.pop('json'), args.pop('quiet'), args.pop('debug')
     if quiet:
         disable_progress_bars()
     run = {'': _convert, 'inspect': _inspect, 'publish': _publish}[command]
-    return run_command('pvt-convert', lambda: run(args, as_json, quiet))
+    return run_command('pvt-convert', lambda: run(args, as_json, quiet), debug)
 
 
 def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from timm.models import get_pretrained_cfg
 
 from pvt_timm.checkpoints import StateDict
-from pvt_timm.labels import LABELS_FILE
+from pvt_timm.labels import LABELS_FILE, labels_text
 from pvt_timm.pvt import VARIANTS
 from pvt_timm.version import __version__
 
@@ -66,7 +66,7 @@ def write_bare(folder: Path, weights: Weights, tensors: StateDict) -> None:
     _save_tensors(tensors, folder / f'{weights.variant}.pth')
     names = weights.cfg.get('label_names')
     if names:
-        (folder / LABELS_FILE).write_text(''.join(f'{label}\n' for label in names), encoding='utf-8')
+        (folder / LABELS_FILE).write_bytes(labels_text(names))
 
 
 def write_transformers(folder: Path, weights: Weights, tensors: StateDict) -> None:

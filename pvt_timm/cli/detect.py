@@ -15,7 +15,7 @@ from ..detection import detector_from_mmdet, retinanet_coco
 from ..files import save_atomically
 from ..segmentation import semantic_fpn_from_mmseg
 from .errors import clean
-from .pictures import new_figure
+from .pictures import new_figure, picture_text
 from .predict import open_image
 
 __all__ = ['draw_detections', 'draw_segments', 'run_detect', 'run_segment']
@@ -49,7 +49,8 @@ def _run(args: argparse.Namespace, load: Callable[..., Any], find: Callable[...,
         rows = find(model, image, args, pictures.get(path))
         results.append({'image': path, 'width': image.width, 'height': image.height, key: rows})
         if not args.json:
-            print(f'{path}: {len(rows)} {key}' + (f', drawn in {pictures[path]}' if pictures else ''))
+            drawn = f', drawn in {clean(pictures[path], 4096)}' if pictures else ''
+            print(f'{clean(path, 4096)}: {len(rows)} {key}{drawn}')
             for row in rows:
                 at = '  at ' + ', '.join(f'{x:.0f}' for x in row['box']) if 'box' in row else ''
                 print(f'  {row.get("score", row.get("share")):6.1%}  {clean(row["name"])}{at}', flush=True)
@@ -58,7 +59,7 @@ def _run(args: argparse.Namespace, load: Callable[..., Any], find: Callable[...,
 
 
 def _load_detector(args: argparse.Namespace) -> Any:
-    if not args.checkpoint:
+    if args.checkpoint is None:
         return retinanet_coco(args.model.removesuffix('.retinanet_coco'))
     return detector_from_mmdet(args.checkpoint, args.prefix)
 
@@ -99,8 +100,9 @@ def draw_detections(image: Image.Image, objects: Rows, masks: Sequence[torch.Ten
             x1, y1, x2, y2 = row['box']
             axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=color, linewidth=2)
             axes.annotate(
-                f'{row["name"]} {row["score"]:.0%}', (x1, y1), (2, 2), textcoords='offset points', va='bottom',
-                color='white', weight='bold', bbox=dict(color=color, boxstyle='square,pad=0.2'), annotation_clip=False)
+                f'{picture_text(row["name"], 60)} {row["score"]:.0%}', (x1, y1), (2, 2), textcoords='offset points',
+                va='bottom', color='white', weight='bold', bbox=dict(color=color, boxstyle='square,pad=0.2'),
+                annotation_clip=False)
 
 
 def _segment(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
@@ -122,13 +124,16 @@ def draw_segments(
     """Draw the class (H, W) of every pixel over an image, with a legend of the first 14 of `classes`."""
     colors = np.array(palette)
     pixels = (0.4 * np.array(image) + 0.6 * colors[labels.numpy()]).astype(np.uint8)
+    handles, texts = [], []
     with _picture(pixels, output, 'nearest') as axes:
         for row in classes[:14]:
-            text = f'{row["name"].split(";")[0]}  {row["share"]:.0%}'
-            axes.scatter([], [], s=120, marker='s', color=colors[row['label']] / 255, label=text)
+            texts.append(f'{picture_text(row["name"].split(";")[0], 60)}  {row["share"]:.0%}')
+            handles.append(axes.scatter([], [], s=120, marker='s', color=colors[row['label']] / 255))
         if len(classes) > 14:
-            axes.scatter([], [], alpha=0, label=f'and {len(classes) - 14} more')
-        axes.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=11, borderaxespad=0)
+            texts.append(f'and {len(classes) - 14} more')
+            handles.append(axes.scatter([], [], alpha=0))
+        axes.legend(
+            handles, texts, loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=11, borderaxespad=0)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,13 @@ import logging
 import runpy
 import sys
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..digits import write_digits
 from ..recipes import RECIPES
 from ..version import __version__
 from .detect import run_detect, run_segment
-from .errors import Parser, run_command
+from .errors import Parser, clean, filled, run_command
 from .predict import DEFAULT_MODEL, run_demo, run_features, run_list, run_predict
 from .train import run_run, run_train
 
@@ -20,12 +20,14 @@ __all__ = ['main']
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line `argv`, by default that of the process. Returns the exit code, see `run_command`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    own = 2 if argv[:1] in (['train'], ['run']) else len(argv)  # the rest belongs to the script
+    start = 1 if argv[:1] == ['--debug'] else 0
+    has_script = argv[start:start + 1] in (['train'], ['run'])
+    own = start + 2 if has_script else len(argv)  # what follows a script belongs to it
     args = _parser().parse_args(join_img_size(argv[:own]))
     args.script_args = argv[own:]
     script: List[str] = []  # a command that starts one returns its command line
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries and hints, the error itself follows
-    code = run_command('pvt-timm', lambda: script.extend(args.func(args) or ()))
+    code = run_command('pvt-timm', lambda: script.extend(args.func(args) or ()), args.debug)
     if script:
         run_script(script)  # whose errors are its own
     return code
@@ -34,12 +36,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog='pvt-timm', description='Pyramid Vision Transformer (v1) for timm.')
     parser.add_argument('--version', action='version', version=f'pvt-timm {__version__}')
+    debug: Dict[str, Any] = dict(action='store_true', help='show where an error comes from, before its one line')
+    parser.add_argument('--debug', **debug)
     parser.set_defaults(func=lambda args: parser.print_help())
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
 
     def add(name: str, func: Callable[[argparse.Namespace], Any], what: str, **kwargs: Any) -> Any:
         command = subparsers.add_parser(name, help=what, **kwargs)
         command.set_defaults(func=func)
+        if name not in ('train', 'run'):  # which have it before the command only
+            command.add_argument('--debug', **debug, default=argparse.SUPPRESS)
         return command
 
     images = Parser(add_help=False)
@@ -47,45 +53,49 @@ def _parser() -> Parser:
     images.add_argument('--json', action='store_true', help='for machines')
     model = Parser(add_help=False)
     model.add_argument(
-        '--model', help='name with or without tag, see `list`, or hf-hub:OWNER/REPO '
+        '--model', type=filled, help='name with or without tag, see `list`, or hf-hub:OWNER/REPO '
         f'(default {DEFAULT_MODEL}, or what the checkpoint is)')
     model.add_argument(
-        '--checkpoint', metavar='SOURCE', help='weights: a file of any known format, a folder of timm or transformers, '
-        'a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default the published ones)')
+        '--checkpoint', type=filled, metavar='SOURCE', help='weights: a file of any known format, a folder of timm or '
+        'transformers, a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default the published ones)')
     model.add_argument('--prefix', help='what stands before the names of the weights, if the checkpoint has several')
     model.add_argument(
         '--img-size', type=image_size, metavar='N | H W', help='size that the model sees (default that of training)')
     drawn = Parser(add_help=False)
     drawn.add_argument('--prefix', help='what stands before the names of the backbone, if the file has several')
-    drawn.add_argument('--output', type=Path, metavar='DIR', help='folder for pictures, one per image')
+    drawn.add_argument('--output', type=folder, metavar='DIR', help='folder for pictures, one per image')
 
     demo = add('demo', run_demo, 'classify handwritten digits and draw their features, without network')
     demo.add_argument(
-        '--output', type=Path, default='pvt_demo', metavar='DIR', help='folder to write to (default pvt_demo)')
-    digits = add('digits', lambda args: print(f'{write_digits(args.folder)}: train and validation'),
+        '--output', type=folder, default='pvt_demo', metavar='DIR', help='folder to write to (default pvt_demo)')
+    digits = add('digits', lambda args: print(f'{clean(write_digits(args.folder), 4096)}: train and validation'),
                  "write scikit-learn's handwritten digits as an image folder, to train on")
-    digits.add_argument('folder', metavar='FOLDER', help='folder to write train/ and validation/ into')
+    digits.add_argument('folder', type=filled, metavar='FOLDER', help='folder to write train/ and validation/ into')
     add('list', run_list, 'models, their cost, accuracy and where the weights come from')
     predict = add('predict', run_predict, 'classify images', parents=[images, model])
     predict.add_argument(
-        '--labels', metavar='FILE', help='names of the classes: one a line, or JSON (default those that the weights '
-        'come with)')
-    predict.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show (default 5)')
+        '--labels', type=filled, metavar='FILE', help='names of the classes: one a line, or JSON (default those that '
+        'the weights come with)')
+    predict.add_argument('--topk', type=count, default=5, metavar='K', help='classes to show (default 5)')
     features = add('features', run_features, 'draw the feature pyramid of an image', parents=[model])
     features.add_argument('image', metavar='IMAGE', help='image file')
-    features.add_argument('--output', required=True, metavar='FILE', help='picture to write (.png, .pdf, .svg ...)')
-    features.add_argument('--save', metavar='FILE', help='also write the features (.safetensors)')
+    features.add_argument(
+        '--output', type=filled, required=True, metavar='FILE', help='picture to write (.png, .pdf, .svg ...)')
+    features.add_argument('--save', type=filled, metavar='FILE', help='also write the features (.safetensors)')
     detect = add('detect', run_detect, 'find the objects in images', parents=[images, drawn])
     which = detect.add_mutually_exclusive_group()
     which.add_argument(
-        '--model', default='pvt_small',
+        '--model', type=filled, default='pvt_small',
         help="pvt_tiny, pvt_small (default) or pvt_medium, for OpenMMLab's RetinaNet on it, trained on COCO")
     which.add_argument(
-        '--checkpoint', metavar='FILE', help='a RetinaNet, Faster or Mask R-CNN of mmdetection or of the original code')
-    detect.add_argument('--threshold', type=float, default=0.5, help='lowest score of an object (default 0.5)')
+        '--checkpoint', type=filled, metavar='FILE',
+        help='a RetinaNet, Faster or Mask R-CNN of mmdetection or of the original code')
+    detect.add_argument(
+        '--threshold', type=score, default=0.5, help='lowest score of an object, 0 to 1 (default 0.5)')
     segment = add('segment', run_segment, 'assign a class to every pixel of images', parents=[images, drawn])
     segment.add_argument(
-        '--checkpoint', required=True, metavar='FILE', help='a Semantic FPN of mmsegmentation or of the original code')
+        '--checkpoint', type=filled, required=True, metavar='FILE',
+        help='a Semantic FPN of mmsegmentation or of the original code')
     train = add(
         'train', run_train, "run timm's train.py, with recovery", usage='%(prog)s [-h] SCRIPT [ARGS ...]',
         description="Run timm's train.py with ARGS and the models registered. --config also takes the name of a recipe "
@@ -99,6 +109,25 @@ def _parser() -> Parser:
                     'models registered. For several processes: torchrun --nproc-per-node=2 -m pvt_timm run SCRIPT')
     run.add_argument('script', metavar='SCRIPT', help='the script')
     return parser
+
+
+def folder(text: str) -> Path:
+    """A folder with a name. `Path` takes an empty one for the current folder."""
+    return Path(filled(text))
+
+
+def count(text: str) -> int:
+    """A number from 1 up."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected 1 or more, got {text}')
+    return int(text)
+
+
+def score(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= float(text) <= 1:  # so is nan
+        raise argparse.ArgumentTypeError(f'expected a number from 0 to 1, got {text}')
+    return float(text)
 
 
 def image_size(text: str) -> Tuple[int, int]:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..files import save_atomically
+from .errors import clean
 
-__all__ = ['draw_pyramid', 'false_colour', 'new_figure', 'pca']
+__all__ = ['draw_pyramid', 'false_colour', 'new_figure', 'pca', 'picture_text']
 
 # Arrangements of the image (I) and four levels (0 to 3), for images from the narrowest to the widest
 _MOSAICS = ('I0123', 'II01;II23', 'II;II;01;23', 'I;0;1;2;3')
@@ -22,6 +23,14 @@ def new_figure(**kwargs: Any) -> Any:
     except ImportError as e:
         raise ImportError('Drawing needs the `draw` extra of pvt-timm: pip install matplotlib') from e
     return Figure(dpi=150, **kwargs)
+
+
+def picture_text(text: Any, limit: int = 200) -> str:
+    """Text from elsewhere as one line of a picture, as it stands: matplotlib would take '$' for the start of a formula.
+
+    It is cut, as the memory for a picture grows with its longest line.
+    """
+    return clean(text, limit).replace('$', r'\$')
 
 
 def pca(features: torch.Tensor) -> torch.Tensor:
@@ -89,8 +98,8 @@ def draw_pyramid(
         axes.set_axis_off()
         axes.hlines(np.arange(1, cells[0]) * height / cells[0], 0, width, color='white', linewidth=1)
         axes.vlines(np.arange(1, cells[1]) * width / cells[1], 0, height, color='white', linewidth=1)
-    figure.suptitle(title, fontsize=15, weight='bold')
-    figure.supxlabel(
-        f'{note}\nColours: first three principal components of each level. Sizes: height × width.'.strip(), fontsize=9)
+    figure.suptitle(picture_text(title, 100), fontsize=15, weight='bold')
+    below = f'{picture_text(note)}\nColours: first three principal components of each level. Sizes: height × width.'
+    figure.supxlabel(below.strip(), fontsize=9)
     # the format by itself, as matplotlib would take it from a name that the temporary file does not have
     save_atomically(output, lambda f: figure.savefig(f, format=Path(output).suffix.lstrip('.').lower() or 'png'))

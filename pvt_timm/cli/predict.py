@@ -164,7 +164,7 @@ def run_predict(args: argparse.Namespace) -> None:
             for index, probability in predict(classifier, image, args.topk)]
         results.append(dict(image=str(path), predictions=top))
         if not args.json:
-            print(path)
+            print(clean(path, 4096))
             for item in top:
                 print(f'  {item["probability"]:7.2%}  {clean(item["label"])}', flush=True)
     if args.json:
@@ -179,11 +179,11 @@ def run_features(args: argparse.Namespace) -> None:
     image = open_image(args.image, classifier.data['input_size'][0])
     features, size = extract(classifier, image, args.img_size)
     draw_pyramid(image, features, size, args.output, classifier.name)
-    print(f'{args.output}: {", ".join("x".join(map(str, f.shape)) for f in features)}')
+    print(f'{clean(args.output, 4096)}: {", ".join("x".join(map(str, f.shape)) for f in features)}')
     if args.save:
         content = save({f'stage{i}': f for i, f in enumerate(features)}, metadata={'model': classifier.name})
         save_atomically(args.save, lambda f: f.write(content))
-        print(f'{args.save}: {", ".join(f"stage{i}" for i in range(len(features)))}')
+        print(f'{clean(args.save, 4096)}: {", ".join(f"stage{i}" for i in range(len(features)))}')
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -212,7 +212,8 @@ def run_demo(args: argparse.Namespace) -> None:
         sheet, *extract(backbone, sheet, (sheet.height, sheet.width)), picture, backbone.name,
         cells=(len(by_digit['0']), len(by_digit)),
         note=f'{count} handwritten digits, a column each for 0 to 9. At stride 32 a digit is one position.')
-    print(f'Features of all of them as one image of {sheet.height}x{sheet.width} (height x width): {picture}')
+    print(f'Features of all of them as one image of {sheet.height}x{sheet.width} (height x width): '
+          f'{clean(picture, 4096)}')
     print(f'\nNext, with your own image (weights come from the Hugging Face Hub):\n'
           f'  python -m pvt_timm predict photo.jpg --model {DEFAULT_MODEL}')
 

@@ -7,19 +7,24 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import timm.data
 import torch
 import yaml
+from timm.models import get_pretrained_cfg
 from timm.utils import natural_key
 
 from ..files import read_checkpoint, save_atomically
-from ..labels import LABELS_FILE
+from ..labels import LABELS_FILE, labels_text
 from ..recipes import RECIPES
-from .errors import Parser, one_line
+from .errors import Parser, clean, one_line
 
 __all__ = ['latest_checkpoint', 'machine_settings', 'run_run', 'run_train']
+
+# Settings of train.py that are read here
+_TEXT = ('experiment', 'output', 'resume', 'device', 'amp_dtype', 'model')
+_NUMBERS = ('num_classes', 'in_chans', 'img_size')
 
 
 def run_run(args: argparse.Namespace) -> List[str]:
@@ -29,15 +34,24 @@ def run_run(args: argparse.Namespace) -> List[str]:
 
 
 def run_train(args: argparse.Namespace) -> List[str]:
-    """Choose what the machine has, find the checkpoint to go on from. Returns the command line of the script."""
+    """Choose what the machine has, find the checkpoint to go on from. Returns the command line of the script.
+
+    What it says on stderr comes at the end, as an error is one line with nothing before it.
+    """
     command = run_run(args)
     parser = Parser(prog='pvt-timm train', add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument('-c', '--config')
-    for name in ('--experiment', '--output', '--resume', '--device', '--amp-dtype'):
-        parser.add_argument(name)
+    for name in _TEXT:
+        parser.add_argument(f'--{name.replace("_", "-")}')
+    for name in _NUMBERS:
+        parser.add_argument(f'--{name.replace("_", "-")}', type=int)
     parser.add_argument('--amp', action='store_true')
     given = vars(parser.parse_known_args(args.script_args)[0])
     settings = _read_config(given['config']) if 'config' in given else {}
+    lines: List[str] = []
+    device = {**settings, **given}.get('device')
+    if device is not None:
+        _check_device(device)
     machine = machine_settings(settings, given)
     settings.update(machine)
     now = {**settings, **given}
@@ -45,8 +59,8 @@ def run_train(args: argparse.Namespace) -> List[str]:
         raise ValueError('Expected --experiment NAME (and --output DIR), the folder to go on from after a crash')
     folder = Path(now.get('output') or './output/train', now['experiment'])
     if machine:
-        _say('on this machine ' + ', '.join(f'{name}: {value}' for name, value in machine.items()))
-    latest = None if now.get('resume') else latest_checkpoint(folder)
+        lines.append('on this machine ' + ', '.join(f'{name}: {value}' for name, value in machine.items()))
+    latest = None if now.get('resume') else latest_checkpoint(folder, lines.append, now)
     if latest is not None:
         command += ['--resume', str(latest)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,23 +72,42 @@ def run_train(args: argparse.Namespace) -> List[str]:
         _allow_cpu_processes()
         if now.get('amp') and now.get('amp_dtype') == 'bfloat16':
             timm.layers.set_fused_attn(False)  # a step is 1.15x as fast without, see benchmarks/README.md
+    for line in lines:
+        _say(line)
     return command
 
 
 def _say(text: str) -> None:
     if os.environ.get('RANK', '0') == '0':
-        print(f'pvt-timm: {text}', file=sys.stderr, flush=True)
+        print(f'pvt-timm: {clean(text, 1000)}', file=sys.stderr, flush=True)
 
 
 def _read_config(config: str) -> Dict[str, Any]:
-    """The settings of a YAML file, or of a recipe by its name."""
+    """The settings of a YAML file, or of a recipe by its name.
+
+    What has to be text is text: in YAML, `experiment: 2024` is a number, which train.py does not take for a name.
+    """
     file = Path(config) if Path(config).is_file() else RECIPES.get(config)
     if file is None:
         raise ValueError(f"Expected a YAML file or a recipe ({', '.join(RECIPES)}), got '{config}'")
     try:
-        return {**yaml.safe_load(file.read_text(encoding='utf-8'))}
+        settings: Dict[str, Any] = {**yaml.safe_load(file.read_text(encoding='utf-8'))}
     except (yaml.YAMLError, TypeError) as e:
         raise ValueError(f'Expected names and values in {config}: {e}') from e
+    for name in settings:
+        if not isinstance(name, str):
+            raise ValueError(f'Expected names and values in {config}, got {name!r} as a name: put it in quotes')
+    for name in _TEXT:
+        if not isinstance(settings.get(name, ''), (str, type(None))):
+            raise ValueError(f'Expected text as {name} in {config}, got {settings[name]!r}: put it in quotes')
+    return settings
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(f"Expected a device such as cpu, cuda or cuda:1, got '{device}'") from e
 
 
 def machine_settings(settings: Dict[str, Any], given: Dict[str, Any]) -> Dict[str, Any]:
@@ -96,10 +129,18 @@ def machine_settings(settings: Dict[str, Any], given: Dict[str, Any]) -> Dict[st
     return machine
 
 
-def latest_checkpoint(folder: Path) -> Optional[Path]:
+def latest_checkpoint(
+        folder: Path, say: Callable[[str], None] = _say, settings: Optional[Dict[str, Any]] = None) -> Optional[Path]:
     """The newest checkpoint of the end of an epoch that can be read, None if there is none at all.
 
     `recovery-*` files are not taken: they are from the middle of an epoch, whose rest train.py would leave out.
+
+    Args:
+        say: Called with a line for each one that is passed over, and for the one that is taken.
+        settings: Of the run that goes on from it. train.py needs the model to be the same.
+
+    Raises:
+        ValueError: None of those that are there can be read, or the newest one has another model.
     """
     numbered = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda file: natural_key(file.name), reverse=True)
     broken: List[str] = []
@@ -111,14 +152,40 @@ def latest_checkpoint(folder: Path) -> Optional[Path]:
         except (ValueError, OSError) as e:
             broken.append(f'{file}: {one_line(e)}')
             continue
+        _check_same_model(file, state.get('args'), settings or {})
         for line in broken:
-            _say(f'passing over {line}')
-        _say(f'going on after epoch {state["epoch"]} from {file}: weights, optimizer, learning rate and weight decay '
-             'are those in it, others are without effect')
+            say(f'passing over {line}')
+        say(f'going on after epoch {clean(state["epoch"], 20)} from {file}: weights, optimizer, learning rate and '
+            f'weight decay are those in it, others are without effect')
         return file
     if broken:
         raise ValueError(f'Cannot go on from {broken[0]} (--experiment NAME or an empty folder to start anew)')
     return None
+
+
+def _check_same_model(file: Path, trained: Any, settings: Dict[str, Any]) -> None:
+    """Compare what train.py kept of its arguments with those of now, as far as both say it."""
+    before, now = (_model_settings(x) for x in (getattr(trained, '__dict__', {}), settings))
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            option = name.replace('_', '-')
+            raise ValueError(
+                f'Cannot go on from {file}: it was trained with --{option} {clean(before[name], 60)}, now it is '
+                f'{clean(now[name], 60)} (--experiment NAME to start anew)')
+
+
+def _model_settings(said: Dict[str, Any]) -> Dict[str, Any]:
+    """What a model's weights depend on, as far as it is said. The number of classes is the model's own by default."""
+    found: Dict[str, Any] = {}
+    if isinstance(said.get('model'), str):
+        found['model'] = said['model'].partition('.')[0]  # a tag chooses weights to start from
+        default: Any = get_pretrained_cfg(said['model'])
+        if default is not None:
+            found['num_classes'] = default.num_classes
+    for name in _NUMBERS:
+        if isinstance(said.get(name), int):
+            found[name] = said[name]
+    return found
 
 
 def _keep_class_names(folder: Path) -> None:
@@ -129,8 +196,8 @@ def _keep_class_names(folder: Path) -> None:
         dataset = create_dataset(*args, **kwargs)
         class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
         if class_to_idx and kwargs.get('is_training'):
-            text = ''.join(f'{name}\n' for name in sorted(class_to_idx, key=class_to_idx.get))
-            save_atomically(folder / LABELS_FILE, lambda f: f.write(text.encode()))
+            content = labels_text([str(name) for name in sorted(class_to_idx, key=class_to_idx.get)])
+            save_atomically(folder / LABELS_FILE, lambda f: f.write(content))
         return dataset
 
     timm.data.create_dataset = create

@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from pvt_timm.checkpoints import from_timm
 from pvt_timm.cli.errors import run_command
 from pvt_timm.cli.main import main
 from pvt_timm.cli.predict import open_image
+from weights_conversion.cli import main as convert_main
 
 DIGIT = next((Path(pvt_timm.__file__).parent / 'data' / 'digits').glob('3_*.png'))
 TEST_PVT = ['--model', 'test_pvt']
@@ -171,7 +173,19 @@ def test_weights_that_cannot_be_downloaded(cli, hub, no_waits, files, monkeypatc
     (['predict', '{digit}', '--model', 'pvt_small.foo'], 'Invalid pretrained tag (foo)'),
     (['predict', '{digit}', '--model', 'pvt_huge_v2'], 'No pretrained weights exist for pvt_huge_v2'),
     (['predict', '{digit}', '--model', 'pvt_small.retinanet_coco'], 'without a classifier'),
-    (['predict', '{digit}', *TEST_PVT, '--topk', '-1'], 'out of range'),
+    (['predict', '{digit}', *TEST_PVT, '--topk', '-1'], 'expected 1 or more, got -1'),
+    (['predict', '{digit}', *TEST_PVT, '--topk', '0'], 'expected 1 or more, got 0'),
+    (['predict', '{digit}', '--model', ''], 'argument --model: expected a value, got an empty one'),
+    (['predict', '{digit}', '--checkpoint', ''], 'argument --checkpoint: expected a value'),
+    (['predict', '{digit}', *TEST_PVT, '--labels', ''], 'argument --labels: expected a value'),
+    (['detect', '{digit}', '--checkpoint', ''], 'argument --checkpoint: expected a value'),
+    (['detect', '{digit}', '--model', ''], 'argument --model: expected a value'),
+    (['detect', '{digit}', '--output', ''], 'argument --output: expected a value'),
+    (['detect', '{digit}', '--threshold', 'nan'], 'expected a number from 0 to 1, got nan'),
+    (['detect', '{digit}', '--threshold', '50'], 'expected a number from 0 to 1, got 50'),
+    (['demo', '--output', ''], 'argument --output: expected a value'),
+    (['digits', ''], 'argument FOLDER: expected a value'),
+    (['predict', '{digit}', '--\x1b[2J'], 'unrecognized arguments: --\\x1b[2J'),
     (['predict', '{digit}', *TEST_PVT, '--img-size', '31'], 'at least 32'),
     (['predict', '{digit}', *TEST_PVT, '--img-size', 'big'], "invalid image_size value: 'big'"),
     (['predict', '{digit}', *TEST_PVT, '--img-size', '100000'], 'pixels at most'),
@@ -214,6 +228,47 @@ def test_errors_are_one_line_and_mistakes_of_ours_a_traceback(capfd, error, code
         return
     assert run_command('prog', command) == code
     assert capfd.readouterr().err == (f'prog: error: {line}\n' if line else '')
+
+
+@pytest.mark.parametrize('how', ['before', 'after', 'environment', 'no', 'no either'])
+@pytest.mark.parametrize('prog', ['pvt-timm', 'pvt-convert'])
+def test_debug_shows_the_traceback(prog, how, capsys, monkeypatch):
+    """And the line of every error at the end."""
+    argv = ['predict', 'nope\x1b.png'] if prog == 'pvt-timm' else ['nope\x1b.pth', '-o', 'nope']
+    if how == 'before':
+        argv = ['--debug', *argv]
+    elif how == 'after':
+        argv = [*argv, '--debug']
+    elif how != 'no':
+        monkeypatch.setenv('PVT_TIMM_DEBUG', '1' if how == 'environment' else '0')
+    assert (main if prog == 'pvt-timm' else convert_main)(argv) == 2
+    out, err = capsys.readouterr()
+    *before, last = err.splitlines()
+    assert out == '' and last.startswith(f'{prog}: error: No such file') and '\x1b' not in err
+    assert bool(before) == (how in ('before', 'after', 'environment'))
+    assert not before or before[0].startswith('Traceback') and any(' line ' in line for line in before)
+
+
+def test_debug_of_a_script_is_its_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'a.py').write_text('import sys; print(sys.argv[1:])')
+    monkeypatch.setattr(sys, 'argv', ['pvt-timm'])
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    main(['--debug', 'run', str(tmp_path / 'a.py'), '--debug', '--x'])
+    assert capsys.readouterr().out == "['--debug', '--x']\n"
+    assert main(['--debug', 'run', str(tmp_path / 'none.py')]) == 2
+    assert capsys.readouterr().err.startswith('Traceback')
+
+
+def test_nothing_of_a_name_reaches_the_terminal(cli, tmp_path, monkeypatch):
+    """Names of images, of outputs and of folders."""
+    name = 'a\x1b[31m\x9b2Jb'
+    monkeypatch.chdir(tmp_path)
+    for suffix in ('png', 'jpg'):
+        Image.open(DIGIT).convert('RGB').save(tmp_path / f'{name}.{suffix}')
+    out = cli('predict', f'{name}.png', f'{name}.jpg', *TEST_PVT)
+    out += cli('features', DIGIT, *TEST_PVT, '--output', f'{name}.svg', '--save', f'{name}.safetensors')
+    out += cli('digits', name) + cli('demo', '--output', f'{name}-demo')
+    assert out.count('a\\x1b[31m\\x9b2Jb') == 6 and all(line.isprintable() for line in out.splitlines())
 
 
 def test_no_matplotlib(cli, monkeypatch, tmp_path):
@@ -278,6 +333,53 @@ def test_names_that_the_terminal_cannot_show(python, tmp_path):
     done = python('-m', 'pvt_timm', 'predict', name.name, *TEST_PVT, '--topk', 1, '--labels', 'labels.txt',
                   PYTHONIOENCODING='ascii', PYTHONUTF8='0', LC_ALL='C')
     assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith('drei ') and '\\u4e09' in done.stdout
+
+
+NOTED = '''if True:
+    import logging, sys, warnings
+    from pvt_timm.cli.errors import run_command
+    def command():
+        warnings.warn('one')
+        logging.getLogger('x').warning('two\x1b')
+        if 'fails' in sys.argv:
+            raise ValueError('three')
+    sys.exit(run_command('prog', command, 'debug' in sys.argv))
+'''
+
+
+def test_warnings_do_not_stand_before_an_error(python, files, tmp_path):
+    """They are shown when all went well, or with --debug."""
+    done = python('-c', NOTED, 'fails')
+    assert (done.returncode, done.stderr) == (2, 'prog: error: three\n')
+    for args in ([], ['fails', 'debug']):
+        done = python('-c', NOTED, *args)
+        assert 'prog: warning: one\nprog: warning: two\\x1b\n' in done.stderr, done.stderr
+    # a command of ours: a checkpoint whose names do not fit, then an image that cannot be read
+    folder = shutil.copytree(files / 'transformers', tmp_path / 'folder')
+    (folder / 'config.json').write_text('{"id2label": {"0": "one of ten"}}')
+    args = ['-m', 'pvt_timm', 'predict', '--checkpoint', folder, DIGIT]
+    done = python(*args)
+    assert done.returncode == 0 and 'left out 1 label names' in done.stderr
+    done = python(*args, files / 'text.png')
+    assert (done.returncode, done.stderr.count('\n')) == (2, 1) and done.stderr.startswith('pvt-timm: error: Cannot')
+
+
+INSPECT = 'weights_conversion inspect {files}/original.pth'
+
+
+@pytest.mark.parametrize('program, redirect, code, says', [
+    ('pvt_timm list', '>&-', 0, ''),
+    (INSPECT, '>&-', 0, ''),
+    (INSPECT, '>&- 2>&-', 0, ''),
+    (INSPECT, '>/dev/full', 2, 'No space left on device'),
+])
+def test_no_place_for_the_output(client_env, files, tmp_path, program, redirect, code, says):
+    """Streams that the shell has closed, and a full disk: no traceback."""
+    done = subprocess.run(
+        f'"{sys.executable}" -m {program.format(files=files)} {redirect}', shell=True, cwd=tmp_path, env=client_env,
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == code and says in done.stderr and done.stderr.count('\n') == bool(says), done.stderr
+    assert done.stdout == ''
 
 
 def test_closed_pipe(client_env, tmp_path):

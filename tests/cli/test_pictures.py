@@ -1,11 +1,15 @@
 """False colours: free of arbitrary signs, and right for levels too small or too flat to have colours."""
+import html
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pvt_timm.cli.detect import draw_detections, draw_segments
+from pvt_timm.cli.errors import clean
 from pvt_timm.cli.pictures import draw_pyramid, false_colour, pca
 
 
@@ -63,3 +67,31 @@ def test_sizes_are_height_by_width(tmp_path):
     text = (tmp_path / 'a.svg').read_text()
     for caption in ('96 × 160 pixels', '8 channels, 24 × 40', 'height × width'):
         assert caption in text, caption
+
+
+ODD_TEXT = ['a $ b', '$x^{', '$\\frac$ and $y$', '_underlined', 'a\nb\x1b[2J', '\\$5', 'x' * 100_000]
+
+
+def text_of(svg):
+    """Texts of a picture."""
+    return ' '.join(html.unescape(t) for t in re.findall('<!-- (.*?) -->', svg.read_text()))
+
+
+@pytest.mark.parametrize('text', ODD_TEXT)
+def test_text_from_elsewhere(text, tmp_path):
+    """Is no formula, is not left out, is one line, and does not make the picture wide."""
+    levels = [torch.randn(8, 16 // s, 16 // s) for s in (1, 2, 4, 8)]
+    draw_pyramid(Image.new('RGB', (64, 64)), levels, (64, 64), tmp_path / 'a.svg', text, text)
+    draw_pyramid(Image.new('RGB', (64, 64)), levels, (64, 64), tmp_path / 'a.png', text, text)
+    found = text_of(tmp_path / 'a.svg')
+    assert (text if text.isprintable() and len(text) < 60 else clean(text)[:60]) in found
+    boxes = [dict(name=text, score=0.9, box=[10, 10, 50, 50])]
+    classes = [dict(label=0, name=text, share=1)]
+    draw_detections(Image.new('RGB', (64, 64)), boxes, [], tmp_path / 'b.png')
+    draw_segments(Image.new('RGB', (64, 64)), torch.zeros(64, 64, dtype=torch.int), classes, [(255, 0, 0)],
+                  tmp_path / 'c.png')
+    for name in 'abc':
+        with Image.open(tmp_path / f'{name}.png') as image:
+            assert image.width < 4000 and image.height < 4000
+    with Image.open(tmp_path / 'c.png') as image:
+        assert image.width > image.height + 50  # the legend has the name

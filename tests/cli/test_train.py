@@ -139,6 +139,96 @@ def test_keeps_the_class_names(start, folder, tmp_path, dataset):
     assert timm.data.readers.class_map.load_class_map(str(folder / LABELS_FILE)) == class_to_idx
 
 
+@pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
+def test_keeps_odd_class_names(start, folder, tmp_path, dataset):
+    """What no line of a text file can hold."""
+    names = [' cat', 'cat ', 'a\nb', 'a\x0bb']
+    for name in names:
+        (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'data' / 'train' / name / '0.png')
+    start()
+    data = timm.data.create_dataset(dataset, root=str(tmp_path / 'data'), split='train', is_training=True)
+    class_to_idx = getattr(data, 'reader', data).class_to_idx
+    assert {name: i for i, name in enumerate(labels_beside(folder / 'last.pth.tar'))} == class_to_idx
+    assert sorted(class_to_idx) == sorted(names)
+
+
+def test_what_a_checkpoint_says_is_no_code_for_the_terminal(start, folder):
+    torch.save({'epoch': '\x1b[2J' + 'x' * 1000, 'state_dict': {}, 'optimizer': {}}, folder / 'last.pth.tar')
+    code, argv, err = start()
+    assert code == 0 and '\\x1b[2J' in err and '\x1b' not in err and len(err) < 600
+
+
+@pytest.mark.parametrize('kept, now, option', [
+    (dict(model='test_pvt', num_classes=3), ['--num-classes', 5], '--num-classes 3, now it is 5'),
+    (dict(num_classes=3), [], '--num-classes 3, now it is 10'),  # of the recipe
+    (dict(model='pvt_tiny', num_classes=10), [], '--model pvt_tiny, now it is test_pvt'),
+    (dict(model='pvt_tiny', num_classes=3), ['--model', 'pvt_tiny'], '--num-classes 3, now it is 1000'),  # by default
+    (dict(img_size=32), ['--img-size=64'], '--img-size 32, now it is 64'),
+    (dict(in_chans=1), ['--in-chans', 3], '--in-chans 1, now it is 3'),
+    (dict(model='\x1b[2J'), [], '\\x1b[2J'),
+])
+def test_does_not_go_on_with_another_model(start, folder, kept, now, option):
+    """train.py would end in a traceback, after the settings of the run were lost."""
+    (folder / 'settings.yaml').write_text('of the run')
+    torch.save({'epoch': 1, 'state_dict': {}, 'optimizer': {}, 'args': argparse.Namespace(**kept)},
+               folder / 'last.pth.tar')
+    code, argv, err = start(*now, config=None if '1000' in option else 'digits')
+    assert (code, argv, err.count('\n')) == (2, None, 1) and option in err and 'last.pth.tar' in err
+    assert (folder / 'settings.yaml').read_text() == 'of the run'
+
+
+@pytest.mark.parametrize('kept, now', [
+    (dict(model='test_pvt', num_classes=10), []), (dict(model='test_pvt', num_classes=10), ['--num-classes', 10]),
+    (dict(model='test_pvt.digits', num_classes=10, img_size=None, in_chans=None), ['--img-size', 32, '--in-chans', 3]),
+    (dict(model='pvt_tiny', num_classes=1000), ['--model', 'pvt_tiny.in1k', '--num-classes', 1000]),
+    (dict(num_classes='many', model=5), []), ({}, []),
+])
+def test_goes_on_with_the_same_model(start, folder, kept, now):
+    torch.save({'epoch': 1, 'state_dict': {}, 'optimizer': {}, 'args': argparse.Namespace(**kept)},
+               folder / 'last.pth.tar')
+    assert '--resume' in start(*now)[1]
+
+
+@pytest.mark.parametrize('text, says', [
+    ('experiment: 2024', "Expected text as experiment in x.yaml, got 2024: put it in quotes"),
+    ('experiment: 2024-01-01', 'datetime.date(2024, 1, 1): put it in quotes'),
+    ('output: [a]', "Expected text as output in x.yaml, got ['a']"),
+    ('device: 0', 'Expected text as device in x.yaml, got 0'),
+    ('device: "0"', "Expected a device such as cpu, cuda or cuda:1, got '0'"),
+    ('device: fridge', "got 'fridge'"),
+    ('amp_dtype: 16', 'Expected text as amp_dtype'),
+    ('model: 5', 'Expected text as model'),
+    ('resume: true', 'Expected text as resume'),
+    ('1: 2', 'got 1 as a name'), ('no: 2', 'got False as a name'),
+])
+def test_values_that_are_no_text(cli, script, tmp_path, monkeypatch, text, says):
+    monkeypatch.chdir(tmp_path)
+    Path('x.yaml').write_text(text)
+    more = [] if text.startswith('experiment') else ['--experiment', 'x']
+    assert says in cli('train', 'train.py', '--config', 'x.yaml', *more, fails=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['train.py', 'x.yaml']
+
+
+def test_text_in_quotes_and_none(start, tmp_path):
+    (tmp_path / 'x.yaml').write_text('experiment: "2024"\nresume:\ndevice:\nimg_size: [224, 192]\n')
+    assert main(['train', str(tmp_path / 'train.py'), '--config', str(tmp_path / 'x.yaml'), '--output',
+                 str(tmp_path / 'out')]) == 0
+    settings = yaml.safe_load((tmp_path / 'out' / '2024' / 'settings.yaml').read_text())
+    assert settings['experiment'] == '2024' and settings['img_size'] == [224, 192]
+
+
+def test_nothing_is_said_before_an_error(start, folder, monkeypatch):
+    """Neither what the machine has nor which checkpoints were passed over."""
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: False)
+    (folder / 'last.pth.tar').write_bytes(b'half a file')
+    save(folder / 'checkpoint-3.pth.tar', 3)
+    assert start(config='finetune')[2].count('\n') == 3
+    (folder / 'checkpoint-3.pth.tar').unlink()
+    code, argv, err = start(config='finetune')
+    assert (code, err.count('\n')) == (2, 1) and 'Cannot go on' in err
+
+
 @pytest.mark.parametrize('args, says', [
     (['none.py'], 'No such script'),
     (['train.py', '--config', 'digits'], '--experiment'),
