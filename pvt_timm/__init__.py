@@ -12,11 +12,13 @@ from .pvt import (
     pvt_tiny,
 )
 from .version import __version__
+from .weights import create_from_checkpoint
 
 __all__ = [
     'PyramidVisionTransformer',
     '__version__',
     'checkpoint_filter_fn',
+    'create_from_checkpoint',
     'fuse',
     'pvt_huge_v2',
     'pvt_large',

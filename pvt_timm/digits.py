@@ -19,13 +19,15 @@ from .pvt import TOP1, VARIANTS, PyramidVisionTransformer, _cfg, _create_pvt
 SEED = 0
 HELD_OUT_PER_LABEL = 36  # of 174 to 183, a fifth of all
 
-VARIANTS['test_pvt'] = dict(depths=(1, 2, 2, 1), embed_dims=(16, 32, 40, 64), num_heads=(1, 2, 5, 8))
+VARIANTS['test_pvt'] = dict(
+    img_size=32, depths=(1, 2, 2, 1), embed_dims=(16, 32, 40, 64), num_heads=(1, 2, 5, 8), sr_ratios=(4, 2, 1, 1),
+    mlp_ratios=(4., 4., 4., 4.))
 TOP1['test_pvt.digits'] = 99.2  # on the held-out digits
 
 default_cfgs = generate_default_cfgs({
     'test_pvt.digits': _cfg(
         file=str(Path(__file__).parent / 'weights' / 'test_pvt_digits.safetensors'),
-        num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0,
+        num_classes=10, input_size=(3, 32, 32), crop_pct=1.0,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         label_names=tuple(str(i) for i in range(10)),
         origin_url='https://archive.ics.uci.edu/dataset/80', paper_ids=None, paper_name=None,
@@ -35,8 +37,7 @@ default_cfgs = generate_default_cfgs({
 
 @register_model
 def test_pvt(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    model_args = dict(img_size=32, sr_ratios=(4, 2, 1, 1), mlp_ratios=(4., 4., 4., 4.))
-    return _create_pvt('test_pvt', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_pvt('test_pvt', pretrained=pretrained, **kwargs)
 
 
 test_pvt.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a test where it is imported

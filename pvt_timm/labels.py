@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Union
 
-__all__ = ['LABELS_FILE', 'labels_beside', 'labels_in', 'labels_text', 'read_labels']
+__all__ = ['LABELS_FILE', 'labels_beside', 'labels_in', 'labels_text', 'read_labels', 'write_labels']
 
 LABELS_FILE = 'class_names.txt'  # what `pvt-timm train` writes beside the checkpoints, also a --class-map of timm
 
@@ -110,3 +110,9 @@ def labels_beside(checkpoint: PathLike) -> Optional[List[str]]:
     """The names that `pvt-timm train` keeps beside its checkpoints, None if there are none."""
     file = Path(checkpoint).parent / LABELS_FILE
     return read_labels(file) if file.is_file() else None
+
+
+def write_labels(folder: Path, names: Sequence[str]) -> None:
+    """Write the names of classes beside a checkpoint, where `labels_beside` finds them. Nothing without names."""
+    if names:
+        (folder / LABELS_FILE).write_bytes(labels_text(names))

@@ -11,6 +11,7 @@ class token and no final norm, as in the original detection and segmentation cod
 32 pixels up: position embeddings, stored at the grid of `img_size`, are resized stage by stage.
 """
 import logging
+import re
 from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Union
 
@@ -32,7 +33,8 @@ try:  # timm >= 1.0.31 keeps construction arguments in step with `set_input_size
 except ImportError:
     update_model_input_size = None  # type: ignore[assignment]
 
-from .checkpoints import check_keys, fit_to_model, stage_grids
+from .formats.architecture import check_keys, stage_grids
+from .formats.mapping import fit_to_model
 from .sliced_mlp import SlicedMlp
 
 __all__ = ['PyramidVisionTransformer']
@@ -69,7 +71,7 @@ class Attention(nn.Module):
 
     def __init__(
             self, dim: int, num_heads: int = 8, sr_ratio: int = 1, qkv_bias: bool = True,
-            attn_drop: float = 0., proj_drop: float = 0.,
+            attn_drop: float = 0., proj_drop: float = 0., norm_eps: float = 1e-5,
             device: Any = None, dtype: Optional[torch.dtype] = None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -88,7 +90,7 @@ class Attention(nn.Module):
 
         self.sr_ratio = sr_ratio
         self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd) if sr_ratio > 1 else None
-        self.norm = nn.LayerNorm(dim, **dd) if sr_ratio > 1 else None  # eps 1e-5 here, unlike the block norms
+        self.norm = nn.LayerNorm(dim, eps=norm_eps, **dd) if sr_ratio > 1 else None
 
     def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
         B, N, C = x.shape
@@ -119,7 +121,7 @@ class Block(nn.Module):
 
     def __init__(
             self, dim: int, num_heads: int, sr_ratio: int = 1, mlp_ratio: float = 4., qkv_bias: bool = True,
-            proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0.,
+            proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0., sr_norm_eps: float = 1e-5,
             act_layer: Callable[..., nn.Module] = nn.GELU,
             norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-6),
             mlp_layer: Callable[..., nn.Module] = SlicedMlp,
@@ -127,7 +129,8 @@ class Block(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(dim, num_heads, sr_ratio, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        self.attn = Attention(
+            dim, num_heads, sr_ratio, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, norm_eps=sr_norm_eps, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
         self.norm2 = norm_layer(dim, **dd)
@@ -144,13 +147,13 @@ class PatchEmbed(nn.Module):
     """Non-overlapping patches to tokens. A remainder that does not fill a patch is dropped, as in the original."""
 
     def __init__(
-            self, patch_size: int, in_chans: int, embed_dim: int,
+            self, patch_size: int, in_chans: int, embed_dim: int, norm_eps: float = 1e-5,
             device: Any = None, dtype: Optional[torch.dtype] = None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
-        self.norm = nn.LayerNorm(embed_dim, **dd)  # eps 1e-5 here, unlike the block norms
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps, **dd)
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, int]]:
         x = self.proj(x)
@@ -166,7 +169,7 @@ class PyramidVisionTransformerStage(nn.Module):
     def __init__(
             self, in_chans: int, dim: int, depth: int, grid_size: Tuple[int, int], patch_size: int = 2,
             min_input_size: int = 1, class_token: bool = False, output_fmt: str = 'NCHW',
-            pos_drop: float = 0., drop_path: Union[List[float], float] = 0.,
+            pos_drop: float = 0., drop_path: Union[List[float], float] = 0., embed_norm_eps: float = 1e-5,
             block_fn: Callable[..., nn.Module] = Block,
             device: Any = None, dtype: Optional[torch.dtype] = None, **block_kwargs: Any):
         super().__init__()
@@ -178,13 +181,15 @@ class PyramidVisionTransformerStage(nn.Module):
         self.output_nchw = output_fmt == 'NCHW'
         self.grad_checkpointing = False
 
-        self.patch_embed = PatchEmbed(patch_size=patch_size, in_chans=in_chans, embed_dim=dim, **dd)
+        self.patch_embed = PatchEmbed(
+            patch_size=patch_size, in_chans=in_chans, embed_dim=dim, norm_eps=embed_norm_eps, **dd)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd)) if class_token else None
         num_tokens = self.num_prefix_tokens + grid_size[0] * grid_size[1]
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim, **dd))
         self.pos_drop = nn.Dropout(p=pos_drop)
         self.blocks = nn.ModuleList([block_fn(
-            dim, drop_path=drop_path[i] if isinstance(drop_path, list) else drop_path, **block_kwargs, **dd,
+            dim, drop_path=drop_path[i] if isinstance(drop_path, list) else drop_path, sr_norm_eps=embed_norm_eps,
+            **block_kwargs, **dd,
         ) for i in range(depth)])
 
     def set_grid_size(self, grid_size: Tuple[int, int]) -> None:
@@ -240,6 +245,8 @@ class PyramidVisionTransformer(nn.Module):
             drop_path_rate: float = 0.,
             act_layer: Optional[LayerType] = None,
             norm_layer: Optional[LayerType] = None,
+            norm_eps: Optional[float] = None,
+            embed_norm_eps: float = 1e-5,
             block_fn: Callable[..., nn.Module] = Block,
             mlp_layer: Callable[..., nn.Module] = SlicedMlp,
             weight_init: str = '',
@@ -257,6 +264,9 @@ class PyramidVisionTransformer(nn.Module):
             pos_drop_rate: Dropout rate after the position embeddings (the original's `drop_rate`).
             proj_drop_rate: Dropout rate after the attention projection and in the MLP (the original's `drop_rate`).
             norm_layer: Norm of the blocks and final norm (default LayerNorm with eps 1e-6).
+            norm_eps: Epsilon of `norm_layer`, its own if None.
+            embed_norm_eps: Epsilon of the norms in patch embeddings and spatial reductions: 1e-5 in the original code,
+                1e-6 in mmdetection.
             block_fn: Transformer block, called with tokens (B, N, C) and the size (H, W) of their grid.
             weight_init: '' for the original's initialisation, 'skip' for none.
         """
@@ -268,6 +278,8 @@ class PyramidVisionTransformer(nn.Module):
         output_fmt = output_fmt or ('NLC' if class_token else 'NCHW')
         assert output_fmt in ('NLC', 'NCHW') and weight_init in ('', 'skip')
         norm_layer = get_norm_layer(norm_layer) or partial(LayerNorm, eps=1e-6)
+        if norm_eps is not None:
+            norm_layer = partial(norm_layer, eps=norm_eps)
         act_layer = get_act_layer(act_layer) or nn.GELU
 
         self.num_classes = num_classes
@@ -287,7 +299,8 @@ class PyramidVisionTransformer(nn.Module):
         dpr = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stage_kwargs = dict(
             pos_drop=pos_drop_rate, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, qkv_bias=qkv_bias,
-            act_layer=act_layer, norm_layer=norm_layer, block_fn=block_fn, mlp_layer=mlp_layer, **dd)
+            act_layer=act_layer, norm_layer=norm_layer, embed_norm_eps=embed_norm_eps, block_fn=block_fn,
+            mlp_layer=mlp_layer, **dd)
         stages = []
         self.feature_info = []
         for i in range(num_stages):
@@ -474,17 +487,31 @@ def resize_pos_embeds(
 
 
 def checkpoint_filter_fn(
-        state_dict: Mapping[str, Any], model: Any, prefix: Optional[str] = None) -> Dict[str, torch.Tensor]:
+        state_dict: Mapping[str, Any], model: Any, num_stages: Optional[int] = None) -> Dict[str, torch.Tensor]:
     """ Map a PVT v1 checkpoint of any known format to `model`.
 
     Its classes and channels, not those of the tag, go into the `pretrained_cfg` that timm compares with the model, so
     that timm keeps a head that fits, leaves out another one, and adapts the first convolution from what is there.
+
+    Args:
+        num_stages: How many stages of the model are used, all if None. A checkpoint may lack the others, which keep
+            what they have.
     """
-    state_dict, info = fit_to_model(state_dict, model, prefix)
-    got, want = (info.depths, info.embed_dims), (tuple(model.depths), tuple(model.embed_dims))
-    if got != want:
-        raise ValueError(f'Expected depths, channels {want} ({find_variant(*want)}), got {got} ({find_variant(*got)}).')
-    state_dict = resize_pos_embeds(state_dict, info.grid_size, model.stages[0].grid_size, model.class_token)
+    state_dict, info, fmt = fit_to_model(state_dict, model)
+    there = len(info.depths)
+    got = info.depths, info.embed_dims
+    want = tuple(model.depths), tuple(model.embed_dims)
+    if there < (num_stages or len(model.depths)) or got != (want[0][:there], want[1][:there]):
+        raise ValueError(f'Expected depths, channels {_with_name(want)}, got {_with_name(got)}.')
+    class_row = info.class_row and model.class_token
+    state_dict = resize_pos_embeds(state_dict, info.grid_size, model.stages[0].grid_size, class_row)
+    for key, value in model.state_dict().items():
+        stage = re.match(r'stages\.(\d+)\.', key)
+        if stage and int(stage[1]) >= there:
+            state_dict[key] = value
+    if fmt == 'mmdet' and model.stages[0].patch_embed.norm.eps != 1e-6:
+        _logger.info('The weights are of mmdetection, whose norms have eps 1e-6: create the model with '
+                     'embed_norm_eps=1e-6 for its exact outputs.')
     cfg = getattr(model, 'pretrained_cfg', {})
     adapted = ['stages.0.patch_embed.proj.weight'] if info.in_chans != model.in_chans else []
     if update_model_input_size is None and info.in_chans != 3 and model.in_chans not in (1, 3):
@@ -499,7 +526,7 @@ def checkpoint_filter_fn(
 
 
 # What tells the variants apart. They share the sr_ratios and mlp_ratios.
-VARIANTS = {
+VARIANTS: Dict[str, Dict[str, Any]] = {
     'pvt_tiny': dict(depths=(2, 2, 2, 2), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
     'pvt_small': dict(depths=(3, 4, 6, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
     'pvt_medium': dict(depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
@@ -515,26 +542,41 @@ def find_variant(depths: Tuple[int, ...], embed_dims: Tuple[int, ...]) -> Option
     return next((k for k, v in VARIANTS.items() if (v['depths'], v['embed_dims']) == (depths, embed_dims)), None)
 
 
-def _create_pvt(variant: str, pretrained: bool = False, prefix: Optional[str] = None, **kwargs: Any) -> Any:
-    """ Create a model. `prefix` stands before the names of the backbone in a checkpoint that holds several. """
+def _with_name(sizes: Tuple[Tuple[int, ...], Tuple[int, ...]]) -> str:
+    """Depths and channels with the name of the variant that has them, for messages."""
+    name = find_variant(*sizes)
+    return f'{sizes} ({name})' if name else str(sizes)
+
+
+def _tag(pretrained_cfg: Any) -> Optional[str]:
+    """The tag of a `pretrained_cfg`, which timm allows to be a tag, an object or a dict."""
+    if isinstance(pretrained_cfg, dict):
+        return pretrained_cfg.get('tag')
+    return pretrained_cfg if isinstance(pretrained_cfg, str) else getattr(pretrained_cfg, 'tag', None)
+
+
+def _create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
     if kwargs.pop('output_stride', 32) != 32:
         raise ValueError(
             'PVT has output_stride 32 only: use a decoder for feature strides 4, 8, 16, 32, such as FPN or UPerNet.')
     kwargs = {**VARIANTS[variant], **kwargs}
+    if _tag(kwargs.get('pretrained_cfg')) == 'retinanet_coco':  # dense backbones that mmdetection trained
+        kwargs = {'class_token': False, 'embed_norm_eps': 1e-6, **kwargs}
+    feature_cfg = {'out_indices': tuple(range(len(kwargs['depths']))), **(kwargs.pop('feature_cfg', None) or {})}
+    num_stages = len(kwargs['depths'])
     if kwargs.get('features_only', False):
         kwargs = {'class_token': False, 'output_fmt': 'NCHW', **kwargs, 'num_classes': 0}
-    elif kwargs.get('pretrained_cfg') == 'retinanet_coco':  # dense backbones
-        kwargs.setdefault('class_token', False)
-    feature_cfg = {'out_indices': tuple(range(len(kwargs['depths']))), **(kwargs.pop('feature_cfg', None) or {})}
+        _, last = feature_take_indices(num_stages, kwargs.get('out_indices', feature_cfg['out_indices']))
+        num_stages = last + 1
     return build_model_with_cfg(
         PyramidVisionTransformer, variant, pretrained,
-        pretrained_filter_fn=partial(checkpoint_filter_fn, prefix=prefix),
+        pretrained_filter_fn=partial(checkpoint_filter_fn, num_stages=num_stages),
         feature_cfg=dict(feature_cfg, flatten_sequential=True), **kwargs)
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
     return {
-        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
         'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': False, 'min_input_size': (3, 32, 32),
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stages.0.patch_embed.proj', 'classifier': 'head',
@@ -553,7 +595,8 @@ def _in1k_cfg(name: str, revision: str = '') -> Dict[str, Any]:
 def _retinanet_cfg(name: str, run: str) -> Dict[str, Any]:
     return _cfg(
         url=f'https://download.openmmlab.com/mmdetection/v2.0/pvt/{name}/{name}_{run}.pth',
-        origin_url='https://github.com/open-mmlab/mmdetection/tree/main/configs/pvt', num_classes=0)
+        origin_url='https://github.com/open-mmlab/mmdetection/tree/main/configs/pvt', num_classes=0,
+        pool_size=(7, 7))
 
 
 default_cfgs = generate_default_cfgs({

@@ -21,17 +21,18 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .detection.fpn import PvtFpnBackbone, pvt_fpn_backbone
 from .detection.openmmlab import FPN, Checkpoint, from_openmmlab, to_openmmlab
+from .formats.names import Row
 
 __all__ = ['SemanticFpn', 'ade20k_classes', 'semantic_fpn', 'semantic_fpn_from_mmseg', 'segmenter_to_mmseg']
 
 Color = Tuple[int, ...]
 
 _TABLE = (
-    # ours                                             mmsegmentation and the original code
+    #   ours                                              mmsegmentation and the original code
     *FPN,
-    ('head.branches.{i}.{j}.0.weight',                 'decode_head.scale_heads.{i}.{j}.conv.weight'),
-    ('head.branches.{i}.{j}.1.{n}',                    'decode_head.scale_heads.{i}.{j}.bn.{n}'),
-    ('head.classifier.{p}',                            'decode_head.conv_seg.{p}'),
+    Row('head.branches.{i}.{j}.0.weight',                 'decode_head.scale_heads.{i}.{j}.conv.weight'),
+    Row('head.branches.{i}.{j}.1.{n}',                    'decode_head.scale_heads.{i}.{j}.bn.{n}'),
+    Row('head.classifier.{p}',                            'decode_head.conv_seg.{p}'),
 )
 
 

@@ -1,4 +1,5 @@
 """ The command line: `python -m weights_conversion`, also `pvt-convert`. """
+import argparse
 import functools
 import json
 import signal
@@ -9,76 +10,115 @@ from huggingface_hub.utils import disable_progress_bars, logging
 
 from pvt_timm.cli.errors import Parser, run_command
 from pvt_timm.files import MAX_BYTES
+from pvt_timm.weights import PARTS
 
-from .converter import DTYPES, convert, inspect
-from .reading import PARTS
-from .targets import WRITERS
+from .converter import DTYPES, TARGETS, convert, inspect
 from .upload import check_repo, publish, push
 
 __all__ = ['main']
 
-
-def _parser(command: str) -> Parser:
-    parser = Parser(
-        prog=f'pvt-convert {command}'.rstrip(),
-        description={
-            'inspect': 'Show what a PVT v1 checkpoint is.',
-            'publish': 'Convert the public PVT v1 checkpoints to timm and upload them to the Hugging Face Hub.',
-        }.get(command, 'Convert any PVT v1 checkpoint to timm, or to the formats of the original code, transformers '
-                       'and mmdetection.'),
-        epilog='' if command else '`pvt-convert inspect SOURCE` shows what a checkpoint is and writes nothing. '
-                                  '`pvt-convert publish --to OWNER` converts and uploads all public checkpoints.')
-    add = parser.add_argument
-    if command == 'publish':
-        add('--to', metavar='OWNER', required=True, help='user or organisation on the hub')
-        add('--only', metavar='NAME', nargs='+', default=[], help='some of them, e.g. pvt_small.in1k')
-        add('--output', '-o', metavar='DIR', default='published', help='where to write the folders (%(default)s)')
-        add('--measured', metavar='FILE', help='results of benchmarks/training/imagenet.py, for the cards')
-    else:
-        add('source', metavar='SOURCE', help='file, folder, http(s) url, or hf-hub:owner/repo[@revision][:file]')
-        add('--model', metavar='NAME', help='fail unless the checkpoint is of this model, e.g. pvt_small')
-        add('--no-ema', dest='use_ema', action='store_false',
-            help='take the plain weights where the file also holds averaged ones, which are preferred')
-        add('--prefix', help='what stands before the names of the weights, where the file holds several backbones')
-        add('--source-size', metavar='N', type=int, nargs='+',
-            help='image size (or height and width) of the position embeddings, if they do not tell')
-        add('--labels', metavar='FILE', help='names of the classes, one a line or JSON')
-        add('--sha256', metavar='HEX', help='refuse a file with another hash (8 to 64 digits)')
-        add('--max-bytes', metavar='N', type=int, default=MAX_BYTES,
-            help=f'refuse larger files (default: {MAX_BYTES / 1e9:.1f} GB)')
-    if not command:
-        add('--output', '-o', metavar='DIR', required=True, help='folder to write')
-        add('--to', choices=list(WRITERS), default='timm', help='target format (default: timm)')
-        add('--drop', metavar='PART', nargs='+', choices=PARTS, default=[], help=f'leave out {", ".join(PARTS)}')
-        add('--num-classes', metavar='N', type=int, help='0 leaves out the head')
-        add('--img-size', metavar='N', type=int, nargs='+',
-            help='resize the position embeddings to this image size (or height and width)')
-        add('--dtype', choices=DTYPES, help='cast the weights')
-        add('--verify', action='store_true',
-            help="compare outputs with the source's own implementation, fail if they differ")
-        add('--force', action='store_true', help='replace files of the same names in the folder, others stay')
-        add('--push', metavar='OWNER/REPO', help='upload the output to the Hugging Face Hub')
-    if command != 'inspect':
-        add('--private', action='store_true', help='make an uploaded repository private')
-        add('--dry-run', action='store_true', help='write the output, only show what would be uploaded')
-    add('--debug', action='store_true', help='show where an error comes from, before its one line')
-    add('--json', action='store_true', help='print the report as JSON')
-    add('--quiet', '-q', action='store_true', help='no progress bar and no report')
-    return parser
+COMMANDS = ('convert', 'inspect', 'publish')
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line. Returns the exit code: 0, or 2 after one line on stderr that says what was wrong."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    command = argv[0] if argv and argv[0] in ('inspect', 'publish') else ''
-    args = vars(_parser(command).parse_args(argv[bool(command):]))
+    if not argv or argv[0] not in (*COMMANDS, '-h', '--help'):
+        argv = ['convert', *argv]
+    args = vars(_parser().parse_args(argv))
+    run = args.pop('run')
     logging.set_verbosity_error()  # not a line per attempt
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     as_json, quiet, debug = args.pop('json'), args.pop('quiet'), args.pop('debug')
     if quiet:
         disable_progress_bars()
-    run = {'': _convert, 'inspect': _inspect, 'publish': _publish}[command]
     return run_command('pvt-convert', lambda: run(args, as_json, quiet), debug)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog='pvt-convert',
+        description='Convert any PVT v1 checkpoint to timm, or to the formats of the original code, transformers and '
+                    'mmdetection.',
+        epilog='`pvt-convert SOURCE ...` is the same as `pvt-convert convert SOURCE ...`.')
+    commands = parser.add_subparsers(metavar='COMMAND', title='commands', required=True)
+    printing = _printing_options()
+    reading = _reading_options()
+    uploading = _uploading_options()
+
+    command = commands.add_parser(
+        'convert', help='convert a checkpoint (the default)', parents=[reading, uploading, printing],
+        description='Convert any PVT v1 checkpoint to timm, or to the formats of the original code, transformers and '
+                    'mmdetection.')
+    _add_convert_options(command)
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser(
+        'inspect', help='show what a checkpoint is, write nothing', parents=[reading, printing],
+        description='Show what a PVT v1 checkpoint is. Nothing is written.')
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser(
+        'publish', help='convert and upload all public checkpoints', parents=[uploading, printing],
+        description='Convert the public PVT v1 checkpoints to timm and upload them to the Hugging Face Hub.')
+    _add_publish_options(command)
+    command.set_defaults(run=_publish)
+    return parser
+
+
+def _printing_options() -> Parser:
+    parser = Parser(add_help=False)
+    parser.add_argument('--debug', action='store_true', help='show where an error comes from, before its one line')
+    parser.add_argument('--json', action='store_true', help='print the report as JSON')
+    parser.add_argument('--quiet', '-q', action='store_true', help='no progress bar and no report')
+    return parser
+
+
+def _reading_options() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add('source', metavar='SOURCE', help='file, folder, http(s) url, or hf-hub:owner/repo[@revision][:file]')
+    add('--model', metavar='NAME', help='fail unless the checkpoint is of this model, e.g. pvt_small')
+    add('--no-ema', dest='use_ema', action='store_false',
+        help='take the plain weights where the file also holds averaged ones, which are preferred')
+    add('--prefix', help='what stands before the names of the weights, where the file holds several backbones')
+    add('--source-size', metavar='N', type=int, nargs='+',
+        help='image size (or height and width) of the position embeddings, if they do not tell')
+    add('--labels', metavar='FILE', help='names of the classes, one a line or JSON')
+    add('--sha256', metavar='HEX', help='refuse a file with another hash (8 to 64 digits)')
+    add('--max-bytes', metavar='N', type=int, default=MAX_BYTES,
+        help=f'refuse larger files (default: {MAX_BYTES / 1e9:.1f} GB)')
+    return parser
+
+
+def _uploading_options() -> Parser:
+    parser = Parser(add_help=False)
+    parser.add_argument('--private', action='store_true', help='make an uploaded repository private')
+    parser.add_argument('--dry-run', action='store_true', help='write the output, only show what would be uploaded')
+    return parser
+
+
+def _add_convert_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--output', '-o', metavar='DIR', required=True, help='folder to write')
+    add('--to', choices=TARGETS, default='timm', help='target format (default: timm)')
+    add('--drop', metavar='PART', nargs='+', choices=PARTS, default=[], help=f'leave out {", ".join(PARTS)}')
+    add('--num-classes', metavar='N', type=int, help='0 leaves out the head')
+    add('--img-size', metavar='N', type=int, nargs='+',
+        help='resize the position embeddings to this image size (or height and width)')
+    add('--dtype', choices=DTYPES, help='cast the weights')
+    add('--verify', action='store_true',
+        help="compare outputs with the source's own implementation, fail if they differ")
+    add('--force', action='store_true', help='replace files of the same names in the folder, others stay')
+    add('--push', metavar='OWNER/REPO', help='upload the output to the Hugging Face Hub')
+
+
+def _add_publish_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--to', metavar='OWNER', required=True, help='user or organisation on the hub')
+    add('--only', metavar='NAME', nargs='+', default=[], help='some of them, e.g. pvt_small.in1k')
+    add('--output', '-o', metavar='DIR', default='published', help='where to write the folders (%(default)s)')
+    add('--measured', metavar='FILE', help='results of benchmarks/training/imagenet.py, for the cards')
 
 
 def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:

@@ -1,25 +1,28 @@
 """ The conversion itself: choose, resize, cast, write. """
 import shutil
 from dataclasses import replace
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from timm.models import get_pretrained_cfg
 
-from pvt_timm.checkpoints import StateDict, describe, drop_parts, from_timm
 from pvt_timm.cli.errors import clean
 from pvt_timm.files import PathLike
+from pvt_timm.formats import FORMATS
+from pvt_timm.formats.architecture import Architecture, describe
+from pvt_timm.formats.mapping import from_timm
 from pvt_timm.pvt import resize_pos_embeds
+from pvt_timm.weights import PARTS, Size, Weights, check_size, read_weights
 
 from . import verification
+from .card import write_card
 from .output import KEPT_SOURCE, check_output, files_in, new_files
-from .reading import PARTS, POS_EMBED, Size, Weights, check_size, read_weights
-from .report import Report, trace
-from .targets import WRITERS, write_card
+from .report import Report
 
-__all__ = ['DTYPES', 'convert', 'inspect']
+__all__ = ['DTYPES', 'TARGETS', 'convert', 'inspect']
 
 DTYPES = ('float32', 'float16', 'bfloat16')
+TARGETS = tuple(name for name, fmt in FORMATS.items() if fmt.is_target)
 
 
 def inspect(source: PathLike, **options: Any) -> Report:
@@ -27,7 +30,7 @@ def inspect(source: PathLike, **options: Any) -> Report:
 
     Args:
         source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
-        options: Those of `reading.read_weights`.
+        options: Those of `pvt_timm.weights.read_weights`.
     """
     with read_weights(source, **options) as weights:
         return Report(weights)
@@ -63,7 +66,7 @@ def convert(
         force: Replace files of the same names in a folder that is not empty. Nothing else in it is touched.
         keep_source: Also copy the source file into the folder `source` of the output.
         about: Text of the model card before the table of provenance, None for what loads it.
-        options: How to read the checkpoint, those of `reading.read_weights`.
+        options: How to read the checkpoint, those of `pvt_timm.weights.read_weights`.
 
     Raises:
         ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for. A
@@ -71,31 +74,26 @@ def convert(
         OSError: Something cannot be read or written.
         Exception: What the clients raise where something cannot be downloaded.
     """
-    for value, known in ((to, WRITERS), (dtype, (None, *DTYPES)), *((part, PARTS) for part in drop)):
+    for value, known in ((to, TARGETS), (dtype, (None, *DTYPES)), *((part, PARTS) for part in drop)):
         if value not in known:  # an int8 would be cast to, an unknown part left alone
-            raise ValueError(f'Expected one of {tuple(known)}, got {value!r}.')
+            raise ValueError(f'Expected one of {known}, got {value!r}.')
     new_size = check_size(img_size)
     path = check_output(output, force)
 
     with read_weights(source, **options) as weights:
-        report = Report(weights, to)
         if num_classes not in (None, 0, weights.info.num_classes):
             raise ValueError(
                 f'Expected num_classes 0 or {weights.info.num_classes}, which the head has, got {num_classes}. '
                 f'A new head is made by timm.create_model(..., num_classes={num_classes}).')
         if num_classes == 0:
             drop = [*drop, 'head']
-        target = _choose(weights, to, [part for part in PARTS if part in drop], new_size, dtype, report)
+        target = _choose(weights, to, [part for part in PARTS if part in drop], new_size, dtype)
         tensors, written = (target.for_model(), None) if to == 'timm' else from_timm(target.state_dict, to)
-        report.mapped = trace(weights.converted.mapped, written)
-        report.dropped.update({name: 'asked for with --drop' for timm, sources in weights.converted.mapped
-                               if not target.state_dict.keys() & set(timm) for name in sources})
-        report.dtype = target.dtype_name()
-        report.preprocessing['input_size'] = target.cfg['input_size']
+        report = Report(weights, target, to, written)
 
         with new_files(path, force, weights.source.files) as folder:
             try:
-                WRITERS[to](folder, target, tensors)
+                FORMATS[to].write(folder, target, tensors)
             except (RuntimeError, OSError) as e:  # torch reports a full disk by the first one
                 raise OSError(f'Cannot write to {path.parent}: {clean(e, 200)}') from e
             if keep_source:
@@ -115,73 +113,61 @@ def convert(
 
 def _choose(
         weights: Weights, to: str, drop: List[str], size: Optional[Tuple[int, int]], dtype: Optional[str],
-        report: Report,
 ) -> Weights:
-    """What is to be written."""
-    cfg = dict(weights.cfg)
-    if report.known:  # else it is not ours to say
-        default: Any = get_pretrained_cfg(report.known)
-        cfg = {'license': default.license, 'origin_url': default.origin_url, **cfg}
-    trained_size = cfg['input_size'][1:]
-    if to == 'transformers' and size is None and [n // 4 for n in trained_size] != list(weights.info.grid_size):
-        size = trained_size
-        report.notes.append('the images that the model was trained with have another size than its position '
-                            'embeddings, which transformers does not allow')
-    state_dict = _take_parts(weights, to, drop, report)
-    info = describe(state_dict, weights.info.img_size)
+    """What is to be written, with notes on what is changed."""
+    fmt, info = FORMATS[to], weights.info
+    for part in ('class_token', 'norm'):
+        if part in drop and info.num_classes and 'head' not in drop:
+            raise ValueError(f'The head was trained on what the {part} gives: leave out both with --drop {part} head.')
+    notes = [*weights.notes, *fmt.check_parts(weights, drop)]
+    if size is None:
+        size = fmt.required_size(weights)
+        if size:
+            notes.append(f'the images that the model was trained with have another size than its position embeddings, '
+                         f'which {to} does not allow')
+    state_dict, changes = fmt.take_parts(weights, drop)
+    notes += changes
+    info = describe(state_dict, info.img_size)
+    preprocessing = dict(weights.preprocessing)
     if size:
-        grid = size[0] // 4, size[1] // 4
+        grid = size[0] // info.patch_size, size[1] // info.patch_size
         state_dict = resize_pos_embeds(state_dict, info.grid_size, grid, info.class_row)
-        report.notes.append('position embeddings resized (bilinear) from the grid of {}x{} to that of {}x{} images'
-                            .format(*info.img_size, *size))
-        info, cfg['input_size'] = replace(info, grid_size=grid), (info.in_chans, *size)
-    if to == 'transformers' and info.grid_size[0] != info.grid_size[1]:
-        raise ValueError(f'The transformers format holds square images only, got {info.img_size}: say --img-size N.')
-    if dtype and dtype != report.dtype:
-        state_dict = {k: _cast(k, v, getattr(torch, dtype)) for k, v in state_dict.items()}
-        report.notes.append(f'cast from {report.dtype} to {dtype}')
+        notes.append('position embeddings resized (bilinear) from the grid of {}x{} to that of {}x{} images'
+                     .format(*info.img_size, *size))
+        info = replace(info, grid_size=grid)
+        preprocessing['input_size'] = (info.in_chans, *size)
+    fmt.check_size(info.img_size)
+    if dtype and dtype != weights.dtype_name():
+        state_dict = {key: _cast(key, value, getattr(torch, dtype)) for key, value in state_dict.items()}
+        notes.append(f'cast from {weights.dtype_name()} to {dtype}')
         info = replace(info, dtype=getattr(torch, dtype))
-    if not info.num_classes:
-        cfg.pop('label_names', None)
-    return replace(weights, state_dict=state_dict, info=info, cfg=cfg)
+    return replace(
+        weights,
+        state_dict=state_dict,
+        info=info,
+        args=_args_of(weights, info),
+        preprocessing=preprocessing,
+        label_names=weights.label_names if info.num_classes else [],
+        problem_type=weights.problem_type if info.num_classes else None,
+        origin=_origin(weights),
+        notes=notes,
+    )
 
 
-def _take_parts(weights: Weights, to: str, drop: List[str], report: Report) -> StateDict:
-    """The parts that the target holds."""
-    info, have = weights.info, weights.parts
-    if to == 'mmdet' and weights.has_bare_row:
-        have = ['class_token', *have]  # its row is still there
-    left = [part for part in have if part not in drop]
-    cure = f'leave them out with --drop {" ".join(have)}.'
-    if to == 'mmdet' and left:
-        raise ValueError(f'The mmdet format has no place for {", ".join(left)}: {cure}')
-    if to == 'transformers' and not {'class_token', 'norm'} <= set(left):
-        raise ValueError('The transformers format needs a class token and a final norm, nothing is made up.')
-    pool = weights.model_args.get('global_pool')
-    if pool and 'head' in left and to == 'transformers':
-        raise ValueError(f'The head takes global_pool={pool!r}, transformers always the class token: --drop head.')
-    if pool and 'head' in left and to == 'original':
-        report.notes.append(f'the head was trained with global_pool={pool!r}, the original code takes the class token')
-    if to == 'original' and (
-            ('class_token' in left) != ('norm' in left) or 'head' in left and 'class_token' not in left):
-        raise ValueError(
-            f'The original format holds class token and norm together or neither, and a head only with them, this '
-            f'would be {", ".join(left)}: {cure}')
-    if 'norm' in drop and 'head' in left:
-        raise ValueError('The head takes what the norm gives: leave out both with --drop norm head.')
+def _args_of(weights: Weights, info: Architecture) -> Dict[str, Any]:
+    """The arguments of the model without those that only mean something for what was left out."""
+    args = dict(weights.args)
+    if not (info.class_token and info.norm) and args.get('global_pool') != '':
+        args.pop('global_pool', None)
+    return args
 
-    state_dict = drop_parts(weights.state_dict, [part for part in drop if part != 'class_token'])
-    pos_embed = state_dict[POS_EMBED]
-    if to == 'original' and not info.class_row:
-        state_dict[POS_EMBED] = torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], 1)
-        report.notes.append(
-            'pos_embed4 has a row of zeros at the place of the class token: the original format wants the row, this '
-            'checkpoint has none, and the dense models of the original cut it away unread')
-    elif to == 'original' and 'class_token' in drop:
-        state_dict.pop('stages.3.cls_token', None)  # its position row stays, as in the original's dense checkpoints
-    elif 'class_token' in drop:
-        state_dict = drop_parts(state_dict, ['class_token'], info.class_row)
-    return state_dict
+
+def _origin(weights: Weights) -> Dict[str, str]:
+    """License and origin: what is said about the weights, else what is published with a public file."""
+    if weights.source.known is None:
+        return weights.origin
+    cfg: Any = get_pretrained_cfg(weights.source.known)
+    return {'license': cfg.license, 'origin_url': cfg.origin_url, **weights.origin}
 
 
 def _cast(key: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

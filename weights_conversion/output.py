@@ -8,8 +8,8 @@ from typing import Dict, Iterator, Sequence
 
 from pvt_timm.files import PathLike, checkpoints_among, find_checkpoint
 from pvt_timm.labels import LABELS_FILE
+from pvt_timm.sources import NEIGHBOURS
 
-from .sources import NEIGHBOURS
 
 __all__ = ['KEPT_SOURCE', 'check_output', 'files_in', 'new_files']
 

@@ -3,39 +3,57 @@ import re
 from collections import Counter
 from typing import Any, Dict, List, Optional
 
-from pvt_timm.checkpoints import Pairs
 from pvt_timm.cli.errors import clean
-
-from .reading import Weights
+from pvt_timm.formats.names import NamePairs
+from pvt_timm.weights import Weights
 
 __all__ = ['Report', 'trace']
 
 
 class Report:
-    """Account of an inspection or conversion. `--json` prints its attributes."""
+    """Account of an inspection or conversion. `--json` prints its attributes.
 
-    def __init__(self, weights: Weights, to: Optional[str] = None):
-        source, converted, info = weights.source, weights.converted, weights.info
+    What is said about the model, its images and its classes is what was written, or what is there if nothing was.
+    """
+
+    def __init__(
+            self, weights: Weights, target: Optional[Weights] = None, to: Optional[str] = None,
+            written: Optional[NamePairs] = None):
+        """
+        Args:
+            weights: The source.
+            target: What is written, None if nothing is.
+            to: The format that it is written in.
+            written: Pairs of (names in that format, timm's names), None if they are the same.
+        """
+        source, converted = weights.source, weights.converted
+        what = target or weights
         self.source = clean(source.name)  # where the checkpoint came from, without credentials
         self.file = clean(source.file.name)
         self.bytes = source.file.stat().st_size
         self.sha256 = source.sha256
         self.known = source.known  # pretrained tag whose public file it is
-        self.format = converted.format  # 'timm', 'timm_features', 'original', 'transformers' or 'mmdet'
+        self.format = converted.format  # key of `FORMATS`
         self.wrappers = tuple(map(clean, converted.wrappers))  # keys that were opened to reach the weights
         self.prefix = clean(converted.prefix)  # what stood before every name
-        self.variant = weights.variant
-        self.num_classes = info.num_classes
-        self.in_chans = info.in_chans
-        self.img_size = info.img_size  # of the position embeddings
-        self.parts = weights.parts
-        self.dtype = weights.dtype_name()  # as written
-        self.preprocessing = {k: weights.cfg[k] for k in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')}
-        self.labels = len(weights.cfg.get('label_names', ()))  # number of class names that came with it
-        self.parameters = sum(v.numel() for v in weights.state_dict.values())
-        self.mapped = trace(converted.mapped)
+        self.variant = what.variant
+        self.model_args = what.model_args  # arguments of the timm model that differ from its defaults
+        self.num_classes = what.info.num_classes
+        self.problem_type = what.problem_type
+        self.in_chans = what.info.in_chans
+        self.img_size = what.info.img_size  # of the position embeddings
+        self.parts = what.parts
+        self.dtype = what.dtype_name()
+        self.preprocessing = dict(what.preprocessing)
+        self.labels = len(what.label_names)  # number of class names
+        self.parameters = sum(v.numel() for v in what.state_dict.values())
+        self.mapped = trace(converted.mapped, written)
         self.dropped = {clean(k): clean(v) for k, v in converted.dropped.items()}  # key or group to the reason
-        self.notes = list(weights.notes)  # what is odd about the source, and what was changed
+        if target is not None:
+            for timm, names in converted.mapped:
+                if not target.state_dict.keys() & set(timm):
+                    self.dropped.update({clean(name): 'asked for with --drop' for name in names})
+        self.notes = [clean(note, 500) for note in what.notes]  # what is odd about the source, and what was changed
         self.to = to  # target format, None if nothing was converted
         self.output: Optional[str] = None
         self.files: Dict[str, int] = {}  # name to bytes of what was written
@@ -43,43 +61,55 @@ class Report:
 
     def to_text(self) -> str:
         """A summary and a table of what became of the keys."""
-        pre = self.preprocessing
+        images = self.preprocessing
+        size = 'x'.join(map(str, images['input_size'][1:]))
+        wrapped = f', in {" > ".join(self.wrappers)}' if self.wrappers else ''
+        prefixed = f', names start with {self.prefix!r}' if self.prefix else ''
+        args = ', '.join(f'{name}={value!r}' for name, value in self.model_args.items())
         rows = [
             ('source', self.source),
             ('file', f'{self.file}, {self.bytes:,} bytes'),
             ('sha256', self.sha256 + (f' ({self.known})' if self.known else '')),
-            ('format', self.format + (f', in {" > ".join(self.wrappers)}' if self.wrappers else '')
-             + (f', names start with {self.prefix!r}' if self.prefix else '')),
-            ('model', f'{self.variant}, {self.parameters:,} values, {self.dtype}'),
+            ('format', f'{self.format}{wrapped}{prefixed}'),
+            ('model', f'{self.variant}, {self.parameters:,} values, {self.dtype}' + (f', {args}' if args else '')),
             ('input', f'{self.in_chans} channels, position embeddings for {self.img_size[0]}x{self.img_size[1]}'),
-            ('images', f'{"x".join(map(str, pre["input_size"][1:]))}, crop_pct {pre["crop_pct"]:g}, '
-                       f'{pre["interpolation"]}, mean {list(pre["mean"])}, std {list(pre["std"])}'),
+            ('images', f'{size}, crop_pct {images["crop_pct"]:g}, {images["interpolation"]}, '
+                       f'mean {list(images["mean"])}, std {list(images["std"])}'
+                       + (f', crop_mode {images["crop_mode"]}' if images['crop_mode'] != 'center' else '')),
             ('parts', f'{", ".join(self.parts) or "backbone only"}; {self.num_classes} classes, '
-                      f'{self.labels} label names'),
+                      f'{self.labels} label names' + (f', {self.problem_type}' if self.problem_type else '')),
             *(('note', note) for note in self.notes),
-            *([('written', f'{self.to} format: {self.output}')] if self.output else []),
-            *(('', f'{name}, {size:,} bytes') for name, size in self.files.items()),
         ]
-        lines = [f'{k:<8} {clean(v)}' for k, v in rows]
-        wide = max((len(clean(row['from'], 90)) for row in self.mapped), default=0)
-        lines += [f'\n{"from":<{wide}}  count  to'] if self.mapped else []
-        lines += [f'{clean(row["from"], 90):<{wide}}  {row["count"]:>5}  {clean(row["to"], 160)}'
-                  for row in self.mapped]
+        if self.output:
+            rows.append(('written', f'{self.to} format: {self.output}'))
+        rows += [('', f'{name}, {size:,} bytes') for name, size in self.files.items()]
+        lines = [f'{name:<8} {clean(value, 500)}' for name, value in rows]
+        lines += self._table()
         lines += ['\ndropped'] if self.dropped else []
-        lines += [f'{clean(k, 90):<45} {clean(why, 100)}' for k, why in self.dropped.items()]
+        lines += [f'{clean(key, 90):<45} {clean(why, 100)}' for key, why in self.dropped.items()]
         check = self.verification
         if check:
             lines += [f'\nverified against {check["reference"]} in float64: passed (tolerance {check["tolerance"]:g})',
-                      f'{"largest difference":<24} {"as it ships":>12} {"original eps":>13}']
+                      f'{"largest difference":<24} {"as it ships":>12} {"our eps":>13}']
             lines += [f'{name:<24} {a:>12.1e} {b:>13.1e}' for name, (a, b) in check['differences'].items()]
         return '\n'.join(lines)
 
+    def _table(self) -> List[str]:
+        """A line per kind of parameter: its name in the source, how many there are, and its name in the target."""
+        if not self.mapped:
+            return []
+        width = max(len(clean(row['from'], 90)) for row in self.mapped)
+        return [
+            f'\n{"from":<{width}}  count  to',
+            *(f'{clean(row["from"], 90):<{width}}  {row["count"]:>5}  {clean(row["to"], 160)}' for row in self.mapped),
+        ]
 
-# what runs: the stage, the block, weight and bias
-_RUNS = re.compile(r'(?<!ffn\.layers\.)\b\d+\b|(?<=block)\d+|(?<=embed)\d+|(?<=stages_)\d+|(?:weight|bias)$')
+
+# What differs between parameters of one kind: the stage, the block, weight and bias
+_NUMBERS = re.compile(r'(?<!ffn\.layers\.)\b\d+\b|(?<=block)\d+|(?<=embed)\d+|(?<=stages_)\d+|(?:weight|bias)$')
 
 
-def trace(read: Pairs, written: Optional[Pairs] = None) -> List[Dict[str, Any]]:
+def trace(read: NamePairs, written: Optional[NamePairs] = None) -> List[Dict[str, Any]]:
     """Follow parameters from source to target, which has timm's names if nothing else was `written`.
 
     Returns:
@@ -87,7 +117,13 @@ def trace(read: Pairs, written: Optional[Pairs] = None) -> List[Dict[str, Any]]:
         'count'. What the target does not have is left out.
     """
     sources = {name: source for timm, source in read for name in timm}
-    links = [(dict.fromkeys(s for name in timm for s in sources.get(name, ())), target)
-             for target, timm in written or [(timm, timm) for timm, _ in read]]
-    rows = Counter(tuple(' + '.join(_RUNS.sub('*', name) for name in side) for side in link) for link in links)
+    links = [(timm, timm) for timm, _ in read] if written is None else written
+    rows: Counter = Counter()
+    for target, timm in links:
+        origins = dict.fromkeys(source for name in timm for source in sources.get(name, ()))
+        rows[_kind(origins), _kind(target)] += 1
     return [{'from': source, 'to': target, 'count': count} for (source, target), count in rows.items()]
+
+
+def _kind(names: Any) -> str:
+    return ' + '.join(_NUMBERS.sub('*', name) for name in names)

@@ -15,11 +15,11 @@ from timm.models import get_pretrained_cfg
 from pvt_timm.files import PathLike, save_atomically
 from pvt_timm.labels import LABELS_FILE
 from pvt_timm.pvt import TOP1, VARIANTS
+from pvt_timm.sources import NEIGHBOURS, SHA256
 
+from .card import CARDS
 from .converter import convert
 from .output import KEPT_SOURCE, files_in
-from .sources import NEIGHBOURS, SHA256
-from .targets import CARDS
 
 __all__ = ['check_repo', 'publish', 'push']
 

@@ -20,7 +20,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _MAKE = '''
 import sys, torch, timm, pvt_timm
 from safetensors.torch import save_file
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.formats.mapping import from_timm
 torch.manual_seed(0)
 model = timm.create_model('pvt_large')
 torch.save(from_timm(model.state_dict(), 'original')[0], sys.argv[1] + '/original.pth')
@@ -52,7 +52,7 @@ print(json.dumps({'work': time.perf_counter() - start}))
 '''
 _CHECK = '''
 import sys, torch
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.formats.mapping import from_timm
 from pvt_timm.files import read_checkpoint
 source, target, fmt = sys.argv[1:]
 found, expected = from_timm(read_checkpoint(target), fmt)[0], read_checkpoint(source)

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import timm  # noqa: E402
 import pvt_timm  # noqa: E402
-from pvt_timm.checkpoints import from_timm  # noqa: E402
-from weights_conversion.verification import import_original  # noqa: E402
+from pvt_timm.formats.mapping import from_timm  # noqa: E402
+from pvt_timm.formats.original import import_original  # noqa: E402
 
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # What is allowed between the logits of a contender and those of the original algorithm in float32, of size 1 to 2

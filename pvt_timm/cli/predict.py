@@ -18,11 +18,10 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
-from weights_conversion.reading import read_weights
-
 from ..files import save_atomically
 from ..labels import labels_in, read_labels
-from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, checkpoint_filter_fn
+from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer
+from ..weights import read_weights
 from .errors import EXPECTED, clean, one_line
 from .pictures import draw_pyramid
 
@@ -42,6 +41,7 @@ class Classifier:
     name: str  # model and tag, or model and name of the file or folder
     data: Dict[str, Any]  # timm's data config (input_size, mean, std, interpolation, crop_pct...)
     labels: List[str]  # name of every class, none for a backbone without a head
+    multi_label: bool = False  # whether every class has a probability of its own
 
 
 def load_model(
@@ -66,15 +66,18 @@ def load_model(
         raise ValueError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
     kwargs: Dict[str, Any] = dict(class_token=False, num_classes=0, global_pool='avg') if dense else {}
     notes: List[str] = []
+    multi_label = False
     if checkpoint is None:
         name, network = _load_published(model or DEFAULT_MODEL, kwargs)
     else:
         with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
-            network = weights.create_model(pretrained_cfg_overlay=weights.cfg, **kwargs)
-            network.load_state_dict(checkpoint_filter_fn(weights.state_dict, network))
+            network = weights.create_model(**kwargs)
             name, notes = f'{weights.variant} from {Path(weights.source.name).name}', weights.notes
+            multi_label = weights.multi_label
     if not dense and not network.num_classes:
         raise ValueError(f'{name} {_NO_HEAD}')
+    if not dense and network.global_pool == '':
+        raise ValueError(f"Expected a model that gives one prediction for an image, {name} has global_pool=''")
     if network.in_chans not in (1, 3):
         raise ValueError(f'Expected a model for images with 1 or 3 channels, {name} takes {network.in_chans}')
     if not all(value.isfinite().all() for value in network.state_dict().values()):
@@ -88,7 +91,7 @@ def load_model(
         names = list(ImageNetInfo().label_descriptions()) if count == 1000 else [f'class {i}' for i in range(count)]
     for note in notes:
         _logger.warning(f'{name}: {note}')
-    return Classifier(network.eval(), name, data, names)
+    return Classifier(network.eval(), name, data, names, multi_label)
 
 
 def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
@@ -96,6 +99,8 @@ def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
     name = f'{split_model_name_tag(name)[0]}.{cfg.tag}'
     if not kwargs and cfg.num_classes == 0:  # before it is downloaded
         raise ValueError(f'{name} {_NO_HEAD}')
+    if not cfg.has_weights:  # before a large model is built
+        raise ValueError(f'{split_model_name_tag(name)[0]} has no published weights: give some with --checkpoint')
     try:
         return name, timm.create_model(name, pretrained=True, **kwargs)
     except EXPECTED as e:
@@ -124,10 +129,11 @@ def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
 
 @torch.inference_mode()
 def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[Tuple[int, float]]:
-    """Most likely classes of an image with their probabilities."""
+    """Most likely classes of an image with their probabilities, which add up to 1 unless there are several labels."""
     transform = create_transform(**classifier.data, is_training=False)
     logits = classifier.model(transform(image)[None])[0].float()
-    values, indices = logits.softmax(-1).topk(min(topk, logits.numel()))
+    probabilities = logits.sigmoid() if classifier.multi_label else logits.softmax(-1)
+    values, indices = probabilities.topk(min(topk, logits.numel()))
     return list(zip(indices.tolist(), values.tolist()))
 
 

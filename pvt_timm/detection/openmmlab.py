@@ -12,49 +12,76 @@ import torch.nn as nn
 from torch.hub import load_state_dict_from_url
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
-from ..checkpoints import (
-    Converted, Table, check_keys, describe, drop_parts, from_timm, map_to_timm, remap, training_config)
 from ..files import read_checkpoint
+from ..formats import FORMATS
+from ..formats.architecture import check_keys, describe, drop_parts
+from ..formats.mapping import Converted, from_timm, map_to_timm
+from ..formats.names import Row, Table, to_ours, to_theirs
 from ..pvt import default_cfgs, find_variant
 from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet
 
 StateDict = Dict[str, torch.Tensor]
 Checkpoint = Union[str, 'PathLike[str]', Mapping[str, Any]]
 
+
 # The background is the last class in OpenMMLab and the first in torchvision, where its boxes and masks are 0.
-_BACKGROUND: Any = lambda x: x.roll(1, dims=0), lambda x: x.roll(-1, dims=0)
-_BACKGROUND_BOX: Any = lambda x: torch.cat([torch.zeros_like(x[:4]), x]), lambda x: x[4:]
-_BACKGROUND_MASK: Any = lambda x: torch.cat([torch.zeros_like(x[:1]), x]), lambda x: x[1:]
+
+def _background_first(x: torch.Tensor) -> torch.Tensor:
+    return x.roll(1, dims=0)
+
+
+def _background_last(x: torch.Tensor) -> torch.Tensor:
+    return x.roll(-1, dims=0)
+
+
+def _add_background_box(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(x[:4]), x])
+
+
+def _drop_background_box(x: torch.Tensor) -> torch.Tensor:
+    return x[4:]
+
+
+def _add_background_mask(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(x[:1]), x])
+
+
+def _drop_background_mask(x: torch.Tensor) -> torch.Tensor:
+    return x[1:]
+
 
 FPN = (
-    # torchvision                                      mmdetection, mmsegmentation
-    ('backbone.fpn.inner_blocks.{i}.0.{p}',            'neck.lateral_convs.{i}.conv.{p}'),
-    ('backbone.fpn.layer_blocks.{i}.0.{p}',            'neck.fpn_convs.{i}.conv.{p}'),
+    #   torchvision                                       mmdetection, mmsegmentation
+    Row('backbone.fpn.inner_blocks.{i}.0.{p}',            'neck.lateral_convs.{i}.conv.{p}'),
+    Row('backbone.fpn.layer_blocks.{i}.0.{p}',            'neck.fpn_convs.{i}.conv.{p}'),
 )
 _RETINANET = (
-    ('backbone.fpn.extra_blocks.p6.{p}',               'neck.fpn_convs.3.conv.{p}'),
-    ('backbone.fpn.extra_blocks.p7.{p}',               'neck.fpn_convs.4.conv.{p}'),
+    Row('backbone.fpn.extra_blocks.p6.{p}',               'neck.fpn_convs.3.conv.{p}'),
+    Row('backbone.fpn.extra_blocks.p7.{p}',               'neck.fpn_convs.4.conv.{p}'),
     *FPN,
-    ('head.classification_head.conv.{i}.0.{p}',        'bbox_head.cls_convs.{i}.conv.{p}'),
-    ('head.classification_head.cls_logits.{p}',        'bbox_head.retina_cls.{p}'),
-    ('head.regression_head.conv.{i}.0.{p}',            'bbox_head.reg_convs.{i}.conv.{p}'),
-    ('head.regression_head.bbox_reg.{p}',              'bbox_head.retina_reg.{p}'),
+    Row('head.classification_head.conv.{i}.0.{p}',        'bbox_head.cls_convs.{i}.conv.{p}'),
+    Row('head.classification_head.cls_logits.{p}',        'bbox_head.retina_cls.{p}'),
+    Row('head.regression_head.conv.{i}.0.{p}',            'bbox_head.reg_convs.{i}.conv.{p}'),
+    Row('head.regression_head.bbox_reg.{p}',              'bbox_head.retina_reg.{p}'),
 )
 _FASTER_RCNN = (
     *FPN,
-    ('rpn.head.conv.0.0.{p}',                          'rpn_head.rpn_conv.{p}'),
-    ('rpn.head.cls_logits.{p}',                        'rpn_head.rpn_cls.{p}'),
-    ('rpn.head.bbox_pred.{p}',                         'rpn_head.rpn_reg.{p}'),
-    ('roi_heads.box_head.fc6.{p}',                     'roi_head.bbox_head.shared_fcs.0.{p}'),
-    ('roi_heads.box_head.fc7.{p}',                     'roi_head.bbox_head.shared_fcs.1.{p}'),
-    ('roi_heads.box_predictor.cls_score.{p}',          'roi_head.bbox_head.fc_cls.{p}', _BACKGROUND),
-    ('roi_heads.box_predictor.bbox_pred.{p}',          'roi_head.bbox_head.fc_reg.{p}', _BACKGROUND_BOX),
+    Row('rpn.head.conv.0.0.{p}',                          'rpn_head.rpn_conv.{p}'),
+    Row('rpn.head.cls_logits.{p}',                        'rpn_head.rpn_cls.{p}'),
+    Row('rpn.head.bbox_pred.{p}',                         'rpn_head.rpn_reg.{p}'),
+    Row('roi_heads.box_head.fc6.{p}',                     'roi_head.bbox_head.shared_fcs.0.{p}'),
+    Row('roi_heads.box_head.fc7.{p}',                     'roi_head.bbox_head.shared_fcs.1.{p}'),
+    Row('roi_heads.box_predictor.cls_score.{p}',          'roi_head.bbox_head.fc_cls.{p}',
+        to_ours=_background_first, to_theirs=_background_last),
+    Row('roi_heads.box_predictor.bbox_pred.{p}',          'roi_head.bbox_head.fc_reg.{p}',
+        to_ours=_add_background_box, to_theirs=_drop_background_box),
 )
 _MASK_RCNN = (
     *_FASTER_RCNN,
-    ('roi_heads.mask_head.{i}.0.{p}',                  'roi_head.mask_head.convs.{i}.conv.{p}'),
-    ('roi_heads.mask_predictor.conv5_mask.{p}',        'roi_head.mask_head.upsample.{p}'),
-    ('roi_heads.mask_predictor.mask_fcn_logits.{p}',   'roi_head.mask_head.conv_logits.{p}', _BACKGROUND_MASK),
+    Row('roi_heads.mask_head.{i}.0.{p}',                  'roi_head.mask_head.convs.{i}.conv.{p}'),
+    Row('roi_heads.mask_predictor.conv5_mask.{p}',        'roi_head.mask_head.upsample.{p}'),
+    Row('roi_heads.mask_predictor.mask_fcn_logits.{p}',   'roi_head.mask_head.conv_logits.{p}',
+        to_ours=_add_background_mask, to_theirs=_drop_background_mask),
 )
 # Kind of model -> a parameter with rows per class, rows for one class, rows for the background
 _HEADS = {
@@ -140,26 +167,22 @@ def from_openmmlab(
 
     body = drop_parts(converted.state_dict, ('class_token', 'norm', 'head'), info.class_row)
     body, _ = from_timm(body, 'timm_features')
-    ours, _, _ = remap(heads, table)
+    ours, _, _ = to_ours(heads, table)
     settings = {k: ours[name].shape[dim] for k, (name, dim) in _WIDTHS.items()
                 if name in ours and ours[name].ndim > dim and ours[name].numel()}  # the others are refused below
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
     settings.update(_image_size(meta))
-    model_args = dict(img_size=info.img_size, in_chans=info.in_chans)
+    model_args = dict(img_size=info.img_size, in_chans=info.in_chans, **FORMATS[converted.format].model_args)
     model = build(variant, num_classes, model_args=model_args, **{**settings, **kwargs})
 
-    check_keys(heads, remap(model.state_dict(), table, to_timm=False)[0])
+    check_keys(heads, to_theirs(model.state_dict(), table)[0])
     weights = {**{f'backbone.body.{k}': v for k, v in body.items()}, **ours}
     check_keys(weights, model.state_dict())
     model.load_state_dict(weights)
-    if converted.format == 'mmdet':
-        for m in model.backbone.body.modules():
-            if isinstance(m, nn.LayerNorm):
-                m.eps = 1e-6  # in patch embeddings and spatial reductions too, unlike the original
-    dataset = meta.get('dataset_meta')
-    said = training_config({'meta': {**meta, **(dataset if isinstance(dataset, Mapping) else {})}})
-    return model.eval(), {k: said[k] for k in ('label_names', 'palette') if len(said.get(k, ())) == model.num_classes}
+    said = FORMATS['mmdet'].read_meta(checkpoint)
+    found = {name: getattr(said, name, None) or [] for name in ('label_names', 'palette')}
+    return model.eval(), {name: values for name, values in found.items() if len(values) == model.num_classes}
 
 
 def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
@@ -178,7 +201,7 @@ def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
     body, _ = from_timm(map_to_timm(state_dict).state_dict, fmt)
     if fmt == 'original':
         body['pos_embed4'] = torch.cat([torch.zeros_like(body['pos_embed4'][:, :1]), body['pos_embed4']], dim=1)
-    heads, _, _ = remap(state_dict, table, to_timm=False)
+    heads, _, _ = to_theirs(state_dict, table)
     return {**{f'backbone.{k}': v for k, v in body.items()}, **heads}
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import pvt_timm
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.formats.mapping import from_timm
 from pvt_timm.cli.errors import run_command
 from pvt_timm.cli.main import main
 from pvt_timm.cli.predict import open_image

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.formats.mapping import from_timm
 from pvt_timm.cli.main import main as pvt_timm_main
 from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.pvt import VARIANTS

@@ -10,9 +10,12 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from pvt_timm import PyramidVisionTransformer, checkpoint_filter_fn
-from pvt_timm.checkpoints import (
-    ANCHORS, FORMATS, describe, drop_parts, from_timm, map_to_timm, remap, stage_grids, training_config, unwrap)
+from pvt_timm import PyramidVisionTransformer, checkpoint_filter_fn, create_from_checkpoint
+from pvt_timm.formats import FORMATS
+from pvt_timm.formats.architecture import describe, drop_parts, stage_grids
+from pvt_timm.formats.mapping import from_timm, map_to_timm
+from pvt_timm.formats.names import Row, to_ours, to_theirs
+from pvt_timm.formats.wrappers import training_settings, unwrap
 from pvt_timm.pvt import VARIANTS, find_variant, resample_pos_embed
 from reference import images, randomize
 
@@ -162,15 +165,18 @@ def test_original_detector(state):
 
 def test_other_tables():
     """The heads of detectors have tables of their own."""
-    ways = (lambda x: x.flatten(1), lambda x: x[..., None, None])
-    table = (('fpn.{i}.0.{p}', 'neck.{i}.conv.{p}'), ('bn.{i}.{n}', 'bn{s}.{n}'), ('fc.{p}', 'fc.{p}', ways))
+    table = (
+        Row('fpn.{i}.0.{p}', 'neck.{i}.conv.{p}'),
+        Row('bn.{i}.{n}', 'bn{s}.{n}'),
+        Row('fc.{p}', 'fc.{p}', to_ours=lambda x: x.flatten(1), to_theirs=lambda x: x[..., None, None]),
+    )
     theirs = {'neck.0.conv.weight': torch.ones(1), 'neck.10.conv.bias': torch.ones(2), 'bn1.running_var': torch.ones(3),
               'fc.weight': torch.ones(4, 5, 1, 1), 'neck.01.conv.bias': torch.ones(1), 'neck.x': torch.ones(1)}
-    ours, pairs, unknown = remap(theirs, table)
+    ours, pairs, unknown = to_ours(theirs, table)
     assert {k: tuple(v.shape) for k, v in ours.items()} == {
         'fpn.0.0.weight': (1,), 'fpn.10.0.bias': (2,), 'bn.0.running_var': (3,), 'fc.weight': (4, 5)}
     assert unknown == ['neck.01.conv.bias', 'neck.x'] and (('bn.0.running_var',), ('bn1.running_var',)) in pairs
-    back, _, none = remap(ours, table, to_timm=False)
+    back, _, none = to_theirs(ours, table)
     assert not none and equal(back, {k: v for k, v in theirs.items() if k not in unknown})
 
 
@@ -189,11 +195,13 @@ def test_what_stands_beside_is_named(state, fmt, prefix, caplog):
         'state_dict.dec.*': '2 beside the PVT', f'state_dict.{prefix}dec2.*': '2 beside the PVT'}
     record = caplog.records[0]
     assert record.levelno == logging.WARNING and f'{fmt} format' in record.message
-    assert all(x in record.message for x in (repr(prefix), 'dec.*: 2', f'{prefix}dec2.*: 2', 'loss: 1'))
+    assert (f'under the prefix {prefix!r}' in record.message) == bool(prefix)
+    assert all(x in record.message for x in ('dec.*: 2', f'{prefix}dec2.*: 2', 'loss: 1'))
     # nothing beside it, or a wrapper that is well known: nothing to warn of
     map_to_timm(source, prefix=prefix)
     map_to_timm({f'backbone.{k}': v for k, v in in_format(state, fmt).items()} | {'neck.a': 1, 'bbox_head.b': 2})
     assert [r.levelno for r in caplog.records] == [logging.WARNING] + [logging.INFO] * 3
+    assert caplog.records[1].message.endswith('Nothing was left out.')
 
 
 @pytest.mark.parametrize('fmt', FORMATS)
@@ -228,8 +236,10 @@ def test_ways_in(prefix, tmp_path):
     two = {**{f'a.{prefix}{k}': v for k, v in source.items()}, **{f'b.{k}': v + 1 for k, v in source.items()}}
     torch.save(two, tmp_path / 'x')
     assert "'b.'" in error(timm.create_model, 'test_pvt', True, pretrained_cfg_overlay=overlay)
-    got = timm.create_model('test_pvt', True, pretrained_cfg_overlay=overlay, prefix=f'a.{prefix}')
+    got = create_from_checkpoint(tmp_path / 'x', prefix=f'a.{prefix}')
     assert equal(got.state_dict(), model.state_dict())
+    got = create_from_checkpoint(tmp_path / 'x', prefix=f'a.{prefix}', features_only=True)
+    assert equal(got.state_dict(), features)
 
 
 # ---- what is not right is named -------------------------------------------------------------------------------------
@@ -241,7 +251,7 @@ def test_unknown_key(state, fmt):
             'mmdet': 'layers.'}[fmt]
     for name in (f'{body}bogus.weight', *(() if fmt == 'transformers' else ('norm3.weight', 'norm.running_mean'))):
         assert name in error(map_to_timm, {**source, name: torch.zeros(1)})
-    key = random.Random(0).choice(sorted(k for k in source if '.0.' in k and k != ANCHORS[fmt]))
+    key = random.Random(0).choice(sorted(k for k in source if '.0.' in k and k not in FORMATS[fmt].first_weight))
     renamed = {(k.replace('.0.', '.00.', 1) if k == key else k): v for k, v in source.items()}
     assert key.replace('.0.', '.00.', 1) in error(map_to_timm, renamed)  # only a name that is written back is taken
     text = error(from_timm, {**state, 'bogus': torch.ones(1)}, fmt)
@@ -265,7 +275,7 @@ def test_missing_and_misshaped_keys_are_named(fmt, data):
         if source[key].shape == x.shape or (row[0], change) == (('head.weight',), 'transpose'):  # more classes
             return
     text = error(checkpoint_filter_fn, source, model)
-    if change == 'missing' and key == ANCHORS[fmt]:
+    if change == 'missing' and key in FORMATS[fmt].first_weight:
         assert 'Expected a PVT v1 checkpoint' in text
     elif change == 'missing' and key.endswith('cls_token'):
         assert 'class token' in text
@@ -334,25 +344,36 @@ def test_averaged_weights(state):
             assert equal(map_to_timm({ema: other}, use_ema=use_ema).state_dict, other)
 
 
-def test_training_config():
-    assert training_config({}) == training_config(dict(args=3, hyper_parameters=[1], meta=None)) == {}
+def said(checkpoint):
+    """What the training settings of a checkpoint say, without what they do not say."""
+    found = training_settings(checkpoint)
+    return {k: v for k, v in vars(found).items() if v and k not in ('where', 'notes')}, found.notes
+
+
+def test_training_settings():
+    assert said({}) == said(dict(args=3, hyper_parameters=[1], meta=None)) == ({}, [])
     args = argparse.Namespace(
         model='pvt_tiny', img_size=64, input_size=None, mean=[.5, .4, .3], std=None, crop_pct=.9, interpolation='',
-        num_classes=3, lr=.1)
-    assert training_config(dict(arch='pvt_tiny', args=args)) == dict(
-        img_size=(64, 64), mean=(.5, .4, .3), crop_pct=.9)
+        num_classes=3, lr=.1, gp='avg', model_kwargs=dict(act_layer='relu'))
+    assert said(dict(arch='pvt_tiny', args=args)) == (dict(
+        img_size=(64, 64), mean=(.5, .4, .3), crop_pct=.9, model_args=dict(global_pool='avg', act_layer='relu')), [])
     # Lightning, in groups, with numpy's numbers
     hyper = dict(data=argparse.Namespace(input_size=(3, 96, 64), std=np.array([.5, .25])), crop_pct=np.float64(.9),
                  interpolation='bilinear', model=dict(crop_pct=.7), class_names=('cat', 'dog'))
-    assert training_config(dict(hyper_parameters=hyper)) == dict(
-        img_size=(96, 64), std=(.5, .25), crop_pct=.9, interpolation='bilinear', label_names=['cat', 'dog'])
-    assert training_config(dict(meta=dict(CLASSES=('a', 'b')))) == dict(label_names=['a', 'b'])
-    colors = [(1, 2, 3), (4, 5, 6)]
-    assert training_config(dict(meta=dict(dataset_meta=dict(classes=['a', 'b'], palette=colors)))) == dict(
-        label_names=['a', 'b'], palette=colors)
-    nonsense = dict(img_size='x', mean=[float('nan')], std=[0], crop_pct=10 ** 400, interpolation=3, palette='red')
-    assert training_config(dict(args=nonsense)) == {}
-    assert training_config(dict(args=dict(mean=[.5] * 16, std=[.5] * 17))) == dict(mean=(.5,) * 16)  # per channel
+    assert said(dict(hyper_parameters=hyper)) == (dict(
+        img_size=(96, 64), std=(.5, .25), crop_pct=.9, interpolation='bilinear', label_names=['cat', 'dog']), [])
+    # what makes no sense is named, the names of classes are texts or numbers
+    nonsense = dict(img_size='x', mean=[float('nan')], std=[0], crop_pct=10 ** 400, interpolation='random', classes=3)
+    found, notes = said(dict(args=nonsense))
+    assert found == {} and len(notes) == 5
+    for name in ('img_size', 'mean', 'std', 'crop_pct', 'interpolation'):
+        assert any(f'left out the {name} ' in note for note in notes)
+    found, notes = said(dict(args=dict(mean=[.5] * 16, std=[.5] * 17)))
+    assert found == dict(mean=(.5,) * 16) and len(notes) == 1  # per channel
+    nested = ['a']
+    for _ in range(60):
+        nested = [nested, nested]  # 2 to the power of 60 letters as a text
+    assert said(dict(hyper_parameters=dict(class_names=nested))) == ({}, [])
 
 
 # ---- to a model -----------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ _SIGNALLED = '''
 import os, sys
 from pathlib import Path
 import weights_conversion.converter
-from weights_conversion import targets
+from pvt_timm.formats import timm
+from weights_conversion import card
 from weights_conversion.cli import main
 left = int(sys.argv[1])
 def tick():
@@ -67,7 +68,7 @@ def watch(home, name):
         tick()
         return result
     setattr(home, name, outer)
-for home, name in ((targets, 'save'), (targets, '_write_json'), (targets.ModelCard, 'save'),
+for home, name in ((timm, 'write_tensors'), (timm, 'write_json'), (card.ModelCard, 'from_template'),
                    (os, 'rename'), (os, 'replace'), (os, 'link'), (Path, 'mkdir')):
     watch(home, name)
 for out in sys.argv[4:]:

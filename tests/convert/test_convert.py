@@ -15,14 +15,16 @@ import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-from safetensors.torch import save
+import safetensors.torch
 
 import convert_files as files
 import pvt_timm
 from convert_files import run
-from pvt_timm.checkpoints import map_to_timm
+from pvt_timm.formats.mapping import map_to_timm
 from pvt_timm.files import read_checkpoint
-from weights_conversion import convert, inspect, reading, sources, targets, verification
+from pvt_timm import sources, weights as weights_module
+from pvt_timm.weights import Weights
+from weights_conversion import convert, inspect
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def refused(tmp_path):
     def check(source, *argv):
         code, out, err = run(source, '--output', tmp_path / 'refused', *argv)
         assert (code, out) == (2, '') and not (tmp_path / 'refused').exists(), err
-        assert len(err.strip().splitlines()) == 1 and err.startswith('pvt-convert: error: '), err
+        assert len(err.strip().splitlines()) == 1 and re.match('pvt-convert(?: convert)?: error: ', err), err
         return err
     return check
 
@@ -108,11 +110,11 @@ def test_any_form_there_and_back(
 # ---- nothing vanishes, nothing is made up ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize('options, match', [
-    ('--to original --drop norm', 'together'),
-    ('--to original --drop class_token norm', 'head only'), ('--drop norm', 'both'), ('--drop legs', 'legs'),
+    ('--to original --drop norm head', 'together'), ('--to original --drop class_token norm', 'leave out both'),
+    ('--drop norm', 'both'), ('--drop class_token', 'leave out both'), ('--drop legs', 'legs'),
     ('--model pvt_small', 'test_pvt'), ('--model resnet50', 'resnet50'), ('--sha256 01234567', 'damaged'),
     ('--sha256 0', '8 digits'), ('--num-classes 3', 'or 7'), ('--img-size 16', 'from 32'),
-    ('--img-size 5000', 'to 2048'), ('--img-size 64 64 64', 'one or two'), ('--source-size 64', 'grid of 8x8'),
+    ('--img-size 5000', 'to 2048'), ('--img-size 64 64 64', 'one or two'), ('--source-size 64', 'of 64x64 images'),
     ('--max-bytes 1000', 'max_bytes'), ('--dry-run', '--push'), ('--push ../x', '../x'),
     ('--to numpy', 'mmdet'), ('--dtype int8', 'bfloat16'), ('--img-size x', 'int value'), ('--tidy', '--tidy'),
     ('--to transformers --img-size 64 96', 'square'), ('--to mmdet', '--drop class_token norm head'),
@@ -162,7 +164,7 @@ def test_averaged_weights_are_preferred_as_in_timm(tmp_path):
 def test_non_square_sizes_have_to_be_told(refused, tmp_path):
     file = files.save(files.make('original', img_size=(64, 96)), tmp_path / 'x.pth')
     assert 'img_size' in refused(file)
-    assert 'grid' in refused(file, '--source-size', 64, 64)
+    assert 'of 64x64 images' in refused(file, '--source-size', 64, 64)
     code, _, err = run(file, '-o', tmp_path / 'out', '--source-size', 64, 96)
     assert code == 0, err
     assert load(tmp_path / 'out').stages[0].grid_size == (16, 24)
@@ -293,7 +295,7 @@ def test_labels_and_statistics_there_and_back(tmp_path):
         with torch.inference_mode():
             torch.testing.assert_close(theirs.eval()(x).logits, model(x), rtol=0, atol=0 if folder == 'out' else 1e-4)
     processor = AutoImageProcessor.from_pretrained(tmp_path / 'back')
-    assert list(processor.image_mean) == [.1, .2, .3] and processor.size['height'] == 32
+    assert list(processor.image_mean) == [.1, .2, .3] and processor.crop_size['height'] == 32
 
 
 @pytest.mark.parametrize('id2label', [
@@ -307,19 +309,22 @@ def test_config_that_does_not_fit(refused, tmp_path):
     config = _transformers_folder(tmp_path / 'hf') / 'config.json'
     for name in ('', 'foo'):
         assert 'Expected a model in' in refused(config.parent, '--model', name)
-    for wrong in ({'num_attention_heads': [1, 2, 4, 8]}, {'hidden_act': 'relu'}, {'architecture': 'pvt_tiny'},
-                  [], 'x' * 2 ** 24):
+    for wrong in ({'num_attention_heads': [1, 2, 3, 8]}, {'hidden_act': 'gelu_of_mine'}, {'architecture': 'pvt_tiny'},
+                  {'depths': [2, 2, 2, 2]}, {'model_type': 'vit'}, [], 'x' * 2 ** 24):
         config.write_text(json.dumps(wrong))
-        assert 'config.json' in refused(config.parent) or 'holds test_pvt' in refused(config.parent)
+        text = refused(config.parent)
+        assert 'config.json' in text or 'holds test_pvt' in text or 'num_heads' in text, text
     config.write_text('{')
     assert 'no valid JSON' in refused(config.parent)
-    config.write_text(json.dumps({'image_mean': [.1, .3], 'pretrained_cfg': {
-        'std': ['a'], 'crop_pct': 7, 'interpolation': 'cubic'}}))
+    config.write_text(json.dumps({'architecture': 'test_pvt', 'pretrained_cfg': {
+        'mean': [.1, .3], 'std': ['a'], 'crop_pct': 7, 'interpolation': 'cubic'}}))
     report = convert(config.parent, tmp_path / 'out')
     assert [' '.join(note.split()[:4]) for note in report.notes] == [
-        'left out the crop_pct', 'left out the interpolation', 'mean and std of']
+        'left out the std', 'left out the crop_pct', 'left out the interpolation', 'mean and std of']
     assert report.preprocessing == dict(
-        input_size=(3, 32, 32), mean=(.2,) * 3, std=(.5,) * 3, crop_pct=1, interpolation='bicubic')
+        input_size=(3, 32, 32), mean=(.2,) * 3, std=(.5,) * 3, crop_pct=1, crop_mode='center', interpolation='bicubic')
+    config.write_text(json.dumps({'name': 'mine'}))
+    assert any('of no known format' in note and 'name' in note for note in inspect(config.parent).notes)
 
 
 SAID = dict(input_size=(3, 64, 64), mean=(.1, .2, .3), std=(.4, .5, .6), crop_pct=.9, interpolation='bilinear')
@@ -435,13 +440,16 @@ def test_verify_notices_what_is_wrong(theirs, refused, monkeypatch):
         done.state_dict[key] = torch.cat(done.state_dict[key].chunk(2)[::-1])
         return done
 
+    real_save = safetensors.torch.save
+
     def changed(tensors, *args, **kwargs):
-        return save({k: v.nextafter(v + 1) if k == 'norm.bias' else v for k, v in tensors.items()}, *args, **kwargs)
+        tensors = {k: v.nextafter(v + 1) if k == 'norm.bias' else v for k, v in tensors.items()}
+        return real_save(tensors, *args, **kwargs)
 
     for module, name, value, says in (
-            (verification, 'ORIGINAL_EPS', 1e-6, r'failed.*: stage 1 by \d\.\de-0[3-7],'),
-            (reading, 'map_to_timm', swapped, r'failed.*stage 2 by \d\.\de-1\d, stage 3 by \d\.\de-0[1-4],'),
-            (targets, 'save', changed, 'differs from what was meant in norm.bias')):
+            (Weights, 'embed_norm_eps', 1e-6, r'failed.*: stage 1 by \d\.\de-0[3-7],'),
+            (weights_module, 'map_to_timm', swapped, r'failed.*stage 2 by \d\.\de-1\d, stage 3 by \d\.\de-0[1-4],'),
+            (safetensors.torch, 'save', changed, 'differs from what was meant in norm.bias')):
         with monkeypatch.context() as m:
             m.setattr(module, name, value)
             assert re.search(says, refused(theirs, '--verify'))
@@ -600,7 +608,12 @@ def test_as_a_program(original, tmp_path, client_env):
     assert done.returncode == 2 and done.stderr.strip() == 'pvt-convert: error: No such file or folder: nowhere.pth'
     done = program('inspect x.pth --json | head -n 1')
     assert done.stdout == '{\n' and done.stderr == ''
-    for command in ('', ' inspect', ' publish'):
+    for command in ('', ' convert', ' inspect', ' publish'):
+        named = command or ' convert'
         done = program(command)
         assert (done.returncode, done.stderr.count('\n')) == (2, 1)
-        assert done.stderr.startswith(f'pvt-convert{command}: error: ') and f'{command} --help' in done.stderr
+        assert done.stderr.startswith(f'pvt-convert{named}: error: ') and f'{named} --help' in done.stderr
+    done = program('convert x.pth --output out2 --quiet')
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+    assert (tmp_path / 'out2' / 'model.safetensors').read_bytes() == (
+        tmp_path / 'out' / 'model.safetensors').read_bytes()

@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import load_file, save
 
 import convert_files as files
-from pvt_timm.checkpoints import FORMATS, from_timm
+from pvt_timm.formats import FORMATS
+from pvt_timm.formats.mapping import from_timm
 from pvt_timm.files import read_checkpoint
 
 CASES = int(os.environ.get('PVT_FUZZ_CASES', 200))

@@ -10,7 +10,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 import pvt_timm
 import reference
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.formats.mapping import from_timm
 from pvt_timm.pvt import Block
 from reference import images, max_diff, randomize
 

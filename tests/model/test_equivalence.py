@@ -6,7 +6,7 @@ import timm
 import torch
 
 from pvt_timm import checkpoint_filter_fn
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.formats.mapping import from_timm
 from pvt_timm.pvt import Attention
 from reference import features, images, load_original, logits, max_diff, randomize, tokens
 

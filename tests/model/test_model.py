@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from forms import gradients, loss_of, make_input, make_model
 from pvt_timm import PyramidVisionTransformer, checkpoint_filter_fn, pvt
-from pvt_timm.checkpoints import from_timm
+from pvt_timm.formats.mapping import from_timm
 from pvt_timm.sliced_mlp import SLICE_TOKENS, SlicedMlp
 from reference import images, logits, max_diff
 

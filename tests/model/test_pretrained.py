@@ -10,7 +10,8 @@ import timm
 import torch
 
 from convert_files import same, save, serve, wrap
-from pvt_timm.checkpoints import drop_parts, from_timm
+from pvt_timm.formats.architecture import drop_parts
+from pvt_timm.formats.mapping import from_timm
 from pvt_timm.pvt import update_model_input_size
 from reference import images, randomize
 

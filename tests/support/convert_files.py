@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save as safetensors_bytes, save_file
 
 import pvt_timm  # noqa: F401  registers the models
-from pvt_timm.checkpoints import drop_parts, from_timm
+from pvt_timm.formats.architecture import drop_parts
+from pvt_timm.formats.mapping import from_timm
 from weights_conversion.cli import main
 
 StateDict = Dict[str, torch.Tensor]

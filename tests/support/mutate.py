@@ -25,8 +25,16 @@ TESTS = {
         'tests/model/test_model.py', 'tests/convert/test_checkpoints.py', 'tests/model/test_equivalence.py',
         'tests/model/test_pretrained.py',
         '-k', 'not 448 and not 256 and not 230 and not test_transformers and not offline'],
-    'pvt_timm/checkpoints.py': [
-        'tests/convert/test_checkpoints.py', 'tests/model/test_pretrained.py', '-k', 'not offline'],
+    'pvt_timm/formats': [
+        'tests/convert/test_checkpoints.py', 'tests/convert/test_what_is_said.py', 'tests/model/test_pretrained.py',
+        'tests/convert/test_convert.py', '-k', 'not offline and not medium and not large and not as_a_program'],
+    'pvt_timm/weights.py': ['tests/convert/test_what_is_said.py', 'tests/convert/test_convert.py'],
+    'pvt_timm/sources.py': ['tests/convert/test_convert.py', 'tests/convert/test_files.py'],
+    'pvt_timm/cli': [
+        'tests/cli/test_cli.py', 'tests/cli/test_pictures.py', 'tests/cli/test_detect.py', 'tests/cli/test_train.py'],
+    'weights_conversion': [
+        'tests/convert/test_convert.py', 'tests/convert/test_what_is_said.py', 'tests/convert/test_complete_output.py',
+        'tests/convert/test_publish.py'],
     'pvt_timm/files.py': ['tests/convert/test_files.py'],
     'pvt_timm/detection': ['tests/downstream/test_detection.py', 'tests/downstream/test_semantic_fpn.py'],
 }

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Dict, Iterator, List, Optional
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -17,14 +17,14 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from pvt_timm.files import PathLike, find_checkpoint
-from pvt_timm.labels import LABELS_FILE
+from .files import PathLike, find_checkpoint
+from .formats.timm import CLASS_ROW_FILE
+from .labels import LABELS_FILE
 
-__all__ = ['CLASS_ROW_FILE', 'NEIGHBOURS', 'SHA256', 'Source', 'open_source']
+__all__ = ['NEIGHBOURS', 'SHA256', 'Source', 'open_source']
 
-CLASS_ROW_FILE = 'class_row.safetensors'
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
-NEIGHBOURS = (CLASS_ROW_FILE, 'preprocessor_config.json', 'config.json')  # a later one goes before
+NEIGHBOURS = ('config.json', 'preprocessor_config.json', CLASS_ROW_FILE)
 _MAX_CONFIG_BYTES = 16 * 2 ** 20
 
 # sha256 of the public file of each pretrained tag, or its first 8 digits where no more is published
@@ -44,7 +44,8 @@ class Source:
     """A checkpoint file on this machine and what lies next to it."""
     name: str  # for reports, without credentials
     file: Path
-    config: Dict[str, Any]  # content of config.json and preprocessor_config.json, as far as they are there
+    config: Dict[str, Any] = field(default_factory=dict)  # content of config.json, empty without
+    processor: Dict[str, Any] = field(default_factory=dict)  # content of preprocessor_config.json, empty without
     class_row: Optional[Path] = None  # file with the class token row of a dense checkpoint, see the README
 
     @functools.cached_property
@@ -58,7 +59,7 @@ class Source:
     @property
     def files(self) -> List[Path]:
         """The checkpoint and the files beside it that were read with it."""
-        read = NEIGHBOURS if self.config or self.class_row else ()
+        read = NEIGHBOURS if self.config or self.processor or self.class_row else ()
         beside = [self.file.with_name(name) for name in (*read, LABELS_FILE)]
         return [self.file, *(path for path in beside if path.is_file())]
 
@@ -82,7 +83,7 @@ def open_source(spec: PathLike) -> Iterator[Source]:
             bar = sys.stderr.isatty() and not are_progress_bars_disabled()  # as the hub's own
             torch.hub.download_url_to_file(spec, str(file), progress=bar)
             # user, password, query and fragment may be secrets
-            yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file, {})
+            yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file)
     elif spec.startswith('hf-hub:'):
         yield _from_hub(spec)
     else:
@@ -118,10 +119,9 @@ def _from_hub(spec: str) -> Source:
 def _with_neighbours(name: str, file: Path) -> Source:
     """A checkpoint with the files that belong to it, if it is that of a folder or named as in one."""
     if not os.path.isdir(name) and file.name not in _HUB_FILES:
-        return Source(name, file, {})
-    row, *configs = map(file.with_name, NEIGHBOURS)
-    config = {key: value for path in configs for key, value in _read_json(path).items()}
-    return Source(name, file, config, row if row.is_file() else None)
+        return Source(name, file)
+    config, processor, row = (file.with_name(neighbour) for neighbour in NEIGHBOURS)
+    return Source(name, file, _read_json(config), _read_json(processor), row if row.is_file() else None)
 
 
 def _read_json(path: Path) -> Dict[str, Any]:

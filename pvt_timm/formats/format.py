@@ -1,0 +1,150 @@
+""" What a format of checkpoints is: the interface that every file of this folder fills. """
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from torch import nn
+
+from .names import StateDict, Table
+
+if TYPE_CHECKING:
+    from ..weights import Weights
+
+__all__ = ['Format', 'NoReferenceError', 'Reference', 'Said', 'layer_norms']
+
+
+@dataclass
+class Said:
+    """What one place says about a model and its images. What it does not say is None or empty."""
+    where: str  # the place, for messages: 'config.json' or the like
+    architecture: Optional[str] = None  # name of a timm model
+    model_args: Dict[str, Any] = field(default_factory=dict)  # arguments of a timm model
+    img_size: Optional[Tuple[int, int]] = None  # height and width of the images of training
+    mean: Optional[Tuple[float, ...]] = None  # per channel, of images from 0 to 1
+    std: Optional[Tuple[float, ...]] = None
+    crop_pct: Optional[float] = None
+    crop_mode: Optional[str] = None  # timm's: 'center', 'squash' or 'border'
+    interpolation: Optional[str] = None  # timm's: 'bilinear', 'bicubic' and so on
+    label_names: Optional[List[str]] = None
+    palette: Optional[List[Any]] = None  # a colour per class
+    problem_type: Optional[str] = None  # transformers': 'multi_label_classification' and so on
+    license: Optional[str] = None
+    origin_url: Optional[str] = None
+    notes: List[str] = field(default_factory=list)  # what is left out of it, and why
+
+
+@dataclass
+class Reference:
+    """A model of somebody else's code, to compare outputs with."""
+    name: str  # for the report, with a version
+    format: str  # name of the format whose state dicts it loads
+    model: nn.Module
+    blocks: List[nn.Module]  # the last block of each stage
+    norms: List[Any]  # the norms of patch embeddings and spatial reductions
+
+
+class NoReferenceError(ValueError):
+    """The code to compare with is not installed, or has no such model."""
+
+
+class Format:
+    """All that is known about one format of checkpoints.
+
+    A subclass sets `name`, `table`, `first_weight` and `start`. Of the methods it overrides those for which the default
+    does not fit.
+    """
+    name: str  # key of `FORMATS`
+    table: Table  # names of the parameters: ours are timm's, theirs are the format's
+    # Names that the weight of the first convolution may have. A key that ends in one of them tells the format, and what
+    # stands before it is the prefix of all names.
+    first_weight: Tuple[str, ...]
+    start: 're.Pattern[str]'  # how the names of a PVT start. Keys that start otherwise stand beside it.
+    model_args: Mapping[str, Any] = {}  # arguments of the timm model that computes as the code of this format does
+    prefers_square: bool = False  # whether its position embeddings are of square images wherever that fits
+    is_target: bool = False  # whether checkpoints can be written in it
+    library: Optional[str] = None  # `library_name` on the hub
+
+    def complete(self, tensors: Dict[str, Any]) -> Dict[str, Any]:
+        """The same tensors under full names, where the format leaves out a part of them in some checkpoints."""
+        return tensors
+
+    def read_config(self, config: Mapping[str, Any]) -> Optional[Said]:
+        """What a config.json says. None if it is not a config of this format.
+
+        Raises:
+            ValueError: It says something that is not supported. The message names it.
+        """
+        return None
+
+    def read_processor(self, config: Mapping[str, Any]) -> Optional[Said]:
+        """What a preprocessor_config.json says, otherwise as `read_config`."""
+        return None
+
+    def read_meta(self, checkpoint: Mapping[str, Any]) -> Optional[Said]:
+        """What the file itself says beside the weights, otherwise as `read_config`."""
+        return None
+
+    def check_parts(self, weights: 'Weights', drop: Sequence[str]) -> List[str]:
+        """Refuse what this format has no place for.
+
+        Args:
+            weights: What is to be written, before anything is left out.
+            drop: The parts that are to be left out, of 'class_token', 'norm' and 'head'.
+
+        Returns:
+            Notes for the report about what will be different.
+
+        Raises:
+            ValueError: The message names what has no place, and what helps.
+        """
+        return []
+
+    def check_eps(self, weights: 'Weights', eps: float) -> List[str]:
+        """Compare the eps in patch embeddings and reductions with the `eps` of code that has no setting for it.
+
+        Returns:
+            A note if it is the other one of the two usual values, which changes outputs by about 1e-5.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        theirs = weights.embed_norm_eps
+        if theirs not in (1e-5, 1e-6):
+            raise ValueError(f'The {self.name} format has no place for embed_norm_eps={theirs:g}.')
+        if theirs == eps:
+            return []
+        return [f'the source has eps {theirs:g} in the norms of patch embeddings and spatial reductions, the code of '
+                f'the {self.name} format has {eps:g}: outputs will differ a little']
+
+    def required_size(self, weights: 'Weights') -> Optional[Tuple[int, int]]:
+        """Image size that the position embeddings have to be resized to for this format, None to keep theirs."""
+        return None
+
+    def check_size(self, img_size: Tuple[int, int]) -> None:
+        """Refuse position embeddings of an image size (height, width) that the format cannot hold."""
+
+    def take_parts(self, weights: 'Weights', drop: Sequence[str]) -> Tuple[StateDict, List[str]]:
+        """The state dict under timm's names without the parts in `drop`, and notes for the report."""
+        raise NotImplementedError
+
+    def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
+        """Write `tensors`, which have the names of this format, and what goes with them into `folder`."""
+        raise NotImplementedError
+
+    def reference(self, weights: 'Weights') -> Reference:
+        """A model of the format's own code that takes such weights.
+
+        Raises:
+            NoReferenceError: There is none.
+        """
+        raise NoReferenceError(f'--verify has no model of the {self.name} format to compare with.')
+
+    def how_to_load(self, weights: 'Weights') -> str:
+        """A sentence for the card: how checkpoints of this format are loaded."""
+        raise NotImplementedError
+
+
+def layer_norms(model: nn.Module, *ends: str) -> List[Any]:
+    """The LayerNorms of a model whose names end in one of `ends`."""
+    return [m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) and name.endswith(ends)]

@@ -1,0 +1,226 @@
+""" The format of OpenMMLab: PyramidVisionTransformer of mmdetection, also as `backbone.*` of detectors and segmenters.
+
+It has no class token, no final norm and no head. Its norms have eps 1e-6 everywhere.
+"""
+import ast
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+
+from .architecture import drop_parts
+from .format import Format, NoReferenceError, Reference, Said, layer_norms
+from .names import Row, StateDict
+from .values import class_names, numbers, shown
+from .writing import write_tensors
+
+if TYPE_CHECKING:
+    from ..weights import Weights
+
+__all__ = ['FORMATS', 'find_dicts', 'read_config_text']
+
+MAX_CONFIG_LENGTH = 2 ** 20  # characters of the config in a file
+EPS = 1e-6
+
+
+def _to_linear(x: torch.Tensor) -> torch.Tensor:
+    """The weight of a 1x1 convolution as that of a linear layer. Other kernels stay, to be refused by their shape."""
+    return x[:, :, 0, 0] if x.shape[2:] == (1, 1) else x
+
+
+def _to_conv1x1(x: torch.Tensor) -> torch.Tensor:
+    return x[..., None, None] if x.ndim == 2 else x
+
+
+class OpenMMLabFormat(Format):
+    name = 'mmdet'
+    table = (
+        #   timm                                     mmdetection
+        Row('stages.{i}.pos_embed',                 'layers.{i}.1.0.pos_embed'),
+        Row('stages.{i}.patch_embed.proj.{p}',      'layers.{i}.0.projection.{p}'),
+        Row('stages.{i}.patch_embed.norm.{p}',      'layers.{i}.0.norm.{p}'),
+        Row('stages.{i}.blocks.{j}.norm1.{p}',      'layers.{i}.1.{b}.norm1.{p}'),
+        Row(('stages.{i}.blocks.{j}.attn.q.{p}',
+             'stages.{i}.blocks.{j}.attn.kv.{p}'),  'layers.{i}.1.{b}.attn.attn.in_proj_{p}',
+            our_pieces=(1, 2), their_pieces=(3,)),
+        Row('stages.{i}.blocks.{j}.attn.sr.{p}',    'layers.{i}.1.{b}.attn.sr.{p}'),
+        Row('stages.{i}.blocks.{j}.attn.norm.{p}',  'layers.{i}.1.{b}.attn.norm.{p}'),
+        Row('stages.{i}.blocks.{j}.attn.proj.{p}',  'layers.{i}.1.{b}.attn.attn.out_proj.{p}'),
+        Row('stages.{i}.blocks.{j}.norm2.{p}',      'layers.{i}.1.{b}.norm2.{p}'),
+        Row('stages.{i}.blocks.{j}.mlp.fc1.{p}',    'layers.{i}.1.{b}.ffn.layers.0.{p}',
+            to_ours=_to_linear, to_theirs=_to_conv1x1),
+        Row('stages.{i}.blocks.{j}.mlp.fc2.{p}',    'layers.{i}.1.{b}.ffn.layers.3.{p}',
+            to_ours=_to_linear, to_theirs=_to_conv1x1),
+    )
+    first_weight = ('layers.0.0.projection.weight',)
+    start = re.compile(r'(?:layers|norm\d*)\b')
+    model_args = {'embed_norm_eps': EPS}
+    is_target = True
+    library = 'mmdetection'
+
+    def read_meta(self, checkpoint: Mapping[str, Any]) -> Optional[Said]:
+        """Names and colours of classes, and the normalisation of images in the config that the file holds."""
+        meta = checkpoint.get('meta')
+        if not isinstance(meta, Mapping):
+            return None
+        said = Said("the config in the checkpoint ('meta')")
+        dataset = meta.get('dataset_meta')
+        for place in (dataset, meta):
+            if isinstance(place, Mapping):
+                said.label_names = said.label_names or _first(class_names, place, 'classes', 'CLASSES')
+                said.palette = said.palette or _first(_colours, place, 'palette', 'PALETTE')
+        config = read_config_text(meta)
+        normalisations = set(_normalisations(config))
+        if len(normalisations) > 1:
+            several = ' and '.join(f'mean {list(mean)}, std {list(std)}, RGB {rgb}' for mean, std, rgb in
+                                   sorted(normalisations))
+            raise ValueError(f'Expected one normalisation of images in the config of the checkpoint, got {several}.')
+        for mean, std, rgb in normalisations:
+            if not rgb:
+                raise ValueError(
+                    'Expected a model for RGB images, the config of the checkpoint says BGR (to_rgb or bgr_to_rgb is '
+                    'False).')
+            said.mean = tuple(round(x / 255, 6) for x in mean)
+            said.std = tuple(round(x / 255, 6) for x in std)
+        return said
+
+    def check_parts(self, weights: 'Weights', drop: Sequence[str]) -> List[str]:
+        have = ['class_token', *weights.parts] if weights.has_bare_row else weights.parts
+        left = [part for part in have if part not in drop]
+        if left:
+            raise ValueError(
+                f'The mmdet format has no place for {", ".join(left)}: leave them out with --drop {" ".join(have)}.')
+        weights.refuse_args(self.name, but=('img_size', 'in_chans', 'class_token', 'embed_norm_eps', 'global_pool'))
+        return self.check_eps(weights, EPS)
+
+    def take_parts(self, weights: 'Weights', drop: Sequence[str]) -> Tuple[StateDict, List[str]]:
+        return drop_parts(weights.state_dict, drop, weights.info.class_row), []
+
+    def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
+        """A bare state dict, as mmdetection's `init_cfg` reads."""
+        write_tensors(tensors, folder / f'{weights.variant}.pth')
+
+    def reference(self, weights: 'Weights') -> Reference:
+        try:
+            import mmdet
+            from mmdet.models.backbones.pvt import PyramidVisionTransformer
+        except Exception as e:  # whatever an unfitting set of packages raises
+            raise NoReferenceError(
+                '--verify of a dense backbone needs mmdetection (mmdet, mmengine, mmcv), its import failed: '
+                f'{" ".join(str(e).split())[:200]}') from e
+        info, heads = weights.info, weights.num_heads
+        width = info.embed_dims[0] // heads[0]  # of a head, the same in all stages
+        model = PyramidVisionTransformer(
+            pretrain_img_size=info.img_size, in_channels=info.in_chans, embed_dims=width,
+            num_layers=list(info.depths), num_heads=[dim // width for dim in info.embed_dims],
+            mlp_ratios=[int(ratio) for ratio in info.mlp_ratios], sr_ratios=list(info.sr_ratios))
+        return Reference(
+            name=f'mmdetection {mmdet.__version__}',
+            format=self.name,
+            model=model,
+            blocks=[layer[1][-1] for layer in model.layers],
+            norms=layer_norms(model, '.0.norm', '.attn.norm'),
+        )
+
+    def how_to_load(self, weights: 'Weights') -> str:
+        depths = list(weights.info.depths)
+        return (
+            f"`backbone=dict(type='PyramidVisionTransformer', num_layers={depths}, init_cfg=dict(type='Pretrained', "
+            f"checkpoint='{weights.variant}.pth'))` in a config.")
+
+
+FORMATS = [OpenMMLabFormat()]
+
+
+# ---- the config in a checkpoint --------------------------------------------------------------------------------------
+
+def read_config_text(meta: Mapping[str, Any]) -> Dict[str, Any]:
+    """The config that OpenMMLab's training keeps as Python text in a checkpoint. Nothing of it is executed.
+
+    Args:
+        meta: What stands under 'meta' in the checkpoint.
+
+    Returns:
+        Names at the top of the config and their values: dicts, lists, tuples, numbers, texts and None. What is anything
+        else is `Unknown`. Empty without a config.
+
+    Raises:
+        ValueError: The text is too long, or no Python.
+    """
+    text = meta.get('cfg') or meta.get('config')
+    if not isinstance(text, str):
+        return {}
+    if len(text) > MAX_CONFIG_LENGTH:
+        raise ValueError(f'Expected a config of at most {MAX_CONFIG_LENGTH} characters in the checkpoint, got '
+                         f'{len(text)}.')
+    config: Dict[str, Any] = {}
+    try:
+        for statement in ast.parse(text).body:
+            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+                target = statement.targets[0]
+                if isinstance(target, ast.Name):
+                    config[target.id] = _value(statement.value)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise ValueError(f'Cannot read the config in the checkpoint: {type(e).__name__}, {shown(str(e))}.') from e
+    return config
+
+
+class Unknown:
+    """In place of a value that is not a dict, list, tuple, number, text or None."""
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.List):
+        return [_value(x) for x in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(x) for x in node.elts)
+    if isinstance(node, ast.Dict):
+        pairs = [(_value(key) if key else None, _value(x)) for key, x in zip(node.keys, node.values)]
+        return {key: x for key, x in pairs if isinstance(key, (str, int, float, bool, tuple))}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
+        return {keyword.arg: _value(keyword.value) for keyword in node.keywords if keyword.arg}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _value(node.operand)
+        return -value if isinstance(value, (int, float)) else Unknown()
+    return Unknown()
+
+
+def find_dicts(config: Any, wanted: str) -> Iterator[Dict[str, Any]]:
+    """All dicts inside of a config whose `type` is `wanted`, with or without the name of a package before it."""
+    if isinstance(config, dict):
+        name = config.get('type')
+        if isinstance(name, str) and name.rpartition('.')[2] == wanted:
+            yield config
+    values = config.values() if isinstance(config, dict) else config if isinstance(config, (list, tuple)) else ()
+    for value in values:
+        yield from find_dicts(value, wanted)
+
+
+def _normalisations(config: Dict[str, Any]) -> Iterator[Tuple[Tuple[float, ...], Tuple[float, ...], bool]]:
+    """(mean, std, whether in RGB) wherever a config says them: mmdetection 3 and 2."""
+    model = config.get('model')
+    preprocessor = model.get('data_preprocessor') if isinstance(model, dict) else None
+    places: List[Tuple[Any, str, bool]] = [  # a dict, its key for the order of channels and what goes without
+        (preprocessor or config.get('data_preprocessor'), 'bgr_to_rgb', False),
+        (config.get('img_norm_cfg'), 'to_rgb', True),
+    ]
+    places += [(step, 'to_rgb', True) for step in find_dicts(config, 'Normalize')]
+    for place, order, default in places:
+        if isinstance(place, dict) and place.get('mean') is not None and place.get('std') is not None:
+            mean, std = numbers(place['mean'], low=0), numbers(place['std'], low=1e-9)
+            if mean is None or std is None:
+                raise ValueError('Expected mean and std of images as numbers in the config of the checkpoint, got '
+                                 f'{shown(place["mean"])} and {shown(place["std"])}.')
+            yield mean, std, bool(place.get(order, default))
+
+
+def _first(read: Any, place: Mapping[str, Any], *names: str) -> Any:
+    found = (read(place.get(name)) for name in names)
+    return next((x for x in found if x), None)
+
+
+def _colours(value: Any) -> Optional[List[Any]]:
+    return list(value) if isinstance(value, (list, tuple)) else None

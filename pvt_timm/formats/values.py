@@ -1,0 +1,104 @@
+""" Values from configs and training settings, which may be anything: each as what it should be, or None. """
+import math
+from typing import Any, List, Mapping, Optional, Tuple
+
+from .format import Said
+
+__all__ = [
+    'class_names', 'image_size', 'number', 'numbers', 'read_preprocessing', 'shown', 'text', 'truth', 'whole_number',
+    'whole_numbers']
+
+MAX_CHANNELS = 16
+MAX_SIDE = 2 ** 16
+MIN_CROP_PCT = 0.1  # below, an image is enlarged until it fills the memory
+# What timm resizes images with for evaluation. Its 'random' is for training only.
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+CROP_MODES = ('center', 'squash', 'border')
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value for a message: short, in one line, without characters that change a terminal."""
+    text = ascii(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    if isinstance(value, (list, tuple)) and len(value) <= MAX_CHANNELS:
+        if all(isinstance(x, (int, float, str)) for x in value):
+            text = ascii(list(value))
+    return text if len(text) <= limit else text[:limit - 3] + '...'
+
+
+def number(value: Any, low: float = -math.inf, high: float = math.inf) -> Optional[float]:
+    """A finite number from `low` to `high`."""
+    if isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) and low <= found <= high else None
+
+
+def numbers(value: Any, low: float = -math.inf, high: float = math.inf) -> Optional[Tuple[float, ...]]:
+    """One number or several, at most `MAX_CHANNELS`, each from `low` to `high`."""
+    values = list(value) if hasattr(value, '__len__') and not isinstance(value, (str, bytes, Mapping)) else [value]
+    found = [number(x, low, high) for x in values[:MAX_CHANNELS + 1]]
+    if not found or len(found) > MAX_CHANNELS:
+        return None
+    plain = tuple(x for x in found if x is not None)
+    return plain if len(plain) == len(found) else None
+
+
+def whole_number(value: Any, low: int = 1) -> Optional[int]:
+    """A whole number from `low`."""
+    found = number(value, low=low, high=MAX_SIDE)
+    return int(found) if found is not None and found == int(found) else None
+
+
+def whole_numbers(value: Any) -> Optional[Tuple[int, ...]]:
+    """One whole number from 1 or several."""
+    found = numbers(value, low=1, high=MAX_SIDE)
+    return tuple(int(x) for x in found) if found and all(x == int(x) for x in found) else None
+
+
+def truth(value: Any) -> Optional[bool]:
+    return value if isinstance(value, bool) else None
+
+
+def text(value: Any) -> Optional[str]:
+    return value if isinstance(value, str) else None
+
+
+def image_size(value: Any) -> Optional[Tuple[int, int]]:
+    """Height and width. One number is the side of a square, three numbers start with the channels."""
+    found = numbers(value, low=1, high=MAX_SIDE)
+    if found is None or len(found) > 3 or any(x != int(x) for x in found):
+        return None
+    height, width = found[-2:] if len(found) > 1 else found * 2
+    return int(height), int(width)
+
+
+def class_names(value: Any) -> Optional[List[str]]:
+    """The names of classes, in a list of texts or numbers."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    if not all(isinstance(name, (str, int, float)) for name in value):
+        return None
+    return [str(name) for name in value]
+
+
+def read_preprocessing(said: Said, config: Mapping[Any, Any]) -> None:
+    """Put what a config in timm's words says about images into `said`, and what makes no sense into its notes."""
+    readers = dict(
+        mean=lambda x: numbers(x, low=0),
+        std=lambda x: numbers(x, low=1e-9),
+        crop_pct=lambda x: number(x, low=MIN_CROP_PCT, high=1),
+        crop_mode=lambda x: x if x in CROP_MODES else None,
+        interpolation=lambda x: x if x in INTERPOLATIONS else None,
+    )
+    for name, read in readers.items():
+        value = config.get(name)
+        if value is None or isinstance(value, str) and value == '':
+            continue
+        found = read(value) if not isinstance(value, Mapping) else None
+        if found is None:
+            said.notes.append(f'left out the {name} that {said.where} says: {shown(value)}')
+        else:
+            setattr(said, name, found)

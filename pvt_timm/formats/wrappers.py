@@ -1,0 +1,82 @@
+""" What training code puts around weights: wrappers that have to be opened, and settings that stand beside them. """
+import argparse
+from typing import Any, Dict, List, Mapping, Tuple
+
+from .format import Said
+from .values import class_names, image_size, read_preprocessing
+
+__all__ = ['training_settings', 'unwrap']
+
+# Keys of averaged weights and of plain ones, in timm's order
+_AVERAGED = ('state_dict_ema', 'model_ema')
+_PLAIN = ('state_dict', 'model')
+_MAX_WRAPPERS = 4
+
+
+def unwrap(
+        checkpoint: Mapping[str, Any], use_ema: bool = True,
+) -> Tuple[Mapping[str, Any], Tuple[str, ...], Dict[str, str]]:
+    """Open the wrappers of training checkpoints, with `use_ema` to averaged weights where both are there.
+
+    Returns:
+        The state dict, the keys opened, outermost first, and the keys left with the reason. What is in dicts under
+        other names has the keys '{name}.{key}'.
+    """
+    wrappers: List[str] = []
+    left: Dict[str, str] = {}
+    order = _AVERAGED + _PLAIN if use_ema else _PLAIN + _AVERAGED
+    while True:
+        if not isinstance(checkpoint, Mapping):
+            raise ValueError(f'Expected a state dict, got {type(checkpoint).__name__}.')
+        filled = [key for key in order if isinstance(checkpoint.get(key), Mapping) and checkpoint[key]]
+        if not filled or len(wrappers) == _MAX_WRAPPERS:
+            break
+        for key in checkpoint:
+            if key != filled[0]:
+                left['.'.join((*wrappers, str(key)))] = f'beside {filled[0]!r}'
+        wrappers.append(filled[0])
+        checkpoint = checkpoint[filled[0]]
+    flat: Dict[str, Any] = {}
+    for key, value in checkpoint.items():
+        if isinstance(value, Mapping) and value:
+            flat.update({f'{key}.{inner}': x for inner, x in value.items()})
+        else:
+            flat[key] = value
+    return flat, tuple(wrappers), left
+
+
+def training_settings(checkpoint: Mapping[str, Any]) -> Said:
+    """What a checkpoint of timm's train.py ('args') or of Lightning ('hyper_parameters') says about its training.
+
+    Settings may stand in groups, dicts or `argparse.Namespace` inside of these. Those outside of a group go first.
+    """
+    said = Said("the training settings in the checkpoint ('args' or 'hyper_parameters')")
+    settings: Dict[Any, Any] = {}
+    for key in ('args', 'hyper_parameters'):
+        outer = _as_dict(checkpoint.get(key))
+        for source in (outer, *(_as_dict(value) for value in outer.values())):
+            for name, value in source.items():
+                if value is not None:
+                    settings.setdefault(name, value)
+    read_preprocessing(said, settings)
+    for name in ('input_size', 'img_size', 'image_size'):
+        if said.img_size is None and name in settings:
+            said.img_size = image_size(settings[name])
+            if said.img_size is None:
+                said.notes.append(f'left out the {name} that {said.where} says')
+    for name in ('label_names', 'class_names', 'classes'):
+        said.label_names = said.label_names or class_names(settings.get(name))
+    for name in ('global_pool', 'gp'):  # of a model, and of train.py
+        if isinstance(settings.get(name), str):
+            said.model_args.setdefault('global_pool', settings[name])
+    problem = settings.get('problem_type')
+    said.problem_type = problem if isinstance(problem, str) else None
+    # train.py builds the model with what stands in its --model-kwargs
+    for name, value in _as_dict(_as_dict(checkpoint.get('args')).get('model_kwargs')).items():
+        said.model_args[name] = value
+    return said
+
+
+def _as_dict(value: Any) -> Mapping[Any, Any]:
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    return value if isinstance(value, Mapping) else {}

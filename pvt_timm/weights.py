@@ -1,0 +1,515 @@
+""" Checkpoints with what lies beside them: found, read and described.
+
+`read_weights` makes one description, `Weights`, and whoever needs to know something about a checkpoint asks that.
+"""
+import contextlib
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+
+from .files import MAX_BYTES, PathLike, read_checkpoint
+from .formats import FORMATS
+from .formats.architecture import Architecture, check_keys, describe, drop_parts
+from .formats.format import Said
+from .formats.mapping import Converted, map_to_timm
+from .formats.names import StateDict
+from .formats.timm import CLASS_ROW, POS_EMBED
+from .formats.values import image_size, number, numbers, shown, text, truth, whole_number, whole_numbers
+from .formats.wrappers import training_settings
+from .labels import LABELS_FILE, labels_beside, read_labels
+from .pvt import VARIANTS, PyramidVisionTransformer, find_variant, update_model_input_size
+from .sources import Source, open_source
+
+__all__ = ['PARTS', 'Size', 'Weights', 'check_size', 'create_from_checkpoint', 'read_weights']
+
+Size = Union[int, Sequence[int], None]
+
+PARTS = ('class_token', 'norm', 'head')
+MIN_SIZE, MAX_SIZE = 32, 2048
+PREPROCESSING = ('img_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+
+# Arguments of the model that a checkpoint or config may say: what they have to be, in words, and what reads them.
+# Those that the weights tell as well have to agree with these.
+_TOLD_BY_THE_WEIGHTS: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
+    'num_classes': ('a whole number', lambda x: whole_number(x, low=0)),
+    'img_size': ('one or two numbers of pixels', image_size),
+    'patch_size': ('a whole number', whole_number),
+    'in_chans': ('a whole number', whole_number),
+    'class_token': ('true or false', truth),
+    'embed_dims': ('whole numbers', whole_numbers),
+    'depths': ('whole numbers', whole_numbers),
+    'sr_ratios': ('whole numbers', whole_numbers),
+    'qkv_bias': ('true or false', truth),
+}
+_ONLY_SAID: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
+    'global_pool': ('a text', text),
+    'num_heads': ('whole numbers', whole_numbers),
+    'mlp_ratios': ('numbers', lambda x: numbers(x, low=0.1, high=64)),
+    'act_layer': ('the name of an activation', text),
+    'norm_layer': ('the name of a norm', text),
+    'norm_eps': ('a number from 0 to 1', lambda x: number(x, low=0, high=1)),
+    'embed_norm_eps': ('a number from 0 to 1', lambda x: number(x, low=0, high=1)),
+    **dict.fromkeys(
+        ('drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate'),
+        ('a number from 0 to 1', lambda x: number(x, low=0, high=1))),
+}
+_DROP_RATES = tuple(name for name in _ONLY_SAID if name.endswith('_rate'))
+# Arguments of `timm.create_model` that change nothing in a model with weights, or that the names of the weights tell
+_WITHOUT_EFFECT = ('weight_init', 'features_only', 'out_indices', 'feature_cls', 'output_fmt')
+
+
+@dataclass
+class Weights:
+    """A checkpoint under timm's names, and all that is known about it."""
+    source: Source
+    converted: Converted  # how its names were mapped
+    state_dict: StateDict  # the last position embedding has its class token row where the source has one
+    info: Architecture
+    variant: str  # name of the timm model
+    args: Dict[str, Any]  # arguments of the model that no state dict tells, where they are said
+    preprocessing: Dict[str, Any]  # input_size, mean, std, crop_pct, crop_mode and interpolation, in timm's words
+    label_names: List[str] = field(default_factory=list)  # of the classes, empty if not known
+    problem_type: Optional[str] = None  # transformers': 'multi_label_classification' and so on
+    origin: Dict[str, str] = field(default_factory=dict)  # license and origin_url, as far as they are known
+    notes: List[str] = field(default_factory=list)  # what is odd about it
+
+    @property
+    def parts(self) -> List[str]:
+        """Those of `PARTS` that it has."""
+        has = (self.info.class_token, self.info.norm, self.info.num_classes)
+        return [part for part, there in zip(PARTS, has) if there]
+
+    @property
+    def has_bare_row(self) -> bool:
+        """Its last position embedding has a row for a class token that is not there, as in the original's detectors."""
+        return self.info.class_row and not self.info.class_token
+
+    @property
+    def num_heads(self) -> Tuple[int, ...]:
+        return self.args.get('num_heads', VARIANTS[self.variant]['num_heads'])
+
+    @property
+    def embed_norm_eps(self) -> float:
+        return self.args.get('embed_norm_eps', 1e-5)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether every class has a probability of its own, so that they do not add up to 1."""
+        return self.problem_type == 'multi_label_classification' or self.info.num_classes == 1
+
+    @property
+    def model_args(self) -> Dict[str, Any]:
+        """Arguments for `timm.create_model` that differ from the defaults of the variant, but for num_classes."""
+        info = self.info
+        height, width = info.img_size
+        args: Dict[str, Any] = {
+            'img_size': height if height == width else [height, width],
+            'patch_size': info.patch_size,
+            'in_chans': info.in_chans,
+            'class_token': info.class_token,
+            'sr_ratios': info.sr_ratios,
+            'mlp_ratios': info.mlp_ratios,
+            'qkv_bias': info.qkv_bias,
+            **self.args,
+        }
+        if info.class_token != info.norm:
+            args['output_fmt'] = 'NLC' if info.norm else 'NCHW'
+        if args.get('global_pool') == ('token' if info.class_token and info.norm else 'avg'):
+            del args['global_pool']  # the default
+        defaults = {**_MODEL_DEFAULTS, **VARIANTS[self.variant]}
+        return {name: value for name, value in args.items() if value != defaults.get(name)}
+
+    @property
+    def pretrained_cfg(self) -> Dict[str, Any]:
+        """What of it belongs into timm's `pretrained_cfg`."""
+        return {
+            **self.preprocessing,
+            **self.origin,
+            'num_classes': self.info.num_classes,
+            'label_names': tuple(self.label_names) or None,
+        }
+
+    def dtype_name(self) -> str:
+        return ', '.join(dict.fromkeys(str(v.dtype).removeprefix('torch.') for v in self.state_dict.values()))
+
+    def for_model(self) -> StateDict:
+        """The state dict without the class token row of dense checkpoints, which no timm model has a place for."""
+        return drop_parts(self.state_dict, ['class_token'] if self.has_bare_row else [])
+
+    def create_model(self, pretrained: bool = True, **kwargs: Any) -> Any:
+        """The timm model with these weights.
+
+        Args:
+            pretrained: False for a model that would take the weights, without them.
+            kwargs: More arguments for `timm.create_model`, which go before what is said about the weights:
+                `features_only=True`, another `num_classes` or `in_chans`, `drop_path_rate` and so on.
+        """
+        args: Dict[str, Any] = {**self.model_args, 'num_classes': self.info.num_classes}
+        if kwargs.get('features_only') or kwargs.get('class_token') is False and self.info.class_token:
+            args['num_classes'] = 0  # what was trained on the class token does not go with other features
+            args.pop('global_pool', None)
+            args.pop('output_fmt', None)
+        # of the default tag of the variant only what is no claim about these weights
+        overlay = {**dict.fromkeys(_CLAIMS), **self.pretrained_cfg}
+        if not pretrained:
+            return timm.create_model(self.variant, pretrained_cfg_overlay=overlay, **{**args, **kwargs})
+        if update_model_input_size is not None:  # older versions of timm have no such argument
+            kwargs['pretrained_model_args'] = {'img_size': self.info.img_size}
+        model = timm.create_model(
+            self.variant,
+            pretrained=True,
+            pretrained_cfg_overlay={**overlay, 'state_dict': self.state_dict},
+            **{**args, **kwargs},
+        )
+        for module in model.modules():  # timm would keep the weights a second time
+            getattr(module, 'pretrained_cfg', {}).pop('state_dict', None)
+        return model
+
+    def refuse_args(self, fmt: str, but: Sequence[str]) -> None:
+        """Refuse arguments that change what the model computes, where a format has no place for them.
+
+        Args:
+            fmt: Name of the format, for the message.
+            but: Names of arguments that it has a place for, or that its parts tell.
+        """
+        fine = (*but, *_DROP_RATES, 'class_token', 'output_fmt', 'in_chans')
+        wrong = [f'{name}={shown(value)}' for name, value in self.model_args.items() if name not in fine]
+        if wrong:
+            raise ValueError(
+                f'The {fmt} format has no place for {", ".join(wrong)}, its code would compute something else.')
+
+
+_MODEL_DEFAULTS = {
+    **{name: parameter.default for name, parameter in inspect.signature(PyramidVisionTransformer).parameters.items()},
+    'act_layer': 'gelu',  # what None stands for there
+    'norm_eps': 1e-6,
+}
+# Fields of timm's `PretrainedCfg` that are about the published weights of a tag
+_CLAIMS = (
+    'url', 'file', 'hf_hub_id', 'tag', 'label_names', 'license', 'origin_url', 'paper_ids', 'paper_name')
+
+
+def create_from_checkpoint(
+        source: PathLike,
+        *,
+        model: Optional[str] = None,
+        prefix: Optional[str] = None,
+        use_ema: bool = True,
+        source_size: Size = None,
+        **kwargs: Any,
+) -> Any:
+    """A timm model with the weights of any PVT v1 checkpoint, as its training and config say.
+
+    Args:
+        source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]', in any known format.
+        model: Name of the timm model that it has to be of, such as 'pvt_small'.
+        prefix: What stands before the names of the weights, where the file holds several PVTs.
+        use_ema: As timm does, prefer averaged weights where the file holds both.
+        source_size: Image size (or height and width) of the position embeddings, if nothing tells it.
+        kwargs: More arguments for `timm.create_model`, such as `features_only=True` or `num_classes=5` (a new head).
+
+    Raises:
+        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for.
+        OSError: Something cannot be read.
+    """
+    with read_weights(source, model=model, prefix=prefix, use_ema=use_ema, source_size=source_size) as weights:
+        return weights.create_model(**kwargs)
+
+
+@contextlib.contextmanager
+def read_weights(
+        spec: PathLike,
+        *,
+        model: Optional[str] = None,
+        use_ema: bool = True,
+        prefix: Optional[str] = None,
+        source_size: Size = None,
+        img_size: Optional[Tuple[int, int]] = None,
+        labels: Optional[PathLike] = None,
+        sha256: Optional[str] = None,
+        max_bytes: int = MAX_BYTES,
+) -> Iterator[Weights]:
+    """Read a checkpoint in any known format, and what its training and the files beside it say.
+
+    Args:
+        spec: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
+        model: Name of the timm model that it has to be of.
+        use_ema: As timm does, prefer averaged weights where the file holds both.
+        prefix: What stands before the names, where the file holds several PVTs.
+        source_size: Image size of the position embeddings, where they do not tell it.
+        img_size: Height and width that they may be of, if nothing else tells.
+        labels: File with the names of the classes, instead of those that come with the checkpoint.
+        sha256: Hash (or its first 8 or more digits) that the file must have.
+        max_bytes: Refuse a file that is larger.
+
+    Raises:
+        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or two places contradict each other.
+        OSError: Something cannot be read.
+        Exception: What the clients raise where something cannot be downloaded.
+    """
+    told_size = check_size(source_size, 'source_size')
+    if model is not None and model not in VARIANTS:
+        raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
+    with open_source(spec) as source:
+        if sha256 is not None and (len(sha256) < 8 or not source.sha256.startswith(sha256.lower())):
+            raise ValueError(f'Expected a file with sha256 {ascii(sha256)} (8 digits or more), got {source.sha256}: '
+                             f'another one, or damaged.')
+        checkpoint = read_checkpoint(source.file, max_bytes)
+        converted = map_to_timm(checkpoint, use_ema, prefix)
+        said = _what_is_said(source, checkpoint)
+        del checkpoint
+
+        notes = [*_odd(converted), *(note for place in said for note in place.notes)]
+        state_dict, info = _describe(source, converted, told_size, img_size, said)
+        variant = _find_variant(info, source, model, said)
+        account = _merge([*said, _from_weights(info, FORMATS[converted.format].model_args)])
+        if account.model_args.get('global_pool') == 'token' and not info.class_token:
+            raise ValueError("Expected weights with a class token, as global_pool 'token' is said to go with them.")
+        weights = Weights(
+            source=source,
+            converted=converted,
+            state_dict=state_dict,
+            info=info,
+            variant=variant,
+            args={name: value for name, value in account.model_args.items() if name in _ONLY_SAID},
+            preprocessing=_preprocessing(account, info, variant, notes),
+            label_names=_labels(source, account, labels, info.num_classes, notes),
+            problem_type=account.problem_type,
+            origin={name: getattr(account, name)[:200] for name in ('license', 'origin_url') if getattr(account, name)},
+            notes=notes,
+        )
+        try:
+            reference = weights.create_model(pretrained=False, device='meta').state_dict()
+        except Exception as e:  # whatever timm and the model say of an argument
+            raise ValueError(f'What is said about the model does not fit together: {e}') from e
+        check_keys(weights.for_model(), reference)
+        yield weights
+
+
+def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
+    """Height and width of a size of one or two numbers."""
+    if size is None:
+        return None
+    pair = (size,) if isinstance(size, int) else tuple(size)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or not all(isinstance(n, int) and MIN_SIZE <= n <= MAX_SIZE for n in pair):
+        raise ValueError(
+            f'Expected {name} to be one or two numbers from {MIN_SIZE} to {MAX_SIZE}, got {" ".join(map(str, pair))}.')
+    return pair
+
+
+# ---- what is said about the weights ----------------------------------------------------------------------------------
+
+def _what_is_said(source: Source, checkpoint: Mapping[str, Any]) -> List[Said]:
+    """What each place says, the one that goes first at the head.
+
+    1. The options of the user go before everything. They are no part of this list: whoever reads them applies them.
+    2. Public files are known by their hash: what is published about them.
+    3. The settings of the training that the checkpoint itself holds.
+    4. The config beside it: config.json, then preprocessor_config.json.
+    5. The weights, see `_from_weights`.
+    6. The defaults of the variant fill what is left.
+
+    From 3 to 5, two places that say different things about what the model computes are an error, see `_merge`.
+    """
+    places: List[Optional[Said]] = []
+    # The processor on the hub says less about the public files than their authors, for example nothing about a crop.
+    known = source.known if source.processor else None
+    if known:
+        cfg: Any = get_pretrained_cfg(known)
+        published = {name: getattr(cfg, name) for name in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')}
+        places.append(Said(f'what is published with {known}', img_size=tuple(cfg.input_size[1:]), **published))
+    places.append(training_settings(checkpoint))
+    places += [fmt.read_meta(checkpoint) for fmt in FORMATS.values()]
+    places.append(_names_beside(source))
+    if source.config:
+        places.append(_read_config(source.config))
+    if source.processor and not known:
+        places += [fmt.read_processor(source.processor) for fmt in FORMATS.values()]
+    said = [place for place in places if place is not None]
+    for place in said:
+        place.model_args = {
+            name: _as_argument(name, value, place.where)
+            for name, value in place.model_args.items() if name not in _WITHOUT_EFFECT}
+    return said
+
+
+def _names_beside(source: Source) -> Said:
+    said = Said(f'{LABELS_FILE} beside the checkpoint')
+    try:
+        said.label_names = labels_beside(source.file)
+    except ValueError as e:
+        said.notes.append(f'left out the label names beside the checkpoint: {e}')
+    return said
+
+
+def _read_config(config: Mapping[str, Any]) -> Said:
+    for fmt in FORMATS.values():
+        said = fmt.read_config(config)
+        if said is not None:
+            return said
+    names = ', '.join(shown(name) for name in list(config)[:3])
+    return Said('config.json', notes=[f'config.json is of no known format, nothing was taken from it ({names})'])
+
+
+def _as_argument(name: str, value: Any, where: str) -> Any:
+    """An argument of the model in its usual type. One that is not known is refused, since it may change outputs."""
+    if name not in _TOLD_BY_THE_WEIGHTS and name not in _ONLY_SAID:
+        raise ValueError(f'{where} says {shown(name)[1:-1]}={shown(value)} of the model, which is not supported.')
+    expected, read = {**_TOLD_BY_THE_WEIGHTS, **_ONLY_SAID}[name]
+    found = read(value)
+    if found is None:
+        raise ValueError(f'Expected {expected} for {name}, {where} says {shown(value)}.')
+    return found
+
+
+def _from_weights(info: Architecture, args_of_format: Mapping[str, Any]) -> Said:
+    """What the weights themselves say, by their shapes and by the code that their format belongs to."""
+    return Said('the weights', model_args={
+        'num_classes': info.num_classes,
+        'img_size': info.img_size,
+        'patch_size': info.patch_size,
+        'in_chans': info.in_chans,
+        'class_token': info.class_token,
+        'embed_dims': info.embed_dims,
+        'depths': info.depths,
+        'sr_ratios': info.sr_ratios,
+        'qkv_bias': info.qkv_bias,
+        **args_of_format,
+    })
+
+
+def _merge(places: Sequence[Said]) -> Said:
+    """One account from several places. The first one that says something counts, and the others have to agree.
+
+    Raises:
+        ValueError: Two places contradict each other in what changes outputs. The message names both.
+    """
+    account = Said('')
+    names = [name for name in vars(account) if name not in ('where', 'model_args', 'notes')]
+    for name in names:
+        saying = [(place.where, getattr(place, name)) for place in places if getattr(place, name) not in (None, [])]
+        if saying:
+            setattr(account, name, saying[0][1])
+        if name in PREPROCESSING or name == 'problem_type':
+            _check_agreement(name, saying)
+    for name in dict.fromkeys(name for place in places for name in place.model_args):
+        saying = [(place.where, place.model_args[name]) for place in places if name in place.model_args]
+        _check_agreement(name, saying)
+        account.model_args[name] = saying[0][1]
+    return account
+
+
+def _check_agreement(name: str, saying: Sequence[Tuple[str, Any]]) -> None:
+    for where, value in saying[1:]:
+        first, meant = saying[0]
+        # what is published about a file goes before what others say
+        if not _same(meant, value) and not first.startswith('what is published'):
+            raise ValueError(
+                f'{first} says {name} {shown(meant)}, but {where} says {shown(value)}: correct one of them.')
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values mean the same: one number stands for as many as there are."""
+    several = [x if isinstance(x, (list, tuple)) else (x,) for x in (a, b)]
+    length = max(map(len, several))
+    one, other = ([*x] * length if len(x) == 1 else [*x] for x in several)
+    if len(one) != len(other):
+        return False
+    return all(
+        abs(x - y) < 1e-6 if isinstance(x, (int, float)) and isinstance(y, (int, float)) and max(abs(x), abs(y)) > 1e-3
+        else x == y for x, y in zip(one, other))
+
+
+def _describe(
+        source: Source, converted: Converted, told_size: Optional[Tuple[int, int]],
+        other_size: Optional[Tuple[int, int]], said: Sequence[Said],
+) -> Tuple[StateDict, Architecture]:
+    """The state dict, with a class token row that stands beside it, and what it says about its model."""
+    stored = told_size or next((place.model_args['img_size'] for place in said if 'img_size' in place.model_args), None)
+    trained = next((place.img_size for place in said if place.img_size), None)
+    state_dict = converted.state_dict
+    info = describe(
+        state_dict,
+        img_size=stored,
+        other_sizes=(trained, other_size),
+        prefer_square=FORMATS[converted.format].prefers_square,
+    )
+    if not info.class_token and not info.class_row and source.class_row is not None:
+        row = _read_class_row(source.class_row, state_dict[POS_EMBED])
+        state_dict = {**state_dict, POS_EMBED: torch.cat([row, state_dict[POS_EMBED]], 1)}
+        info = describe(state_dict, info.img_size)
+    return state_dict, info
+
+
+def _read_class_row(file: Path, like: torch.Tensor) -> torch.Tensor:
+    row = read_checkpoint(file, 2 ** 20).get(CLASS_ROW)
+    if not isinstance(row, torch.Tensor) or row.shape != (1, 1, like.shape[2]) or row.dtype != like.dtype:
+        raise ValueError(f'Expected {CLASS_ROW} of type {like.dtype} and width {like.shape[2]} in {file.name}: remove '
+                         f'or replace that file.')
+    return row
+
+
+def _find_variant(info: Architecture, source: Source, model: Optional[str], said: Sequence[Said]) -> str:
+    """The name of the timm model that has such depths and channels. What is asked for and said has to agree."""
+    variant = find_variant(info.depths, info.embed_dims)
+    if variant is None:
+        raise ValueError(
+            f'Expected the depths and channels of one of {", ".join(VARIANTS)}, got {info.depths} and '
+            f'{info.embed_dims}.')
+    wanted = [model, *(place.architecture for place in said)]
+    for name in filter(None, wanted):
+        if name.partition('.')[0] != variant:
+            raise ValueError(f'Expected a checkpoint of {shown(name)[1:-1]}, but {source.file.name} holds {variant}.')
+    return variant
+
+
+def _odd(converted: Converted) -> List[str]:
+    """Notes on what is odd about weights, and on what stands beside them."""
+    notes = []
+    if converted.beside:
+        from .detection.openmmlab import describe_heads, heads_of  # which needs torchvision's detectors
+
+        heads = describe_heads(heads_of(converted))
+        notes = [f'beside the backbone is the rest of a {heads[0]} for {heads[1]} classes'] if heads else []
+    broken = [key for key, value in converted.state_dict.items() if not value.isfinite().all()]
+    if broken:
+        more = f' and {len(broken) - 3} more' if len(broken) > 3 else ''
+        notes.append(f'values that are not finite, kept as they are: {", ".join(broken[:3])}{more}')
+    return notes
+
+
+def _preprocessing(account: Said, info: Architecture, variant: str, notes: List[str]) -> Dict[str, Any]:
+    """How images are prepared: what is said, else the defaults of the variant."""
+    default: Any = get_pretrained_cfg(variant)
+    cfg: Dict[str, Any] = {}
+    for name in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation'):
+        value = getattr(account, name)
+        cfg[name] = getattr(default, name) if value is None else value
+    if any(len(cfg[name]) not in (1, info.in_chans) for name in ('mean', 'std')):
+        notes.append(f'mean and std of {info.in_chans} channels are not known: took the average of the usual ones')
+    for name in ('mean', 'std'):
+        values = tuple(cfg[name])
+        average = round(sum(values) / len(values), 6)
+        cfg[name] = values if len(values) == info.in_chans else (average,) * info.in_chans
+    size = account.img_size or info.img_size
+    if not all(MIN_SIZE <= n <= MAX_SIZE for n in size):
+        size = info.img_size
+    cfg['input_size'] = (info.in_chans, *size)
+    return cfg
+
+
+def _labels(
+        source: Source, account: Said, file: Optional[PathLike], count: int, notes: List[str]) -> List[str]:
+    """Names of the classes: from `file`, else what training keeps in or beside the checkpoint, else from its config."""
+    if file is not None:
+        return read_labels(file, count)
+    names = account.label_names or []
+    if names and count and len(names) != count:
+        notes.append(f'left out {len(names)} label names, the head has {count} classes')
+    return names if len(names) == count else []

@@ -1,0 +1,83 @@
+""" CONTRIBUTING's way to add a format, on an invented one: a new file and one line in the list, in a copy. """
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_files as files
+from pvt_timm.files import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The file that somebody would write. Its checkpoints name everything otherwise, keep keys and values in two parameters
+# and have one more note on the way out.
+INVENTED = '''
+""" An invented format. """
+import re
+
+from .architecture import drop_parts
+from .format import Format
+from .names import Row
+from .writing import write_tensors
+
+
+class InventedFormat(Format):
+    name = 'invented'
+    table = (
+        Row('stages.{i}.pos_embed',              'tower.{s}.places'),
+        Row('stages.3.cls_token',                'tower.token'),
+        Row('stages.{i}.patch_embed.proj.{p}',   'tower.{s}.cut.{p}'),
+        Row('stages.{i}.patch_embed.norm.{p}',   'tower.{s}.even.{p}'),
+        Row('stages.{i}.blocks.{j}.attn.kv.{p}', ('tower.{s}.{b}.keys.{p}', 'tower.{s}.{b}.values.{p}'),
+            our_pieces=(2,)),
+        Row('stages.{i}.blocks.{j}.{layer}.{p}', 'tower.{s}.{b}.{layer}.{p}'),
+        Row('norm.{p}',                          'last.{p}'),
+        Row('head.{p}',                          'answer.{p}',
+            to_ours=lambda x: x.flip(0), to_theirs=lambda x: x.flip(0)),
+    )
+    first_weight = ('tower.1.cut.weight',)
+    start = re.compile(r'(?:tower|last|answer)\\\\b')
+    is_target = True
+
+    def take_parts(self, weights, drop):
+        return drop_parts(weights.state_dict, drop, weights.info.class_row), ['towers count from 1']
+
+    def write(self, folder, weights, tensors):
+        write_tensors(tensors, folder / 'tower.pth')
+
+    def how_to_load(self, weights):
+        return '`Tower.load(FOLDER)`.'
+
+
+FORMATS = [InventedFormat()]
+'''.replace('\\\\b', '\\b')
+
+
+def test_one_file_and_one_line(tmp_path, client_env):
+    for package in ('pvt_timm', 'weights_conversion'):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns('__pycache__'))
+    (tmp_path / 'pvt_timm' / 'formats' / 'invented.py').write_text(INVENTED)
+    listing = tmp_path / 'pvt_timm' / 'formats' / '__init__.py'
+    text = listing.read_text().replace("    'openmmlab',\n", "    'openmmlab',\n    'invented',\n")
+    listing.write_text(text)
+    assert text.count('invented') == 1
+
+    def program(*argv):
+        done = subprocess.run(
+            [sys.executable, '-m', 'weights_conversion', *map(str, argv)], cwd=tmp_path, capture_output=True, text=True,
+            env={**client_env, 'PYTHONPATH': str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    source = files.save(files.make('original', num_classes=3), tmp_path / 'x.pth')
+    program(source, '--output', 'invented', '--to', 'invented')
+    out = program('inspect', 'invented')
+    assert 'format   invented' in out and 'class_token, norm, head; 3 classes' in out and 'tower.*.*.keys.*' in out
+    card = (tmp_path / 'invented' / 'README.md').read_text()
+    assert '`Tower.load(FOLDER)`' in card and 'towers count from 1' in card
+    program('invented', '--output', 'timm', '--prefix', '')
+    program('timm', '--output', 'back', '--to', 'invented')
+    program('timm', '--output', 'original', '--to', 'original')
+    read = read_checkpoint
+    assert files.same(read(tmp_path / 'back'), read(tmp_path / 'invented'))
+    assert files.same(read(tmp_path / 'original'), read(source))
