@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import convert_files as files
-from pvt_timm.checkpoints import map_to_timm
+from pvt_timm.formats.mapping import map_to_timm
 from pvt_timm.files import read_checkpoint
 from weights_conversion import convert
 
