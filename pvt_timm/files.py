@@ -1,17 +1,16 @@
 """ Read and write checkpoint files. What is read may come from anywhere: nothing in it is executed. """
-import argparse
+import errno
 import os
-import re
+import struct
 import uuid
-import warnings
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Iterable, List, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterable, List, Union
 
-import numpy as np
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from .torch_files import UnknownName, check_plain, read_legacy, read_zip
 
 __all__ = [
     'MAX_BYTES', 'CheckpointError', 'checkpoints_among', 'find_checkpoint', 'read_checkpoint', 'save_atomically']
@@ -26,8 +25,21 @@ _FILES = ('model.safetensors', 'pytorch_model.bin', 'model.pth', 'model.pt')
 _SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.tar')
 
 
+# what the readers of pickles, archives and safetensors raise; not MemoryError, nor what is a fault of this package
+_SIGNS_OF_DAMAGE = (
+    ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile,
+    SafetensorError)
+
+
 class CheckpointError(ValueError):
     """A file that is no checkpoint, is damaged, is too large, or wants to execute something."""
+
+
+def too_large(name: str, size: int, max_bytes: int) -> CheckpointError:
+    """The error for a file of `size` bytes."""
+    return CheckpointError(
+        f'Expected at most {max_bytes / 1e6:.1f} MB, {name} has {size / 1e6:.1f} MB. '
+        f'Pass a larger max_bytes if you trust it.')
 
 
 def find_checkpoint(path: PathLike) -> Path:
@@ -64,6 +76,9 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
         path: A safetensors file, a file written by `torch.save`, or a folder with one of them.
         max_bytes: Refuse a file that is larger.
 
+    Returns:
+        A dict of plain tensors and values, also where the file holds parameters, ordered dicts or `argparse.Namespace`.
+
     Raises:
         FileNotFoundError: No such file or folder.
         CheckpointError: Not a checkpoint, damaged, too large, or with anything but tensors, plain values, numpy's
@@ -72,25 +87,26 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
     path = find_checkpoint(path)
     size = path.stat().st_size
     if size > max_bytes:
-        raise CheckpointError(
-            f'Expected at most {max_bytes / 1e6:.1f} MB, {path.name} has {size / 1e6:.1f} MB. '
-            f'Pass a larger max_bytes if you trust it.')
+        raise too_large(path.name, size, max_bytes)
     kind = _kind(path)
     try:
         if kind == 'safetensors':
-            checkpoint: Any = load_file(path)
-        else:
-            if kind == 'zip':
-                _check_zip(path, size)
-            with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # an error follows
-                checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=kind == 'zip')
+            return dict(load_file(path))
+        checkpoint = read_zip(path, size) if kind == 'zip' else read_legacy(path, size)
+        check_plain(checkpoint, size)
         if not isinstance(checkpoint, dict):
             raise ValueError(f'Expected a dict of tensors, got {type(checkpoint).__name__}')
-        if _tensor_bytes(checkpoint) > 4 * size:  # weights and their average may share memory, little else does
-            raise ValueError('its tensors repeat what they hold many times over')
-    except Exception as e:
-        raise CheckpointError(f'{path.name} is {_what_is_wrong(e)}') from e
+    except UnknownName as e:
+        raise CheckpointError(
+            f'{path.name} is refused, nothing in it was executed: it wants {ascii(str(e))[1:-1][:120]}, but only '
+            f'tensors, plain values, numpy arrays and argparse.Namespace are read. '
+            f'Save the state_dict() alone where it was made.') from e
+    except _SIGNS_OF_DAMAGE as e:
+        raise _damaged(path.name, e) from e
+    except OSError as e:  # of the disk, but for a record whose place in the file is negative
+        if e.errno != errno.EINVAL:
+            raise
+        raise _damaged(path.name, e) from e
     return checkpoint
 
 
@@ -132,86 +148,5 @@ def _kind(path: Path) -> str:
         f'Is it a web page, or a pointer to what `git lfs pull` downloads?')
 
 
-def _check_zip(path: Path, size: int) -> None:
-    """torch compares no checksums, so damaged weights would pass."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(record.file_size for record in archive.infolist()) > size:
-            raise ValueError('its records claim more than the file holds, compressed ones are not read')
-        bad = archive.testzip()
-    if bad is not None:
-        raise ValueError(f'the checksum of its record {ascii(bad)} is wrong')
-
-
-def _tensor_bytes(checkpoint: Mapping[str, Any]) -> int:
-    total, seen, todo = 0, set(), [checkpoint]
-    while todo:
-        x = todo.pop()
-        if isinstance(x, torch.Tensor):
-            total += x.numel() * x.element_size()
-        elif isinstance(x, Mapping) and id(x) not in seen:  # a dict may hold itself
-            seen.add(id(x))
-            todo += x.values()
-    return total
-
-
-def _what_is_wrong(e: Exception) -> str:
-    text = str(e).strip()
-    if wanted := re.search(r'GLOBAL (\S+)', text):
-        return (
-            f'refused, nothing in it was executed: it wants {ascii(wanted[1])[1:-1]}, but only tensors, plain values, '
-            f'numpy arrays and argparse.Namespace are read. Save the state_dict() alone where it was made.')
-    # torch starts with advice to load with weights_only=False
-    reason = re.sub(r'(?s).*WeightsUnpickler error: |Weights only load failed.*?\n\n+|In PyTorch 2.6,.*', '', text)
-    return f'damaged or no checkpoint: {" ".join(reason.split())[:200] or type(e).__name__}'
-
-
-# ---- what a pickle may name beside tensors and plain values ----------------------------------------------------------
-# Trainers keep numpy's numbers and small arrays beside the weights. numpy's own unpickling takes flags and object
-# pointers from the file, so these stand in for it: they rebuild plain numbers and text.
-
-class _Dtype:
-    def __init__(self, name: str, *_: Any):
-        if not re.fullmatch(r'[biufcSU]\d+', name):
-            raise ValueError(f'numpy values of type {name!r} are not read')
-        self.plain = np.dtype(name)
-
-    def __setstate__(self, state: Tuple[Any, ...]) -> None:
-        self.plain = self.plain.newbyteorder(state[1])
-
-
-class _Array(np.ndarray):
-    def __new__(cls, *_: Any) -> '_Array':
-        return super().__new__(cls, 0)
-
-    def __setstate__(self, state: Tuple[Any, ...]) -> None:
-        version, shape, dtype, fortran, data = state
-        super().__setstate__((version, shape, dtype.plain, fortran, data))
-
-
-def _scalar(dtype: _Dtype, data: bytes) -> Any:
-    return np.frombuffer(data, dtype.plain, 1)[0]
-
-
-class _TrainingLog:
-    """In place of the logs that OpenMMLab's training saves beside the weights, and of their functions."""
-
-    def __init__(self, *args: Any):
-        if args and args[0] is not _TrainingLog:
-            raise ValueError('GLOBAL builtins.getattr')
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-_ALLOWED: Any = [
-    argparse.Namespace,
-    (_Dtype, 'numpy.dtype'),
-    (_Array, 'numpy.ndarray'),
-    (_Array, 'numpy.core.multiarray._reconstruct'),
-    (_Array, 'numpy._core.multiarray._reconstruct'),  # since numpy 2
-    (_scalar, 'numpy.core.multiarray.scalar'),
-    (_scalar, 'numpy._core.multiarray.scalar'),
-    (lambda: b'', 'builtins.bytes'),  # of an empty array
-    (_TrainingLog, 'mmengine.logging.history_buffer.HistoryBuffer'),
-    (_TrainingLog, 'builtins.getattr'),  # of a log
-]
+def _damaged(name: str, e: Exception) -> CheckpointError:
+    return CheckpointError(f'{name} is damaged or no checkpoint: {" ".join(str(e).split())[:200] or type(e).__name__}')

@@ -12,12 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Dict, Iterator, List, Optional
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from .files import PathLike, find_checkpoint
+from .download import download
+from .files import MAX_BYTES, PathLike, find_checkpoint
 from .formats.timm import CLASS_ROW_FILE
 from .labels import LABELS_FILE
 
@@ -70,8 +70,11 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(spec: PathLike) -> Iterator[Source]:
-    """Find or download a checkpoint. What was downloaded from a url is removed again at the end."""
+def open_source(spec: PathLike, max_bytes: int = MAX_BYTES) -> Iterator[Source]:
+    """Find or download a checkpoint. What was downloaded from a url is removed again at the end.
+
+    A url that has more than `max_bytes` is refused.
+    """
     spec = os.fspath(spec)
     if not spec or '\0' in spec:
         raise ValueError('Expected a file, folder, url or hub repository, got an empty name or a zero byte.')
@@ -81,7 +84,7 @@ def open_source(spec: PathLike) -> Iterator[Source]:
         with tempfile.TemporaryDirectory(prefix='pvt-convert-') as folder:
             file = Path(folder, name or 'checkpoint')
             bar = sys.stderr.isatty() and not are_progress_bars_disabled()  # as the hub's own
-            torch.hub.download_url_to_file(spec, str(file), progress=bar)
+            download(spec, file, max_bytes, progress=bar)
             # user, password, query and fragment may be secrets
             yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file)
     elif spec.startswith('hf-hub:'):

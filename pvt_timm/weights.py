@@ -255,7 +255,7 @@ def read_weights(
     told_size = check_size(source_size, 'source_size')
     if model is not None and model not in VARIANTS:
         raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
-    with open_source(spec) as source:
+    with open_source(spec, max_bytes) as source:
         if sha256 is not None and (len(sha256) < 8 or not source.sha256.startswith(sha256.lower())):
             raise ValueError(f'Expected a file with sha256 {ascii(sha256)} (8 digits or more), got {source.sha256}: '
                              f'another one, or damaged.')

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 Content = Union[bytes, str, Path]
 LFS_SUFFIXES = ('.safetensors', '.bin', '.pth')
-BODY_FAULTS = ('truncate', 'short', 'garbage', 'html')
+BODY_FAULTS = ('truncate', 'short', 'garbage', 'html', 'claim', 'endless', 'part')
 
 
 class _File:
@@ -71,6 +71,7 @@ class LoopbackServer:
         self._files: Dict[str, _File] = {}
         self._faults: List[list] = []  # kind, path, how often it is left
         self.requests: List[Tuple[str, str]] = []
+        self.sent = 0  # bytes of endless files
 
     def add_repo(
             self, repo_id: str, files: Mapping[str, Content], commit: Optional[str] = None, ref: str = 'main') -> str:
@@ -108,7 +109,8 @@ class LoopbackServer:
         Args:
             kind: A status code; 'drop' closes the connection without an answer; 'truncate' sends the first half of a
                 file under the headers of all of it, then closes; 'short' sends the first half as if it were all;
-                'garbage' sends other bytes of the right length; 'html' sends a web page instead.
+                'garbage' sends other bytes of the right length; 'html' sends a web page instead; 'claim' says that the
+                file has 10 TB; 'endless' sends it over and over without a length; 'part' breaks off in that.
             path: Regular expression that is searched in the path. A large file of a repository is found under the
                 path of its repository too, although its bytes come from /cdn/, as on the real hub.
             times: How often.
@@ -216,16 +218,34 @@ class _Handler(BaseHTTPRequestHandler):
         m = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))  # of a client that goes on after a fault
         start = int(m[1]) if m else 0
         body = file.data[start:]
+        if self.fault in ('endless', 'part'):
+            self.send_in_parts(body)
+            return
         headers = {'Accept-Ranges': 'bytes', 'ETag': f'"{file.sha256}"', **headers}
         headers.update({'Content-Range': f'bytes {start}-{file.size - 1}/{file.size}'} if m else {})
         headers.update({'Content-Length': str(len(body))} if self.fault == 'truncate' else {})
+        headers.update({'Content-Length': str(10 ** 13)} if self.fault == 'claim' else {})
         half = body[:max(0, file.size // 2 - start)]
         if self.fault == 'html':
             body, headers = b'<!DOCTYPE html><html><title>Sign in</title></html>', {'Content-Type': 'text/html'}
         self.send(206 if m else 200, {
             'short': half, 'truncate': half, 'garbage': bytes(len(body))}.get(self.fault, body), headers)
-        if self.fault == 'truncate':
+        if self.fault in ('truncate', 'claim'):
             self.drop()
+
+    def send_in_parts(self, body: bytes):
+        """Send `body` in parts that each say their length: the same one until the client goes, or half of one."""
+        self.send_response(200)
+        self.send_header('Transfer-Encoding', 'chunked')
+        self.end_headers()
+        part = b'%x\r\n%s\r\n' % (len(body), body)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if self.fault == 'part':
+                self.wfile.write(part[:len(part) // 2])
+            while self.fault == 'endless':
+                self.wfile.write(part)
+                self.loopback.sent += len(body)
+        self.drop()
 
     # the hub
 
