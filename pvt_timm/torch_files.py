@@ -32,6 +32,7 @@ __all__ = ['UnknownName', 'check_plain', 'read_legacy', 'read_zip']
 MAX_STEPS = 1_000_000  # of a pickle, about 100 bytes each; a training snapshot of pvt_huge_v2 takes 250,000
 MAX_DIRECTORY = 2 ** 23  # bytes, of an archive; the same snapshot takes 0.5 MB
 MAX_DEPTH = 100  # of dicts and lists in each other
+BYTES_PER_ITEM = 64  # of a dict or set, in memory
 TEXT_PER_VALUE = 32  # characters of a number, or of brackets and commas, as `str` writes them
 
 _LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
@@ -71,7 +72,7 @@ class _Storage:
     dtype: torch.dtype
 
 
-@dataclass
+@dataclass(slots=True)
 class _Unfinished:
     """Stands for an object until its state is there, which makes a plain value of it."""
     finish: Callable[[Any], Any]
@@ -118,7 +119,7 @@ def read_zip(path: Path, size: int) -> Any:
         records = {info.filename: info for info in archive.infolist()}
         if any(re.fullmatch(r'[^/]*/constants\.pkl', name) for name in records):
             raise ValueError('it is a TorchScript archive. Save the state_dict() of its model with torch.save')
-        _check_records(archive, records, size)
+        _check_records(archive, file, records, size)
         pickles = [name for name in records if re.fullmatch(r'[^/]*/data\.pkl', name)]
         if len(pickles) != 1:
             raise ValueError(f'expected one data.pkl in the archive, as torch.save writes it, found {len(pickles)}')
@@ -131,14 +132,17 @@ def read_zip(path: Path, size: int) -> Any:
         content = archive.read(pickles[0])
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     storages = _ZipStorages(mapped, records, folder, swap=byte_order != sys.byteorder)
-    return _Pickle(io.BytesIO(content), storages).read()
+    return _Pickle(io.BytesIO(content), size, storages).read()
 
 
-def _check_records(archive: zipfile.ZipFile, records: Dict[str, zipfile.ZipInfo], size: int) -> None:
+def _check_records(
+        archive: zipfile.ZipFile, file: io.BufferedReader, records: Dict[str, zipfile.ZipInfo], size: int) -> None:
     if len(records) != len(archive.infolist()):
         raise ValueError('it has two records of one name')
     for name, info in records.items():
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        file.seek(info.header_offset + 8)  # the record says it again, before its bytes
+        compress_types = info.compress_type, int.from_bytes(file.read(2), 'little')
+        if compress_types != (zipfile.ZIP_STORED, zipfile.ZIP_STORED) or info.compress_size != info.file_size:
             raise ValueError(f'its record {ascii(name)} is compressed, which torch.save never does')
     if sum(info.file_size for info in records.values()) > size:
         raise ValueError('its records claim more than the file holds')
@@ -189,13 +193,13 @@ def read_legacy(path: Path, size: int) -> Any:
     """
     storages = _LegacyStorages(size)
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-        if _Pickle(stream).read() != _LEGACY_MAGIC:
+        if _Pickle(stream, size).read() != _LEGACY_MAGIC:
             raise ValueError('it is a pickle that torch.save did not write')
-        if _Pickle(stream).read() != _LEGACY_PROTOCOL:
+        if _Pickle(stream, size).read() != _LEGACY_PROTOCOL:
             raise ValueError('it is of an unknown version of the format')
-        _Pickle(stream).read()  # byte order and C types of the machine that wrote it; the numbers are little-endian
-        content = _Pickle(stream, storages).read()
-        keys = _Pickle(stream).read()
+        _Pickle(stream, size).read()  # byte order and C types of the machine that wrote it; numbers are little-endian
+        content = _Pickle(stream, size, storages).read()
+        keys = _Pickle(stream, size).read()
         file.seek(stream.tell())
         storages.fill(file, keys)
     return content
@@ -255,9 +259,10 @@ class _Pickle:
     The steps are those of pickle protocol 2 that `torch.save` writes.
     """
 
-    def __init__(self, stream: Any, storages: Optional[_Storages] = None):
+    def __init__(self, stream: Any, size: int, storages: Optional[_Storages] = None):
         self.stream = stream
         self.storages = storages
+        self.left_to_copy = BYTES_PER_ITEM * MAX_STEPS + 4 * size  # bytes
         self.stack: List[Any] = []
         self.marks: List[int] = []  # heights of the stack
         self.memo: Dict[int, Any] = {}
@@ -313,6 +318,7 @@ class _Pickle:
             stack.append(self.storage(stack.pop()))
         elif name in ('REDUCE', 'NEWOBJ'):
             function, args = self.pop_many(2)
+            self.pay_for_copies(args)
             stack.append(_call(function, args))
         elif name == 'BUILD':
             self.build(stack.pop())
@@ -346,6 +352,7 @@ class _Pickle:
 
     def build(self, state: Any) -> None:
         """Give the topmost object its state."""
+        self.pay_for_copies(state)
         found = self.stack[-1]
         if isinstance(found, _Unfinished):
             found.value = found.finish(state)
@@ -354,16 +361,25 @@ class _Pickle:
         elif found is not None and type(found) is not dict:  # attributes of dicts and of training logs are left out
             raise TypeError('it sets the state of a plain value')
 
+    def pay_for_copies(self, given: Any) -> None:
+        """What is made of lists and texts are copies, and one list or text may be given many times."""
+        for value in (given, *given) if type(given) is tuple else (given,):
+            if isinstance(value, (str, bytes)):
+                self.left_to_copy -= len(value)
+            elif isinstance(value, (dict, list, tuple, set)):
+                self.left_to_copy -= BYTES_PER_ITEM * len(value)
+        if self.left_to_copy < 0:
+            raise ValueError('its pickle copies what it holds many times over')
+
     def storage(self, said: Any) -> _Storage:
         """The storage that a persistent id means: kind, type, key, device, number of values, view of another."""
         kind, storage_type, key, _, numel = said[:5]
         if kind != 'storage' or said[5:] not in ((), (None,)) or type(key) is not str or self.storages is None:
             raise TypeError('not a storage')
-        name = storage_type.name.replace('torch.cuda.', 'torch.') if isinstance(storage_type, _Name) else ''
-        if name not in _STORAGES:
+        if not isinstance(storage_type, _Name) or storage_type.name not in _STORAGES:
             raise TypeError('not a type of storages')
         _check_sizes(numel)
-        dtype = _STORAGES[name]
+        dtype = _STORAGES[storage_type.name]
         return _Storage(self.storages.get(key, numel * dtype.itemsize, dtype), dtype)
 
 
@@ -548,7 +564,8 @@ _CALLS: Dict[str, Callable[..., Any]] = {
     'torch._utils._rebuild_tensor_v3': _tensor_v3,
     'torch._tensor._rebuild_from_type_v2': _tensor_of_class,
 }
-_CLASSES = {'numpy.ndarray', 'torch.Tensor', 'torch.nn.parameter.Parameter', *_STORAGES}
+_CLASSES = ('numpy.ndarray', 'torch.Tensor', 'torch.nn.parameter.Parameter', *_STORAGES)
+_NAMES = {name: _Name(name) for name in (*_CALLS, *_CLASSES)}
 
 
 def _look_up(argument: str) -> Any:
@@ -557,10 +574,10 @@ def _look_up(argument: str) -> Any:
     module = 'builtins' if module == '__builtin__' else module  # of Python 2, which protocol 2 is for
     if module == 'torch' and isinstance(vars(torch).get(name), torch.dtype):
         return vars(torch)[name]
-    full = f'{module}.{name}'
-    if full in _CALLS or full.replace('torch.cuda.', 'torch.') in _CLASSES:
-        return _Name(full)
-    raise UnknownName(full)
+    module = 'torch' if module == 'torch.cuda' else module  # of tensors that were saved on a GPU
+    if f'{module}.{name}' not in _NAMES:
+        raise UnknownName(f'{module}.{name}')
+    return _NAMES[f'{module}.{name}']
 
 
 def _call(function: Any, args: Any) -> Any:

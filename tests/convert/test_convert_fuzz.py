@@ -246,7 +246,8 @@ def loaded(file):
     if file.read_bytes()[8:9] == b'{':
         return load_file(file)
     try:
-        return torch.load(file, map_location='cpu', weights_only=False)
+        with open(file, 'rb') as f:  # by content: torch >= 2.14 goes by the name where it gets one
+            return torch.load(f, map_location='cpu', weights_only=False)
     except ValueError:  # a damaged pickle protocol, which torch's own reader overlooks
         return read_checkpoint(file)
 

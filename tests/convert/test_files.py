@@ -274,6 +274,12 @@ def test_safetensors_that_lie(length, offsets, shape, tmp_path):
     refusal(tmp_path / 'x', 'damaged')
 
 
+@pytest.mark.parametrize('how', ['zip', 'legacy'])
+def test_names_of_files_say_nothing(how, tmp_path):
+    write({'a': torch.ones(1)}, tmp_path / 'model.safetensors', how)
+    assert torch.equal(read_checkpoint(tmp_path)['a'], torch.ones(1))
+
+
 def test_header_length_that_looks_like_a_pickle(tmp_path):
     data = save({'a': torch.ones(1)})
     size, = struct.unpack('<Q', data[:8])
@@ -444,6 +450,14 @@ BOMBS = {
     'array': numpy_array(number(10 ** 10) + b'\x85', 'f8', called('builtins', 'bytes')),
     'array of long texts': called(
         'numpy.core.multiarray', 'scalar', numpy_dtype('U500000000'), called('builtins', 'bytes')),
+    'copies of a dict': b'(}(' + b''.join(b'M' + struct.pack('<H', n) + b'N' for n in range(50_000)) + b'uq\x00' + (
+        called('collections', 'Counter', b'h\x00') * 1000) + b't',
+    'copies of a list': b'(](' + b''.join(b'M' + struct.pack('<H', n) for n in range(50_000)) + b'eq\x00' + (
+        called('builtins', 'set', b'h\x00') * 1000) + b't',
+    'copies of a text': b'(' + text('a' * 10 ** 6) + b'q\x00' + (
+        called('_codecs', 'encode', b'h\x00', text('latin1')) * 2000) + b't',
+    'copies of an array': b'(' + called('_codecs', 'encode', text('a' * 10 ** 6), text('latin1')) + b'q\x00' + (
+        numpy_array(number(10 ** 6) + b'\x85', 'u1', b'h\x00') * 2000) + b't',
     'dicts': b'(' + b'}' * 5_000_000 + b't',
     'marks': b'(' * 5_000_000 + b't',
     'memory of steps': b'N' + b''.join(b'r' + struct.pack('<I', n) for n in range(2_000_000)),
@@ -597,6 +611,11 @@ def test_records_that_are_compressed(tmp_path):
         new.start_dir = new.fp.tell()
     with zipfile.ZipFile(tmp_path / 'y.pth') as archive:
         assert sum(info.file_size for info in archive.infolist()) < (tmp_path / 'y.pth').stat().st_size
+    refusal(tmp_path / 'y.pth', 'is compressed')
+    # said by the record alone, not by the directory
+    data = source.read_bytes()
+    assert data[8:10] == b'\0\0'
+    (tmp_path / 'y.pth').write_bytes(data[:8] + b'\x08\0' + data[10:])
     refusal(tmp_path / 'y.pth', 'is compressed')
 
 

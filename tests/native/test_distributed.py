@@ -58,7 +58,6 @@ def start(rank, folder, wrap):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('wrap', [ddp, pytest.param(fsdp2, marks=pytest.mark.skipif(
-    torch.__version__.startswith('2.6.'), reason='fully_shard of torch 2.6 fails between processes on CPUs'))])
+@pytest.mark.parametrize('wrap', [ddp, fsdp2])
 def test_gradients_equal_one_process(wrap, tmp_path):
     mp.spawn(start, (tmp_path, wrap), nprocs=WORLD_SIZE)
