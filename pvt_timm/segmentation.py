@@ -7,6 +7,7 @@ The paper trains it for 40,000 steps of ADE20K with 32 crops of 512x512 pixels, 
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=40_000, power=0.9)
     loss = torch.nn.functional.cross_entropy(model(images), labels, ignore_index=255)
 """
+import inspect
 import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -17,10 +18,10 @@ import torch.nn.functional as F
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import normalize
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-from .detection.fpn import PvtFpnBackbone, pvt_fpn_backbone
+from .detection.checks import check_image
+from .detection.fpn import PvtFpnBackbone, pvt_fpn_backbone, usual_normalisation
 from .detection.openmmlab import FPN, Checkpoint, from_openmmlab, to_openmmlab
+from .detection.parts import resized
 from .formats.names import Row
 
 __all__ = ['SemanticFpn', 'ade20k_classes', 'semantic_fpn', 'semantic_fpn_from_mmseg', 'segmenter_to_mmseg']
@@ -71,14 +72,15 @@ class SemanticFpnHead(nn.Module):
 class SemanticFpn(nn.Module):
     """Semantic FPN (https://arxiv.org/abs/1901.02446) as the PVT paper uses it.
 
-    Takes images (B, 3, H, W) of one size, from 32x32 up, normalised as timm does, and returns logits (B, num_classes,
-    H, W). `segment` takes one image of any size from 0 to 1.
+    Takes images (B, C, H, W) of one size, from 32x32 up, normalised with `mean` and `std`, and returns logits (B,
+    num_classes, H, W). Classes count from 0. `segment` takes one image of any size from 0 to 1.
 
     Attributes:
         num_classes: Number of classes.
         categories: Names of the classes, empty if not known.
         palette: Their colours (red, green, blue), empty if not known.
-        mean: Mean per channel of images from 0 to 1, timm's for ImageNet.
+        in_chans: Channels of the images.
+        mean: Mean per channel of images from 0 to 1, timm's for ImageNet (their average where there are not three).
         std: Standard deviation per channel.
     """
 
@@ -107,7 +109,8 @@ class SemanticFpn(nn.Module):
         self.categories: List[str] = []
         self.palette: List[Color] = []
         self.min_size, self.max_size = min_size, max_size
-        self.mean, self.std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        self.in_chans = getattr(backbone, 'in_chans', 3)
+        self.mean, self.std = usual_normalisation(self.in_chans)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.head(list(self.backbone(x).values()))
@@ -115,25 +118,43 @@ class SemanticFpn(nn.Module):
 
     @torch.no_grad()
     def segment(self, image: torch.Tensor) -> torch.Tensor:
-        """Classes (H, W) of an image (3, H, W) from 0 to 1, resized as published: the shorter side to `min_size`, at
-        most `max_size`, up to the next multiple of 32."""
+        """Classes (H, W) of an image (C, H, W) from 0 to 1, in evaluation mode, which the model is in for that long.
+
+        It is resized twice, as in the original's AlignResize and mmsegmentation's ResizeToMultiple: the shorter side
+        to `min_size`, or less where the longer one would be above `max_size`, and then up to multiples of 32. Bytes
+        are not rounded to in between, as they are there.
+
+        Raises:
+            ValueError: It has other channels, no floating point numbers, or values up to 255.
+        """
+        check_image(image, self.in_chans)
         h, w = image.shape[1:]
-        scale = min(self.min_size / min(h, w), self.max_size / max(h, w))
-        size = [max(math.ceil(int(n * scale + 0.5) / 32), 1) * 32 for n in (h, w)]
+        width, height = resized(w, h, self.min_size, self.max_size)
         x = normalize(image, self.mean, self.std)[None]
-        x = F.interpolate(x, size=size, mode='bilinear', align_corners=False)
-        return F.interpolate(self(x), size=(h, w), mode='bilinear', align_corners=False)[0].argmax(dim=0)
+        for size in ((height, width), (math.ceil(height / 32) * 32, math.ceil(width / 32) * 32)):
+            x = F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            logits = self(x)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return F.interpolate(logits, size=(h, w), mode='bilinear', align_corners=False)[0].argmax(dim=0)
 
 
 def semantic_fpn(
         model_name: str = 'pvt_small', num_classes: int = 150, pretrained_backbone: bool = False,
-        out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> SemanticFpn:
+        out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None, frozen_stages: int = 0,
+        **kwargs: Any) -> SemanticFpn:
     """Semantic FPN on PVT as published, with new neck and head.
 
     Arguments as in `pvt_timm.detection.pvt_retinanet`, `kwargs` are for `SemanticFpn`.
     """
+    inspect.signature(SemanticFpn).bind(None, num_classes, **kwargs)  # before anything is downloaded
     backbone = pvt_fpn_backbone(
-        model_name, pretrained_backbone, out_channels, extra_levels=None, **(model_args or {}))
+        model_name, pretrained_backbone, out_channels, extra_levels=None, model_args=model_args,
+        frozen_stages=frozen_stages)
     return SemanticFpn(backbone, num_classes, **kwargs)
 
 
@@ -154,8 +175,8 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
     """
     model, said = from_openmmlab(checkpoint, {'Semantic FPN': (semantic_fpn, _TABLE)}, prefix, **kwargs)
     names, palette = ade20k_classes() if model.num_classes == 150 else ([], [])
-    model.categories = said.get('label_names') or names
-    colors = said.get('palette') or palette
+    model.categories = said.get('label_names', names)
+    colors = said.get('palette', palette)
     if not all(isinstance(c, (list, tuple)) and len(c) == 3 and all(isinstance(x, int) for x in c) for c in colors):
         raise ValueError(f'Expected red, green and blue per class as palette in the checkpoint, got {colors[:3]}.')
     model.palette = [tuple(color) for color in colors]

@@ -1,36 +1,35 @@
 """ The commands `detect` and `segment`: objects and regions of images, printed, as JSON and drawn. """
 import argparse
-import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
-import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from ..detection import detector_from_mmdet, retinanet_coco
-from ..files import save_atomically
+from ..detection import coco_categories, detector_from_mmdet, retinanet_coco
 from ..segmentation import semantic_fpn_from_mmseg
 from .errors import clean
-from .pictures import new_figure, picture_text
-from .predict import open_image
+from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
+from .predict import check_finite, check_in_chans, open_image, refusing_overflow
 
-__all__ = ['draw_detections', 'draw_segments', 'run_detect', 'run_segment']
+__all__ = ['coco_results', 'run_detect', 'run_segment']
 
 Rows = List[Dict[str, Any]]
 
-# Told apart by most people with a colour deficiency too, and white text can be read on them
-_COLORS = ('#d1495b', '#1f77b4', '#2a8c55', '#8e5bb5', '#b8741a', '#17808a', '#c2488f', '#5f6b2d', '#4455a8', '#7a4b3a')
-
 
 def run_detect(args: argparse.Namespace) -> None:
+    if args.prefix is not None and not args.checkpoint:
+        raise ValueError('Expected --checkpoint with --prefix, the models of --model have one detector each')
+    if args.format == 'coco' and not args.json:
+        raise ValueError('Expected --json with --format coco')
     _run(args, _load_detector, _detect, 'objects')
 
 
 def run_segment(args: argparse.Namespace) -> None:
+    args.format = 'plain'
     _run(args, lambda args: semantic_fpn_from_mmseg(args.checkpoint, args.prefix), _segment, 'classes')
 
 
@@ -43,20 +42,48 @@ def _run(args: argparse.Namespace, load: Callable[..., Any], find: Callable[...,
         if len(set(pictures.values())) < len(args.images):
             raise ValueError('Expected images of different names, as their pictures are called after them')
     model = load(args)
+    name = Path(args.checkpoint).name if args.checkpoint else args.model
+    check_in_chans(model.in_chans, name)
+    check_finite(model, name)
     results = []
     for path in args.images:
-        image = open_image(path)
-        rows = find(model, image, args, pictures.get(path))
+        image = open_image(path, model.in_chans)
+        with refusing_overflow(model, name):
+            rows = find(model, image, args, pictures.get(path))
         results.append({'image': path, 'width': image.width, 'height': image.height, key: rows})
         if not args.json:
-            drawn = f', drawn in {clean(pictures[path], 4096)}' if pictures else ''
-            print(f'{clean(path, 4096)}: {len(rows)} {key}{drawn}')
-            for row in rows:
-                at = '  at ' + ', '.join(f'{x:.0f}' for x in row['box']) if 'box' in row else ''
-                print(f'  {row.get("score", row.get("share")):6.1%}  {clean(row["name"])}{at}', flush=True)
+            _print(path, rows, key, pictures)
     if args.json:
-        print(json.dumps(dict(model=type(model).__name__.removeprefix('Pvt'), images=results), indent=2))
+        out: Any = dict(model=type(model).__name__.removeprefix('Pvt'), images=[
+            {**result, key: [_rounded(row) for row in result[key]]} for result in results])
+        if args.format == 'coco':
+            out = coco_results(results, model.categories)
+        print(json.dumps(out, indent=2, allow_nan=False))
 
+
+def _print(path: str, rows: Rows, key: str, pictures: Dict[str, Path]) -> None:
+    drawn = f', drawn in {clean(pictures[path], 4096)}' if pictures else ''
+    print(f'{clean(path, 4096)}: {len(rows)} {key}{drawn}')
+    shown = [row for row in rows if row.get('share', 1) >= SMALLEST_SHARE]
+    for row in shown:
+        at = '  at ' + ', '.join(f'{x:.0f}' for x in row['box']) if 'box' in row else ''
+        print(f'  {row.get("score", row.get("share")):6.1%}  {clean(row["name"])}{at}', flush=True)
+    if len(shown) < len(rows):
+        print(f'  and {len(rows) - len(shown)} below {SMALLEST_SHARE:.1%}', flush=True)
+
+
+def _rounded(row: Dict[str, Any]) -> Dict[str, Any]:
+    """A row as JSON shows it: scores and shares with six digits, boxes with hundredths of pixels."""
+    row = dict(row)
+    for key in ('score', 'share'):
+        if key in row:
+            row[key] = round(row[key], 6)
+    if 'box' in row:
+        row['box'] = [round(x, 2) for x in row['box']]
+    return row
+
+
+# ---- detect ----------------------------------------------------------------------------------------------------------
 
 def _load_detector(args: argparse.Namespace) -> Any:
     if args.checkpoint is None:
@@ -71,8 +98,7 @@ def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: O
     found = {k: v[keep] for k, v in found.items()}
     labels = (found['labels'] - model.first_label).tolist()
     rows: Rows = [
-        dict(label=i, name=model.categories[i] if model.categories else f'class {i}', score=round(score, 4),
-             box=[round(x, 2) for x in box])
+        dict(label=i, name=model.categories[i] if model.categories else f'class {i}', score=score, box=box)
         for i, score, box in zip(labels, found['scores'].tolist(), found['boxes'].tolist())]
     masks = [mask[0] >= 0.5 for mask in found.get('masks', ())]
     for row, mask in zip(rows, masks):
@@ -82,67 +108,68 @@ def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: O
     return rows
 
 
-def run_lengths(mask: torch.Tensor) -> Dict[str, List[int]]:
+def run_lengths(mask: torch.Tensor) -> Dict[str, Any]:
     """A mask (H, W) as COCO's uncompressed run lengths: column by column, starting with those outside."""
     values, counts = mask.T.flatten().unique_consecutive(return_counts=True)
     return dict(size=list(mask.shape), counts=[0] * int(values[0]) + counts.tolist())
 
 
-def draw_detections(image: Image.Image, objects: Rows, masks: Sequence[torch.Tensor], output: Path) -> None:
-    """Draw objects, the best one first, over an image: boxes with names and scores, and masks (H, W) if any."""
-    kinds = list(dict.fromkeys(row['name'] for row in objects))
-    colors = [_COLORS[kinds.index(row['name']) % len(_COLORS)] for row in objects]
-    pixels = np.array(image)
-    for mask, color in zip(masks, colors):
-        pixels[mask.numpy()] = (pixels[mask.numpy()] + np.array(ImageColor.getrgb(color))) / 2
-    with _picture(pixels, output, 'lanczos') as axes:
-        for row, color in reversed(list(zip(objects, colors))):
-            x1, y1, x2, y2 = row['box']
-            axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=color, linewidth=2)
-            axes.annotate(
-                f'{picture_text(row["name"], 60)} {row["score"]:.0%}', (x1, y1), (2, 2), textcoords='offset points',
-                va='bottom', color='white', weight='bold', bbox=dict(color=color, boxstyle='square,pad=0.2'),
-                annotation_clip=False)
+def compressed(counts: Sequence[int]) -> str:
+    """Run lengths as COCO's text: from the fourth on what they differ from the one two before, in characters of five
+    bits each, the lowest first, where a sixth bit says that more follow."""
+    text = []
+    for i, count in enumerate(counts):
+        rest = count - counts[i - 2] if i > 2 else count
+        more = True
+        while more:
+            bits = rest & 31
+            rest >>= 5
+            more = rest != (-1 if bits & 16 else 0)  # the highest bit is the sign
+            text.append(chr(48 + bits + 32 * more))
+    return ''.join(text)
 
+
+def coco_results(results: Sequence[Dict[str, Any]], categories: Sequence[str]) -> Rows:
+    """Objects in COCO's results format, as pycocotools' `loadRes` and COCO's servers take it.
+
+    Args:
+        results: A dict per image: 'image' (its path) and 'objects', whose boxes are x1, y1, x2, y2.
+        categories: Names of the classes.
+
+    Returns:
+        A dict per object: 'image_id', 'category_id', 'bbox' (x, y, width, height), 'score' and, where there are masks,
+        'segmentation'. An image's id is the number that its file is called after if that is so for all of them (as in
+        COCO: 000000000139.jpg is 139), else they are 1, 2, 3... as given. A category's id is COCO's where the names of
+        the classes are COCO's 80, else 1 for the first class, 2 for the second...
+    """
+    stems = [Path(result['image']).stem for result in results]
+    by_name = all(stem.isascii() and stem.isdigit() for stem in stems) and len(set(map(int, stems))) == len(stems)
+    image_ids = [int(stem) for stem in stems] if by_name else range(1, len(stems) + 1)
+    coco = coco_categories()
+    category_ids = list(coco) if list(categories) == list(coco.values()) else None
+    rows: Rows = []
+    for image_id, result in zip(image_ids, results):
+        for found in result['objects']:
+            x1, y1, x2, y2 = found['box']
+            label = found['label']
+            row = dict(
+                image_id=image_id, category_id=category_ids[label] if category_ids else label + 1,
+                bbox=[x1, y1, x2 - x1, y2 - y1], score=found['score'])
+            if 'mask' in found:
+                row['segmentation'] = dict(size=found['mask']['size'], counts=compressed(found['mask']['counts']))
+            rows.append(row)
+    return rows
+
+
+# ---- segment ---------------------------------------------------------------------------------------------------------
 
 def _segment(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
     labels = model.segment(to_tensor(image))
     counts = labels.flatten().bincount()
     names = model.categories or [f'class {i}' for i in range(model.num_classes)]
     rows: Rows = [
-        dict(label=i, name=names[i], share=round(counts[i].item() / labels.numel(), 4))
+        dict(label=i, name=names[i], share=counts[i].item() / labels.numel())
         for i in counts.argsort(descending=True, stable=True).tolist() if counts[i]]
     if picture:
-        palette = model.palette or [ImageColor.getrgb(_COLORS[i % len(_COLORS)]) for i in range(model.num_classes)]
-        draw_segments(image, labels, rows, palette, picture)
+        draw_segments(image, labels, rows, model.palette, picture)
     return rows
-
-
-def draw_segments(
-        image: Image.Image, labels: torch.Tensor, classes: Rows, palette: Sequence[Tuple[int, ...]], output: Path,
-) -> None:
-    """Draw the class (H, W) of every pixel over an image, with a legend of the first 14 of `classes`."""
-    colors = np.array(palette)
-    pixels = (0.4 * np.array(image) + 0.6 * colors[labels.numpy()]).astype(np.uint8)
-    handles, texts = [], []
-    with _picture(pixels, output, 'nearest') as axes:
-        for row in classes[:14]:
-            texts.append(f'{picture_text(row["name"].split(";")[0], 60)}  {row["share"]:.0%}')
-            handles.append(axes.scatter([], [], s=120, marker='s', color=colors[row['label']] / 255))
-        if len(classes) > 14:
-            texts.append(f'and {len(classes) - 14} more')
-            handles.append(axes.scatter([], [], alpha=0))
-        axes.legend(
-            handles, texts, loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=11, borderaxespad=0)
-
-
-@contextlib.contextmanager
-def _picture(pixels: np.ndarray, output: Path, interpolation: str) -> Iterator[Any]:
-    """Axes over an image in which a unit is a pixel of it, written as a picture at the end."""
-    figure = new_figure(figsize=(9, 9))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(pixels, interpolation=interpolation, extent=(0, pixels.shape[1], pixels.shape[0], 0))
-    axes.set_axis_off()
-    axes.autoscale(False)
-    yield axes
-    save_atomically(output, lambda f: figure.savefig(f, format='png', bbox_inches='tight', pad_inches=0.05))

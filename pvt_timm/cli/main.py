@@ -91,6 +91,11 @@ def _parser() -> Parser:
         '--checkpoint', type=filled, metavar='FILE',
         help='a RetinaNet, Faster or Mask R-CNN of mmdetection or of the original code')
     detect.add_argument(
+        '--format', choices=('plain', 'coco'), default='plain',
+        help="of --json: plain (default), with labels that count from 0, or COCO's results. Those have COCO's ids for "
+        'its 80 classes, else 1 for the first class and so on, and as ids of images the numbers that they are called '
+        'after, else 1 for the first one and so on')
+    detect.add_argument(
         '--threshold', type=score, default=0.5, help='lowest score of an object, 0 to 1 (default 0.5)')
     segment = add('segment', run_segment, 'assign a class to every pixel of images', parents=[images, drawn])
     segment.add_argument(

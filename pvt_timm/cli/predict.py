@@ -1,5 +1,6 @@
 """ The commands `predict`, `features`, `demo` and `list`, and their models: with weights, labels and preprocessing. """
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
@@ -7,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 import timm
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..files import save_atomically
 from ..labels import labels_in, read_labels
-from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer
+from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, PyramidVisionTransformerStage
 from ..weights import read_weights
 from .errors import EXPECTED, clean, one_line
 from .pictures import draw_pyramid
@@ -61,6 +62,8 @@ def load_model(
         raise ValueError(f'Expected a size of {Image.MAX_IMAGE_PIXELS} pixels at most, got {img_size}')
     if checkpoint is None and model is not None and model.startswith('hf-hub:'):
         model, checkpoint = None, model
+    if prefix is not None and checkpoint is None:
+        raise ValueError('Expected --checkpoint with --prefix, the published weights hold one model each')
     variant = split_model_name_tag(model)[0] if model else None
     if variant not in (None, *VARIANTS):
         raise ValueError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
@@ -78,10 +81,8 @@ def load_model(
         raise ValueError(f'{name} {_NO_HEAD}')
     if not dense and network.global_pool == '':
         raise ValueError(f"Expected a model that gives one prediction for an image, {name} has global_pool=''")
-    if network.in_chans not in (1, 3):
-        raise ValueError(f'Expected a model for images with 1 or 3 channels, {name} takes {network.in_chans}')
-    if not all(value.isfinite().all() for value in network.state_dict().values()):
-        raise ValueError(f'{name} has weights that are not finite, it is damaged')
+    check_in_chans(network.in_chans, name)
+    check_finite(network, name)
 
     data = resolve_model_data_config(network)
     data['input_size'] = (network.in_chans, *(img_size or data['input_size'][1:]))
@@ -92,6 +93,41 @@ def load_model(
     for note in notes:
         _logger.warning(f'{name}: {note}')
     return Classifier(network.eval(), name, data, names, multi_label)
+
+
+def check_in_chans(in_chans: int, name: str) -> None:
+    """Refuse a model that no image file is for."""
+    if in_chans not in (1, 3):
+        raise ValueError(f'Expected a model for images with 1 or 3 channels, {name} takes {in_chans}')
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """Refuse a model with NaN or infinity among its weights."""
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError(f'{name} has weights that are not finite, it is damaged')
+
+
+@contextlib.contextmanager
+def refusing_overflow(model: torch.nn.Module, name: str) -> Iterator[None]:
+    """Inside of it the model raises ValueError where a layer after its PVT, whose NaN or infinity reach that layer,
+    gives NaN or infinity. They would pass for a result: no objects, or the first class."""
+    def check(layer: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        _check_output(output, name)
+
+    stages = [m for m in model.modules() if isinstance(m, PyramidVisionTransformerStage)]
+    inside = {m for stage in stages for m in stage.modules()}
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) and m not in inside]
+    handles = [layer.register_forward_hook(check) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_output(output: torch.Tensor, name: str) -> None:
+    if not output.isfinite().all():
+        raise ValueError(f'{name} computes numbers that are not finite, its weights are too large or damaged')
 
 
 def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
@@ -132,6 +168,7 @@ def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[T
     """Most likely classes of an image with their probabilities, which add up to 1 unless there are several labels."""
     transform = create_transform(**classifier.data, is_training=False)
     logits = classifier.model(transform(image)[None])[0].float()
+    _check_output(logits, classifier.name)
     probabilities = logits.sigmoid() if classifier.multi_label else logits.softmax(-1)
     values, indices = probabilities.topk(min(topk, logits.numel()))
     return list(zip(indices.tolist(), values.tolist()))
@@ -152,8 +189,10 @@ def extract(
         img_size = h, w
     squash = dict(data, input_size=(data['input_size'][0], *img_size), crop_pct=1., crop_mode='squash')
     x = create_transform(**squash, is_training=False)(image)
-    features = model.forward_intermediates(x[None], intermediates_only=True)
-    return [f[0].contiguous() for f in features], img_size
+    features = [f[0].contiguous() for f in model.forward_intermediates(x[None], intermediates_only=True)]
+    for feature in features:
+        _check_output(feature, classifier.name)
+    return features, img_size
 
 
 # the commands ---------------------------------------------------------------------------------------------------------
@@ -175,7 +214,8 @@ def run_predict(args: argparse.Namespace) -> None:
                 print(f'  {item["probability"]:7.2%}  {clean(item["label"])}', flush=True)
     if args.json:
         print(json.dumps(dict(
-            model=classifier.name, img_size=classifier.data['input_size'][1:], images=results), indent=2))
+            model=classifier.name, img_size=classifier.data['input_size'][1:], images=results),
+            indent=2, allow_nan=False))
 
 
 def run_features(args: argparse.Namespace) -> None:

@@ -1,11 +1,12 @@
 """ Detectors of OpenMMLab and of the original PVT code as torchvision models, and back.
 
 mmdetection 2 and 3 and the original code (which is mmdetection 2.13 with a backbone of its own) name neck and heads
-alike. A row of a table says which parameters hold the same numbers, as in `checkpoints.py`.
+alike. A row of a table says which parameters hold the same numbers, see `formats/names.py`.
 """
+import logging
 import re
 from os import PathLike
-from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -20,9 +21,10 @@ from ..formats.names import Row, Table, to_ours, to_theirs
 from ..pvt import default_cfgs, find_variant
 from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet
 
+_logger = logging.getLogger(__name__)
+
 StateDict = Dict[str, torch.Tensor]
 Checkpoint = Union[str, 'PathLike[str]', Mapping[str, Any]]
-
 
 # The background is the last class in OpenMMLab and the first in torchvision, where its boxes and masks are 0.
 
@@ -86,7 +88,7 @@ _MASK_RCNN = (
 # Kind of model -> a parameter with rows per class, rows for one class, rows for the background
 _HEADS = {
     'RetinaNet': ('bbox_head.retina_cls.weight', 9, 0),  # 3 scales x 3 aspect ratios
-    'Mask R-CNN': ('roi_head.mask_head.conv_logits.weight', 1, 0),
+    'Mask R-CNN': ('roi_head.mask_head.conv_logits.weight', 1, 0),  # its classes are those of Faster R-CNN's
     'Faster R-CNN': ('roi_head.bbox_head.fc_cls.weight', 1, 1),
     'Semantic FPN': ('decode_head.conv_seg.weight', 1, 0),
 }
@@ -96,6 +98,8 @@ _DETECTORS: Dict[str, Tuple[Any, Table]] = {
     'Faster R-CNN': (PvtFasterRCNN, _FASTER_RCNN),
     'Mask R-CNN': (PvtMaskRCNN, _MASK_RCNN),
 }
+# Arguments of `on_pvt` that loading takes beside those of the class
+_FOR_ON_PVT = ('num_classes', 'model_args', 'frozen_stages')
 # Argument of a model -> the parameter, under our names, and the dimension that have this width
 _WIDTHS = {
     'out_channels': ('backbone.fpn.inner_blocks.0.0.weight', 0),
@@ -120,13 +124,17 @@ def describe_heads(state_dict: Mapping[str, Any]) -> Optional[Tuple[str, int]]:
     Returns:
         'RetinaNet', 'Mask R-CNN', 'Faster R-CNN' or 'Semantic FPN' and its number of classes. None if none of these.
     """
+    found = {}
     for kind, (anchor, per_class, background) in _HEADS.items():
         weight = next((v for k, v in state_dict.items() if f'.{k}'.endswith(f'.{anchor}')), None)
         if kind == 'Semantic FPN' and not any('decode_head.scale_heads.' in str(k) for k in state_dict):
             continue
         if isinstance(weight, torch.Tensor) and weight.ndim:
-            return kind, weight.shape[0] // per_class - background
-    return None
+            found[kind] = weight.shape[0] // per_class - background
+    if 'Mask R-CNN' in found:
+        # Masks may be there once for all classes. What has the wrong shape then is the mask head, not the box head.
+        return 'Mask R-CNN', found.get('Faster R-CNN', found['Mask R-CNN'])
+    return next(iter(found.items()), None)
 
 
 def heads_of(converted: Converted) -> Dict[str, Any]:
@@ -135,30 +143,46 @@ def heads_of(converted: Converted) -> Dict[str, Any]:
     return {k[len(root):]: v for k, v in converted.beside.items() if isinstance(k, str) and k.startswith(root)}
 
 
+def _outline(heads: Mapping[str, Any]) -> str:
+    """What stands beside a backbone and the parts of each, as 'bbox_head (cls_convs, gfl_cls), neck (fpn_convs)'."""
+    inner: Dict[str, Set[str]] = {}
+    for key in heads:
+        part, _, rest = key.partition('.')
+        inner.setdefault(part, set()).add(rest.partition('.')[0])
+    return ', '.join(f'{part} ({", ".join(sorted(inner[part]))})' for part in sorted(inner)) or 'nothing'
+
+
 def from_openmmlab(
         checkpoint: Checkpoint, kinds: Mapping[str, Tuple[Callable[..., Any], Table]], prefix: Optional[str] = None,
+        num_classes: Optional[int] = None, model_args: Optional[Dict[str, Any]] = None,
         **kwargs: Any) -> Tuple[Any, Dict[str, Any]]:
     """Load a whole detector or segmenter of OpenMMLab or of the original code, or nothing of it.
 
     `describe_heads` has to say one of `kinds`. Each has what makes the model from the name of a PVT, a number of
     classes, what the weights and the config in the file say, and `kwargs`, and a table for what is beside the backbone.
+    With another `num_classes` than in the file the layers that depend on it are new ones.
 
     Returns:
-        The model in evaluation mode, and 'label_names' and 'palette' in the file, where there is one per class.
+        The model in evaluation mode, and 'label_names' and 'palette' in the file, where there is one per class. Both
+        are empty for new classes.
     """
     if isinstance(checkpoint, (str, PathLike)):
         checkpoint = read_checkpoint(checkpoint)
+    if prefix is not None and prefix.rstrip('.').rpartition('.')[2] != 'backbone':
+        prefix = f'{prefix.rstrip(".")}.backbone'.lstrip('.')  # of the whole model, not of its backbone
     converted = map_to_timm(checkpoint, prefix=prefix)
     if converted.format not in ('mmdet', 'original') or not converted.prefix.endswith('backbone.'):
         raise ValueError(
             f"Expected a {' or '.join(kinds)} of OpenMMLab or the original code (keys 'backbone.*', 'neck.*', ...), "
             f'got a {converted.format} model under {converted.prefix!r}.')
     heads = heads_of(converted)
-    kind, num_classes = describe_heads(heads) or ('', 0)
+    kind, classes = describe_heads(heads) or ('', 0)
     if kind not in kinds:
-        parts = ', '.join(sorted({k.partition('.')[0] for k in heads})) or 'nothing'
+        told_by = {name: f'{name} ({_HEADS[name][0].removesuffix(".weight")})' for name in kinds}
+        there = f'model with {_outline(heads)} beside its backbone'
         raise ValueError(
-            f'Expected a {" or ".join(kinds)}, got a {kind or f"model with {parts} beside its backbone"}.')
+            f'Expected a {" or ".join(kinds)}, got a {kind}.' if kind else
+            f'Expected a {" or ".join(told_by.values())}, got a {there}.')
     build, table = kinds[kind]
     info = describe(converted.state_dict)
     variant = find_variant(info.depths, info.embed_dims)
@@ -168,21 +192,43 @@ def from_openmmlab(
     body = drop_parts(converted.state_dict, ('class_token', 'norm', 'head'), info.class_row)
     body, _ = from_timm(body, 'timm_features')
     ours, _, _ = to_ours(heads, table)
-    settings = {k: ours[name].shape[dim] for k, (name, dim) in _WIDTHS.items()
-                if name in ours and ours[name].ndim > dim and ours[name].numel()}  # the others are refused below
+    settings: Dict[str, Any] = {
+        k: ours[name].shape[dim] for k, (name, dim) in _WIDTHS.items()
+        if name in ours and ours[name].ndim > dim and ours[name].numel()}  # the others are refused below
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
     settings.update(_image_size(meta))
-    model_args = dict(img_size=info.img_size, in_chans=info.in_chans, **FORMATS[converted.format].model_args)
-    model = build(variant, num_classes, model_args=model_args, **{**settings, **kwargs})
+    model_args = {
+        'img_size': info.img_size,
+        'in_chans': info.in_chans,
+        **FORMATS[converted.format].model_args,
+        **(model_args or {}),
+    }
+    settings = {**settings, **kwargs, 'model_args': model_args}
+    model = build(variant, classes, **settings)
 
     check_keys(heads, to_theirs(model.state_dict(), table)[0])
     weights = {**{f'backbone.body.{k}': v for k, v in body.items()}, **ours}
     check_keys(weights, model.state_dict())
     model.load_state_dict(weights)
+    if num_classes not in (None, classes):
+        fresh = build(variant, num_classes, **settings)
+        model = _with_new_classes(fresh, model.state_dict(), f'{kind} for {classes} classes')
+    if model.num_classes != classes:
+        return model.eval(), {'label_names': [], 'palette': []}
     said = FORMATS['mmdet'].read_meta(checkpoint)
     found = {name: getattr(said, name, None) or [] for name in ('label_names', 'palette')}
     return model.eval(), {name: values for name, values in found.items() if len(values) == model.num_classes}
+
+
+def _with_new_classes(model: Any, state_dict: StateDict, name: str) -> Any:
+    """`model` with those weights of `name`, a model of another number of classes, that do not depend on the number."""
+    own = model.state_dict()
+    kept = {k: v for k, v in state_dict.items() if v.shape == own[k].shape}
+    new = sorted(k.removesuffix('.weight') for k in own if k not in kept and k.endswith('.weight'))
+    _logger.warning(f'Taken from a {name}: all but {", ".join(new)}, which are new for {model.num_classes} classes.')
+    model.load_state_dict({**own, **kept})
+    return model
 
 
 def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
@@ -213,7 +259,11 @@ def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fm
         fmt: 'mmdet', or 'original' for the backbone of the original code (whose position embedding of the last stage
             gets a row of zeros that it never uses).
     """
-    return to_openmmlab(model, dict(_DETECTORS.values())[type(model)], fmt)
+    tables = dict(_DETECTORS.values())
+    table = next((tables[base] for base in type(model).__mro__ if base in tables), None)  # the class or a subclass
+    if table is None:
+        raise ValueError(f'Expected a detector of this package or of a subclass, got a {type(model).__name__}.')
+    return to_openmmlab(model, table, fmt)
 
 
 def detector_from_mmdet(
@@ -223,7 +273,8 @@ def detector_from_mmdet(
     wanted = ((kind, *_DETECTORS[kind]) for kind in kinds)
     model, said = from_openmmlab(
         checkpoint, {kind: (detector.on_pvt, table) for kind, detector, table in wanted}, prefix, **kwargs)
-    model.categories = said.get('label_names') or list(coco_categories().values() if model.num_classes == 80 else ())
+    coco = list(coco_categories().values()) if model.num_classes == 80 else []
+    model.categories = said.get('label_names', coco)
     return model
 
 
@@ -233,9 +284,11 @@ def retinanet_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, *
     Args:
         checkpoint: File, of which nothing is executed, or what it holds, bare or under 'state_dict': `backbone.*`,
             `neck.*` and `bbox_head.*`, in a two-stage detector `rpn_head.*` and `roi_head.*` instead of the last.
-        prefix: What stands before the names of the backbone, needed where there are several.
-        kwargs: Arguments for the class of the model, such as `min_size` (by default that of the config in the file, or
-            800).
+        prefix: What stands before the names of the model, or of its backbone, needed where there are several.
+        kwargs: Arguments as those of `pvt_retinanet`: for the class of the model, such as `min_size` (by default that
+            of the config in the file, or 800), `num_classes` (with another number than in the file the layers that
+            depend on it are new, to be trained, which a warning says), `model_args` (such as
+            `dict(drop_path_rate=0.1)`) and `frozen_stages`.
 
     Returns:
         The model in evaluation mode. Variant, number of classes and widths are read off the weights.
@@ -264,7 +317,7 @@ def retinanet_coco(model_name: str = 'pvt_small', cache_dir: Optional[str] = Non
     Args:
         model_name: 'pvt_tiny', 'pvt_small' or 'pvt_medium'.
         cache_dir: Where to keep the download, torch's hub folder by default.
-        kwargs: Arguments for `PvtRetinaNet`, such as `min_size`.
+        kwargs: As for `retinanet_from_mmdet`, such as `num_classes` for a new head and `min_size`.
 
     Returns:
         The model in evaluation mode. `categories` names its 80 classes, see `coco_categories` for their ids.
@@ -272,6 +325,7 @@ def retinanet_coco(model_name: str = 'pvt_small', cache_dir: Optional[str] = Non
     urls = {name: cfg.cfgs['retinanet_coco'].url for name, cfg in default_cfgs.items() if 'retinanet_coco' in cfg.cfgs}
     if model_name not in urls:
         raise ValueError(f'Expected model_name in {tuple(urls)}, got {model_name!r}.')
+    PvtRetinaNet.check_keywords({k: v for k, v in kwargs.items() if k not in _FOR_ON_PVT})  # before the download
     checkpoint = load_state_dict_from_url(
         urls[model_name], model_dir=cache_dir, map_location='cpu', check_hash=True, weights_only=True)
     return retinanet_from_mmdet(checkpoint, **kwargs)

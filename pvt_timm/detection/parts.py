@@ -1,20 +1,24 @@
 """ What the published detectors do other than torchvision's, in subclasses of torchvision's own parts. """
 import inspect
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops._utils import convert_boxes_to_roi_format
 from torchvision.ops.poolers import LevelMapper
 
-from .fpn import PvtFpnBackbone
+from .checks import check_image, check_targets
+from .fpn import PvtFpnBackbone, usual_normalisation
 
 Detection = Dict[str, torch.Tensor]
 Detector = TypeVar('Detector', bound='PublishedDetector')
@@ -42,27 +46,105 @@ class FixedStrideAnchors(AnchorGenerator):
         return torch.stack([-ws, -hs, ws, hs], dim=1) / 2
 
     def forward(self, image_list: ImageList, feature_maps: List[torch.Tensor]) -> List[torch.Tensor]:
-        # half precision cannot tell pixels apart from 256 (bfloat16) or 2048 (float16) on
-        dtype = torch.promote_types(feature_maps[0].dtype, torch.float32)
+        dtype = torch.promote_types(feature_maps[0].dtype, torch.float32)  # see `in_full`
         self.set_cell_anchors(dtype, feature_maps[0].device)
         anchors = torch.cat(self.grid_anchors([f.shape[-2:] for f in feature_maps], [(s, s) for s in self.strides]))
         return [anchors for _ in image_list.image_sizes]
+
+
+def in_full(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers in float32, or in float64 if they are.
+
+    Half precision cannot tell pixels apart from 256 (bfloat16) or 2048 (float16) on, so coordinates and scores have no
+    place in it.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ClippedBoxCoder(BoxCoder):
     """Box coder whose change of size is bounded on both sides, and that decodes in float32 or better."""
 
     def decode_single(self, rel_codes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        codes = rel_codes.to(torch.promote_types(rel_codes.dtype, torch.float32)).unflatten(1, (-1, 4))
-        lowest = codes.new_tensor(self.weights[2:]) * -self.bbox_xform_clip
-        codes = torch.cat([codes[..., :2], codes[..., 2:].maximum(lowest)], dim=-1)
-        return super().decode_single(codes.flatten(1), boxes)
+        codes = in_full(rel_codes)
+        width, height = (-self.bbox_xform_clip * weight for weight in self.weights[2:])
+        lowest = codes.new_tensor([-math.inf, -math.inf, width, height])
+        return super().decode_single(codes.maximum(lowest.repeat(codes.shape[1] // 4)), boxes)
+
+
+class BestForObjectMatcher(Matcher):
+    """Matcher that gives the anchor with the best IoU of an object to that object, as OpenMMLab's does.
+
+    torchvision's gives such an anchor to the object that it overlaps most, which may be another one, and does so
+    however small the best IoU is.
+    """
+
+    def __init__(self, high_threshold: float, low_threshold: float, lowest_best: float):
+        """An object whose best IoU is below `lowest_best` gets no anchor that it would not have got anyway."""
+        super().__init__(high_threshold, low_threshold, allow_low_quality_matches=True)
+        self.lowest_best = lowest_best
+
+    def set_low_quality_matches_(
+            self, matches: torch.Tensor, all_matches: torch.Tensor, match_quality_matrix: torch.Tensor) -> None:
+        best = match_quality_matrix.amax(dim=1, keepdim=True)
+        objects, anchors = torch.where((match_quality_matrix == best) & (best >= self.lowest_best))
+        # where an anchor is the best of several objects, the last one has it
+        last = torch.full_like(matches, -1).scatter_reduce(0, anchors, objects, 'amax')
+        matches[last >= 0] = last[last >= 0]
+
+
+class FullRPNHead(RPNHead):
+    """torchvision's, whose scores and box deltas are float32 or better."""
+
+    def forward(self, x: List[torch.Tensor]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        scores, deltas = super().forward(x)
+        return [in_full(score) for score in scores], [in_full(delta) for delta in deltas]
+
+
+class FullBoxPredictor(FastRCNNPredictor):
+    """torchvision's, whose scores and box deltas are float32 or better."""
+
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        scores, deltas = super().forward(x)
+        return in_full(scores), in_full(deltas)
+
+
+class FullMaskPredictor(MaskRCNNPredictor):
+    """torchvision's, whose logits are float32 or better."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return in_full(super().forward(x))
+
+
+class BatchRetinaNetHead(RetinaNetHead):
+    """torchvision's with OpenMMLab's loss: summed over all images, divided by the positive anchors of all of them.
+
+    torchvision divides image by image and takes the mean, so that an object weighs more where there are fewer. As in
+    OpenMMLab an image without positive anchors counts as one. Outputs are float32 or better.
+    """
+
+    def forward(self, x: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
+        return {name: in_full(output) for name, output in super().forward(x).items()}
+
+    def compute_loss(
+            self, targets: List[Detection], head_outputs: Dict[str, torch.Tensor], anchors: List[torch.Tensor],
+            matched_idxs: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
+        losses: Dict[str, Any] = {}
+        positives: Any = 0
+        for i, matched in enumerate(matched_idxs):
+            count = (matched >= 0).sum().clamp(min=1)
+            positives = positives + count
+            outputs = {name: output[i:i + 1] for name, output in head_outputs.items()}
+            alone = super().compute_loss([targets[i]], outputs, [anchors[i]], [matched])  # divided by its own count
+            for name, loss in alone.items():
+                losses[name] = losses.get(name, 0) + loss * count
+        return {name: loss / positives for name, loss in losses.items()}
 
 
 class AlignedRoIAlign(MultiScaleRoIAlign):
     """RoIAlign with half-pixel alignment on maps with strides 4 to 32, and as many samples as a box is large.
 
-    torchvision's infers strides from the first image that it sees, and has no such alignment.
+    torchvision's infers strides from the first image that it sees, and has no such alignment. Boxes stay float32 or
+    better, whatever the maps are, and so does the sampling.
     """
 
     def __init__(self, output_size: int):
@@ -72,30 +154,61 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
             self, x: Dict[str, torch.Tensor], boxes: List[torch.Tensor],
             image_shapes: List[Tuple[int, int]]) -> torch.Tensor:
         maps = [x[name] for name in self.featmap_names]
-        rois = convert_boxes_to_roi_format(boxes).to(maps[0].dtype)
+        boxes = [in_full(box) for box in boxes]
+        rois = convert_boxes_to_roi_format(boxes)
         levels = LevelMapper(2, 5)(boxes)
-        out = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        pooled, indices = [], []
         for level, feature in enumerate(maps):
             index = torch.where(levels == level)[0]
-            out[index] = roi_align(
-                feature, rois[index], self.output_size, 1 / (4 * 2 ** level), self.sampling_ratio, aligned=True)
-        return out
+            feature = in_full(feature)
+            pooled.append(roi_align(
+                feature, rois[index].to(feature.dtype), self.output_size, 1 / (4 * 2 ** level), self.sampling_ratio,
+                aligned=True))
+            indices.append(index)
+        # Sorted back, not written into a tensor of as many rows: a graph that is exported would keep their number.
+        return torch.cat(pooled)[torch.cat(indices).argsort()].to(maps[0].dtype)
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
     """Put masks (N, 1, M, M) that span their boxes (N, 4) into an image of height and width `size`: (N, 1, H, W).
 
-    They are sampled at the centres of its pixels. torchvision rounds a box to pixels, which moves its mask.
+    They are sampled at the centres of its pixels, bilinearly, in float32 or better. torchvision rounds a box to pixels,
+    which moves its mask.
     """
-    out = masks.new_zeros(len(masks), 1, *size)
-    for n, (mask, (x1, y1, x2, y2)) in enumerate(zip(masks, boxes.tolist())):
-        left, right = max(math.floor(x1) - 1, 0), min(math.ceil(x2) + 1, size[1])
-        top, bottom = max(math.floor(y1) - 1, 0), min(math.ceil(y2) + 1, size[0])
-        x = (torch.arange(left, right).to(mask) + 0.5 - x1) / (x2 - x1) * 2 - 1
-        y = (torch.arange(top, bottom).to(mask) + 0.5 - y1) / (y2 - y1) * 2 - 1
-        grid = torch.stack(torch.meshgrid(x, y, indexing='xy'), dim=-1)
-        out[n, :, top:bottom, left:right] = F.grid_sample(mask[None], grid[None], align_corners=False)[0]
-    return out
+    masks, boxes = in_full(masks), in_full(boxes)
+    x1, y1, x2, y2 = boxes.to(masks.dtype).unbind(dim=1)
+    rows = _sampling_weights(y1, y2, size[0], masks.shape[2])
+    columns = _sampling_weights(x1, x2, size[1], masks.shape[3])
+    with torch.autocast(masks.device.type, enabled=False):  # which would multiply in half precision
+        return (rows @ masks[:, 0] @ columns.transpose(1, 2))[:, None]
+
+
+def _sampling_weights(low: torch.Tensor, high: torch.Tensor, pixels: int, cells: int) -> torch.Tensor:
+    """What each of the cells between `low` and `high` (N,) adds to each pixel of a side of the image.
+
+    (N, pixels, cells). Between the centres of two cells it falls from 1 to 0. It is 0 from one pixel outside of the
+    box on.
+    """
+    low, high = low[:, None], high[:, None]
+    pixel = torch.arange(pixels, device=low.device).to(low.dtype)
+    near = (pixel >= low.floor() - 1) & (pixel < high.ceil() + 1)
+    position = (pixel + 0.5 - low) / (high - low) * cells - 0.5  # counted in cells, 0 is the centre of the first one
+    distance = position[:, :, None] - torch.arange(cells, device=low.device).to(low.dtype)
+    return (1 - distance.abs()).clamp(min=0) * near[:, :, None]
+
+
+def resized(width: Any, height: Any, min_size: int, max_size: int) -> Tuple[Any, Any]:
+    """Width and height whose shorter side is `min_size`, or less where the longer one would be above `max_size`.
+
+    They are rounded, and none is below 1. In an exported graph they follow from the size of its own image.
+    """
+    if torch.jit.is_tracing():
+        sides = torch.stack([torch.as_tensor(width), torch.as_tensor(height)]).double()
+        scale = torch.minimum(max_size / sides.max(), min_size / sides.min())
+        width, height = (sides * scale + 0.5).long().clamp(min=1).unbind()
+        return width, height
+    scale = min(max_size / max(width, height), min_size / min(width, height))
+    return max(int(width * scale + 0.5), 1), max(int(height * scale + 0.5), 1)
 
 
 class RoundingTransform(GeneralizedRCNNTransform):
@@ -107,8 +220,7 @@ class RoundingTransform(GeneralizedRCNNTransform):
         size = self.fixed_size  # width, height
         if size is None:
             min_size = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
-            scale = min(self.max_size / max(h, w), min_size / min(h, w))
-            size = max(int(w * scale + 0.5), 1), max(int(h * scale + 0.5), 1)
+            size = resized(w, h, min_size, self.max_size)
         sized = GeneralizedRCNNTransform(0, 0, self.image_mean, self.image_std, fixed_size=size)
         return sized.eval().resize(image, target)
 
@@ -126,25 +238,25 @@ class RoundingTransform(GeneralizedRCNNTransform):
 class PublishedDetector(nn.Module):
     """What the detectors here have beside their torchvision classes, which follow it among the bases.
 
-    They take a list of images (3, H, W) of any sizes with values from 0 to 1. In evaluation they return one dict of
-    'boxes', 'scores' and 'labels' per image, in training (with `targets`) a dict of losses. Refused are targets that
-    torchvision would train on wrongly without a word, and keywords that it would swallow.
+    They take a list of images (C, H, W) of any sizes with values from 0 to 1. In evaluation they return one dict of
+    'boxes', 'scores' and 'labels' per image, in training (with `targets`) a dict of losses. Images and targets that
+    they would be wrong on in silence raise ValueError, keywords that torchvision would swallow TypeError.
 
     Attributes:
-        num_classes: Number of classes, the background not counted.
-        first_label: Label of the first class: 0, or 1 where label 0 is the background.
+        num_classes: Number of classes, the background not counted. (torchvision counts it in Faster and Mask R-CNN.)
+        first_label: Label of the first class, in targets and in what is found: 0, or 1 where label 0 is the background.
         categories: Names of the classes, the first is that of `first_label`. Empty if not known.
     """
     first_label = 0
+    needs_masks = False  # in targets
     levels: Dict[str, Any] = {}  # of the pyramid, arguments for `PvtFpnBackbone`
     transform: Any
 
     def __init__(self, backbone: PvtFpnBackbone, num_classes: int, *args: Any, **kwargs: Any):
-        known = (*inspect.signature(super().__init__).parameters, 'size_divisible', 'fixed_size')
-        unknown = [k for k in kwargs if k not in known]
-        if unknown:
-            raise TypeError(f'{type(self).__name__} got unexpected keyword arguments: {", ".join(unknown)}')
-        super().__init__(backbone, *args, **kwargs)
+        self.check_keywords(kwargs)
+        self.in_chans = getattr(backbone, 'in_chans', 3)
+        mean, std = usual_normalisation(self.in_chans)
+        super().__init__(backbone, *args, **{'image_mean': mean, 'image_std': std, **kwargs})
         self.num_classes = num_classes
         self.categories: List[str] = []
         t = self.transform
@@ -155,10 +267,22 @@ class PublishedDetector(nn.Module):
             part.box_coder = ClippedBoxCoder(part.box_coder.weights)
 
     @classmethod
+    def check_keywords(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError for arguments that neither the class nor its torchvision class has."""
+        known = {'size_divisible', 'fixed_size'}
+        for base in cls.__mro__:
+            known.update(inspect.signature(base).parameters)
+            if not issubclass(base, PublishedDetector):
+                break  # torchvision's class; the names of those behind it are not passed on
+        unknown = [k for k in kwargs if k not in known]
+        if unknown:
+            raise TypeError(f'{cls.__name__} got unexpected keyword arguments: {", ".join(unknown)}')
+
+    @classmethod
     def on_pvt(
             cls: Type[Detector], model_name: str = 'pvt_small', num_classes: int = 80,
             pretrained_backbone: bool = False, out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None,
-            **kwargs: Any) -> Detector:
+            frozen_stages: int = 0, **kwargs: Any) -> Detector:
         """The detector on PVT as published, with new neck and heads.
 
         Args:
@@ -166,25 +290,23 @@ class PublishedDetector(nn.Module):
             num_classes: Number of classes, without a background class.
             pretrained_backbone: Load its weights.
             out_channels: Channels of the pyramid, and of RetinaNet's head.
-            model_args: Arguments for `timm.create_model`, such as `drop_path_rate`.
+            model_args: Arguments for `timm.create_model`, such as `dict(drop_path_rate=0.1)`.
+            frozen_stages: Number of stages of the backbone that are not trained, from the first one on.
             kwargs: Arguments for the class, such as `min_size`.
         """
-        backbone = PvtFpnBackbone(model_name, pretrained_backbone, out_channels, **cls.levels, **(model_args or {}))
+        cls.check_keywords(kwargs)  # before anything is downloaded
+        backbone = PvtFpnBackbone(
+            model_name, pretrained_backbone, out_channels, model_args=model_args, frozen_stages=frozen_stages,
+            **cls.levels)
         return cls(backbone, num_classes, **kwargs)
 
     def forward(
             self, images: Sequence[torch.Tensor], targets: Optional[Sequence[Detection]] = None,
     ) -> Union[Dict[str, torch.Tensor], List[Detection]]:
-        if targets is not None and len(targets) != len(images):
-            raise ValueError(f'Expected one target per image ({len(images)}), got {len(targets)}.')
-        first, last = self.first_label, self.first_label + self.num_classes - 1
-        for i, target in enumerate(targets or ()):
-            boxes, labels = target['boxes'], target['labels']
-            if labels.shape != boxes.shape[:1]:
-                raise ValueError(f'Expected one label per box ({len(boxes)}) in target {i}, got {list(labels.shape)}.')
-            if not boxes.isfinite().all():
-                raise ValueError(f'Expected boxes of numbers in target {i}, got NaN or infinity.')
-            wrong = labels[(labels < first) | (labels > last)]
-            if len(wrong):
-                raise ValueError(f'Expected labels from {first} to {last}, got {int(wrong[0])} in target {i}.')
+        if not torch.jit.is_tracing():  # what is exported cannot raise
+            unit_range = max(self.transform.image_std) <= 1  # not where somebody normalises images from 0 to 255
+            for i, image in enumerate(images):
+                check_image(image, self.in_chans, f'image {i}', unit_range)
+        if targets is not None:
+            check_targets(images, targets, self.first_label, self.num_classes, self.needs_masks)
         return super().forward(images, targets)

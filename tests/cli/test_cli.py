@@ -38,6 +38,7 @@ def files(tmp_path_factory):
     dense = timm.create_model('test_pvt', class_token=False, num_classes=0)
     torch.save({'state_dict': {f'backbone.{k}': v for k, v in dense.state_dict().items()}}, root / 'dense.pth')
     save_file({k: v * float('nan') for k, v in state.items()}, root / 'nan.safetensors')
+    save_file({k: v * 1e30 for k, v in state.items()}, root / 'huge.safetensors')
     save_for_hf(model, root / 'folder', model_config=dict(label_names=[f'digit {i}' for i in range(10)]))
     (root / 'transformers').mkdir()
     save_file({k: v.contiguous() for k, v in from_timm(state, 'transformers')[0].items()},
@@ -195,6 +196,11 @@ def test_weights_that_cannot_be_downloaded(cli, hub, no_waits, files, monkeypatc
     (['predict', '{digit}', '--checkpoint', '{files}/truncated.pth'], 'truncated.pth is damaged'),
     (['predict', '{digit}', '--checkpoint', '{files}/headless.pth'], 'without a classifier'),
     (['predict', '{digit}', '--checkpoint', '{files}/nan.safetensors'], 'not finite'),
+    (['predict', '{digit}', '--checkpoint', '{files}/huge.safetensors', '--json'],
+     'computes numbers that are not finite'),
+    (['features', '{digit}', '--checkpoint', '{files}/huge.safetensors', '--output', '{out}/x.png'],
+     'computes numbers that are not finite'),
+    (['predict', '{digit}', '--model', 'test_pvt', '--prefix', 'student'], 'Expected --checkpoint with --prefix'),
     (['predict', '{digit}', '--checkpoint', '{files}/folder', '--model', 'pvt_tiny'], 'holds test_pvt'),
     (['features', '{digit}', *TEST_PVT], 'required: --output'),
     (['features', '{digit}', *TEST_PVT, '--output', '{out}/a.xyz'], "'xyz' is not supported"),

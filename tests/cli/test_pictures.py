@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pvt_timm.cli.detect import draw_detections, draw_segments
+from pvt_timm.cli.overlays import draw_detections, draw_segments
 from pvt_timm.cli.errors import clean
 from pvt_timm.cli.pictures import draw_pyramid, false_colour, pca
 

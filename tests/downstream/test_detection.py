@@ -2,7 +2,10 @@
 import copy
 import hashlib
 import inspect
+import io
+import math
 import threading
+import warnings
 
 import pytest
 import timm
@@ -16,6 +19,7 @@ from pvt_timm.detection import (
     mask_rcnn_from_mmdet, pvt_faster_rcnn, pvt_fpn_backbone, pvt_mask_rcnn, pvt_retinanet, retinanet_coco,
     retinanet_from_mmdet)
 from pvt_timm.detection.parts import AlignedRoIAlign, paste_masks
+from pvt_timm.segmentation import semantic_fpn
 
 SIZES = dict(out_channels=32, model_args=dict(img_size=64), min_size=64, max_size=128)
 SMALL = dict(
@@ -35,7 +39,7 @@ def target(*rows, labels=None):
 def build_small(kind, num_classes=3, **kwargs):
     """A detector of 32 channels whose scores and boxes differ."""
     torch.manual_seed(0)
-    model = BUILD[kind]('test_pvt', num_classes, **SMALL[kind], **kwargs)
+    model = BUILD[kind]('test_pvt', num_classes, **{**SMALL[kind], **kwargs})
     for m in (model.head if kind == 'retinanet' else model.rpn).modules():
         if isinstance(m, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(m.weight)
@@ -77,6 +81,77 @@ def test_backbone_refuses_other_levels():
 @pytest.mark.parametrize('build', [pvt_fpn_backbone, *BUILD.values()])
 def test_nothing_is_downloaded_unasked(build):
     assert [p.default for name, p in inspect.signature(build).parameters.items() if 'pretrained' in name] == [False]
+
+
+def test_stages_can_be_frozen():
+    backbone = pvt_fpn_backbone('test_pvt', model_args=dict(drop_path_rate=0.5, proj_drop_rate=0.5), frozen_stages=2)
+    detector = build_small('retinanet', frozen_stages=2).train()
+    for part in (backbone.train(), detector.backbone):
+        for name, p in part.named_parameters():
+            assert p.requires_grad != name.startswith(('body.stages_0.', 'body.stages_1.')), name
+        for i in range(4):
+            assert {m.training for m in part.body.get_submodule(f'stages_{i}').modules()} == {i > 1}
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        first, second = (backbone.body(x)[:3] for _ in range(2))  # without dropout and drop path in what is frozen
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert not torch.equal(first[2], second[2])
+    assert all(p.requires_grad for p in pvt_fpn_backbone('test_pvt').parameters())
+    with pytest.raises(ValueError, match='frozen_stages from 0 to 4, got 5'):
+        build_small('mask_rcnn', frozen_stages=5)
+
+
+@pytest.mark.parametrize('wrong', [
+    lambda: pvt_fpn_backbone('pvt_tiny', pretrained=True, img_size=64),
+    lambda: pvt_fpn_backbone('pvt_tiny', pretrained=True, model_args=dict(img_sise=64)),
+    lambda: pvt_retinanet('pvt_tiny', pretrained_backbone=True, img_size=64),
+    lambda: pvt_retinanet('pvt_tiny', pretrained_backbone=True, model_args=dict(img_sise=64)),
+    lambda: pvt_mask_rcnn('pvt_tiny', pretrained_backbone=True, drop_path_rate=0.1),
+    lambda: semantic_fpn('pvt_tiny', pretrained_backbone=True, drop_path_rate=0.1),
+    lambda: semantic_fpn('pvt_tiny', pretrained_backbone=True, model_args=dict(drop_path=0.1)),
+    lambda: retinanet_coco('pvt_tiny', min_sise=64),
+    lambda: retinanet_coco('pvt_tiny', drop_path_rate=0.1),
+])
+def test_wrong_keywords_are_refused_before_a_download(wrong, monkeypatch, hub):
+    """Arguments of the backbone are `model_args=dict(...)` everywhere."""
+    monkeypatch.setattr('pvt_timm.detection.openmmlab.load_state_dict_from_url', lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(TypeError, match='unexpected keyword argument'):
+        wrong()
+
+
+@pytest.mark.parametrize('in_chans, mean, std', [
+    (1, (.449,), (.226,)), (3, (.485, .456, .406), (.229, .224, .225)), (4, (.449,) * 4, (.226,) * 4)])
+def test_images_of_other_channels(in_chans, mean, std):
+    """Means and deviations of an image with other channels are the average, as in `pvt-timm predict`."""
+    for kind in BUILD:
+        model = build_small(kind, model_args=dict(img_size=64, in_chans=in_chans))
+        assert (model.transform.image_mean, model.transform.image_std, model.in_chans) == (mean, std, in_chans)
+        model([torch.rand(in_chans, 64, 96)])
+        model.train()([torch.rand(in_chans, 64, 96)], [with_masks(target((1, 1, 50, 50)))])
+    own = build_small('retinanet', model_args=dict(in_chans=in_chans), image_mean=[0.] * in_chans)
+    assert own.transform.image_mean == [0.] * in_chans
+
+
+@pytest.mark.parametrize('kind', list(BUILD))
+def test_subclasses_can_be_written_and_converted(kind):
+    base = type(build_small(kind))
+
+    class Own(base):
+        def __init__(self, backbone, num_classes, loss_weight=1., **kwargs):
+            super().__init__(backbone, num_classes, **kwargs)
+            self.loss_weight = loss_weight
+
+    torch.manual_seed(0)
+    model = Own.on_pvt('test_pvt', 3, loss_weight=2., **SMALL[kind])
+    assert model.loss_weight == 2 and model.transform.min_size == (64,)
+    again = LOAD[kind](detector_to_mmdet(model))
+    for k, v in again.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[k], v), k
+    with pytest.raises(TypeError, match='Own got unexpected keyword arguments: min_sise'):
+        Own.on_pvt('test_pvt', 3, min_sise=600)
+    with pytest.raises(ValueError, match='a detector of this package or of a subclass, got a RetinaNet'):
+        detector_to_mmdet(RetinaNet(pvt_fpn_backbone('test_pvt'), 3))
 
 
 @pytest.mark.parametrize('cls, levels', [
@@ -180,6 +255,53 @@ def test_pasted_masks_are_sampled_at_pixel_centres(box):
     assert not pasted[:, 0, outside].any()
 
 
+def pasted_one_by_one(masks, boxes, size):
+    """Each mask sampled where its box is in the image, and by one pixel around it, as mmdetection does."""
+    out = masks.new_zeros(len(masks), 1, *size)
+    for n, (mask, (x1, y1, x2, y2)) in enumerate(zip(masks, boxes.tolist())):
+        left, right = max(math.floor(x1) - 1, 0), min(math.ceil(x2) + 1, size[1])
+        top, bottom = max(math.floor(y1) - 1, 0), min(math.ceil(y2) + 1, size[0])
+        x = (torch.arange(left, right).to(mask) + 0.5 - x1) / (x2 - x1) * 2 - 1
+        y = (torch.arange(top, bottom).to(mask) + 0.5 - y1) / (y2 - y1) * 2 - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing='xy'), dim=-1)
+        out[n, :, top:bottom, left:right] = torch.nn.functional.grid_sample(
+            mask[None], grid[None], align_corners=False)[0]
+    return out
+
+
+@pytest.mark.parametrize('dtype, atol', [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_pasted_masks_are_those_of_a_loop(dtype, atol):
+    """With boxes of all kinds: thin, tiny, larger than the image, at its edges, far into a large one."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(60, 2, generator=generator, dtype=dtype) * torch.tensor([1300., 100.])
+    sides = torch.rand(60, 2, generator=generator, dtype=dtype) ** 3 * torch.tensor([900., 150.]) + 0.2
+    rows = torch.cat([corners, corners + sides], dim=1)
+    rows[:4] = torch.tensor([[0, 0, 1333, 120], [-9, -9, 1400, 200], [1332.5, 3, 1333, 90], [7, 7, 8, 8]], dtype=dtype)
+    masks = torch.rand(60, 1, 28, 28, generator=generator, dtype=dtype)
+    pasted = paste_masks(masks, rows, (120, 1333))
+    expected = pasted_one_by_one(masks, rows, (120, 1333))
+    assert pasted.dtype == dtype and expected.count_nonzero() > 100_000
+    torch.testing.assert_close(pasted, expected, rtol=0, atol=atol)
+    assert paste_masks(masks[:0], rows[:0], (3, 5)).shape == (0, 1, 3, 5)
+
+
+def test_coordinates_of_half_precision_maps_are_not_rounded():
+    """Near 1,000 pixels bfloat16 has steps of 4 to 8: boxes, and the masks in them, would move by that."""
+    generator = torch.Generator().manual_seed(0)
+    maps = {str(i): torch.rand(1, 4, 1024 // s, 1024 // s, generator=generator).bfloat16()
+            for i, s in enumerate((4, 8, 16, 32))}
+    rois = boxes((1003.3, 501.7, 1018.9, 517.1), (901.2, 811.4, 1013.6, 1009.8), (530.7, 330.1, 1021.3, 1019.2))
+    pooled = AlignedRoIAlign(7)(maps, [rois], [(1024, 1024)])
+    expected = AlignedRoIAlign(7)({k: v.float() for k, v in maps.items()}, [rois], [(1024, 1024)])
+    assert pooled.dtype == torch.bfloat16
+    assert torch.equal(pooled, expected.bfloat16())
+    masks = torch.rand(3, 1, 28, 28, generator=generator).bfloat16()
+    expected = paste_masks(masks.float(), rois, (1024, 1024))
+    assert torch.equal(paste_masks(masks, rois, (1024, 1024)), expected)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(paste_masks(masks.float(), rois, (1024, 1024)), expected)
+
+
 @pytest.mark.parametrize('size, resized', [
     ((480, 640), (800, 1067)), ((427, 640), (800, 1199)), ((333, 500), (800, 1201)), ((100, 1000), (133, 1333)),
     ((1, 1), (800, 800)), ((1, 4000), (1, 1333)), ((2000, 3), (1333, 2)),
@@ -231,16 +353,68 @@ def test_nothing_detected(detector):
         boxes=(0, 4), scores=(0,), labels=(0,), **(dict(masks=(0, 1, 50, 60)) if 'masks' in found else {}))
 
 
-def test_half_precision_keeps_boxes_in_float32(small_retinanet):
+def test_half_precision_keeps_boxes_in_float32(detector):
+    """On a CPU, whose `roi_align` has no half precision, with half weights and under autocast."""
     image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))
-    half = copy.deepcopy(small_retinanet).to(torch.bfloat16)
+    half = copy.deepcopy(detector).to(torch.bfloat16)
     with torch.no_grad():
         found = half([image.to(torch.bfloat16)])[0]
         again = copy.deepcopy(half).float()([image])[0]  # the anchors are not left rounded
-        expected = small_retinanet([image])[0]
-    assert found['boxes'].dtype == torch.float32 and found['boxes'].isfinite().all()
+        expected = detector([image])[0]
+        with torch.autocast('cpu', torch.bfloat16):
+            mixed = detector([image])[0]
+    for some in (found, mixed):
+        assert {k: v.dtype for k, v in some.items()} == {k: v.dtype for k, v in expected.items()}
+        assert all(v.isfinite().all() for v in some.values()) and len(some['boxes']) > 20
     assert abs(len(again['boxes']) - len(expected['boxes'])) <= 10 and len(expected['boxes']) > 20
-    assert small_retinanet.anchor_generator.cell_anchors[0].dtype == torch.float32
+    generator = (detector.rpn if detector.first_label else detector).anchor_generator
+    assert generator.cell_anchors[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize('kind', list(BUILD))
+def test_half_precision_trains(kind):
+    model = build_small(kind).to(torch.bfloat16).train()
+    losses = model([torch.rand(3, 64, 96).bfloat16()], [with_masks(target((10, 10, 60, 50)))])
+    sum(losses.values()).backward()
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def detections_found_again(found, others):
+    """Whether each detection has one of the same label, at nearly the same place and with the same score and mask."""
+    same = found['labels'][:, None] == others['labels']
+    same &= (found['boxes'][:, None] - others['boxes']).abs().amax(dim=2) < 0.05
+    same &= (found['scores'][:, None] - others['scores']).abs() < 1e-4
+    if 'masks' in found:
+        same &= (found['masks'][:, None] - others['masks'][None]).abs().amax(dim=(2, 3, 4)) < 0.1
+    return same.any(dim=1).float().mean().item()
+
+
+@pytest.mark.parametrize('kind', list(BUILD))
+def test_onnx_of_images_of_other_content_and_size(kind):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = build_small(kind)
+    part = model if kind == 'retinanet' else model.roi_heads
+    part.score_thresh = 0.3
+    keys = list(model([torch.rand(3, 64, 96)])[0])
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the exporter
+        torch.onnx.export(
+            model, ([torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))],), file, dynamo=False,
+            opset_version=17, input_names=['image'], output_names=keys, dynamic_axes={'image': {1: 'h', 2: 'w'}})
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=['CPUExecutionProvider'])
+    generator = torch.Generator().manual_seed(1)
+    counts = []
+    for size in ((64, 96), (64, 96), (96, 64), (50, 141), (200, 100), (37, 53)):
+        image = torch.rand(3, *size, generator=generator)
+        with torch.no_grad():
+            expected = model([image])[0]
+        found = dict(zip(keys, map(torch.from_numpy, session.run(None, {'image': image.numpy()}))))
+        counts.append(len(expected['boxes']))
+        assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+        assert detections_found_again(found, expected) == detections_found_again(expected, found) == 1
+    assert len(set(counts)) > 3 and min(counts) > 3  # not one number that the graph could hold
 
 
 @pytest.mark.parametrize('kind', list(BUILD))
@@ -264,16 +438,82 @@ def test_training_lowers_the_loss(kind):
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
+def with_masks(found, height=64, width=96):
+    """A target with a mask per box, which detectors without masks do not look at."""
+    masks = torch.zeros(len(found['boxes']), height, width, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, found['boxes'].nan_to_num().round().long().clamp(min=0).tolist()):
+        mask[y1:y2, x1:x2] = 1
+    return dict(found, masks=masks)
+
+
 @pytest.mark.parametrize('targets, message', [
     (lambda first: [target(), target()], r'one target per image \(1\), got 2'),
-    (lambda first: [target((1, 1, 5, 5), labels=[3 + first])], 'labels from . to ., got . in target 0'),
-    (lambda first: [target((1, 1, 5, 5), labels=[first - 1])], 'labels from . to ., got '),
+    (lambda first: [target((1, 1, 5, 5), labels=[3 + first])], 'labels from . to .*, got . in target 0'),
+    (lambda first: [target((1, 1, 5, 5), labels=[first - 1])], 'labels from . to .*, got '),
     (lambda first: [target((1, 1, 5, 5), labels=[1, 1])], r'one label per box \(1\)'),
+    (lambda first: [dict(target((1, 1, 5, 5)), labels=torch.ones(1))], 'labels of type torch.int64 in target 0, got'),
     (lambda first: [target((1, 1, float('nan'), 9))], 'target 0, got NaN'),
+    (lambda first: [target((1, 1, 9, 9), (60, 40, 20, 10))],
+     r'x1 < x2 and y1 < y2 \(not x, y, width, height\) in target 0, got \[60.0, 40.0, 20.0, 10.0\] as box 1'),
+    (lambda first: [target((1, 9, 5, 9))], 'x1 < x2 and y1 < y2'),
+    (lambda first: [target((50, 1, 97.5, 9))], 'inside of their image, 96 wide and 64 high, in target 0'),
+    (lambda first: [target((50, 1, 60, 66))], 'inside of their image'),
+    (lambda first: [target((-2, 1, 60, 9))], 'inside of their image'),
+    (lambda first: [dict(target(), boxes=torch.zeros(4), masks=torch.zeros(0))],
+     r'boxes of shape \(N, 4\) in target 0, got \(4,\)'),
+    (lambda first: [dict(labels=torch.ones(1, dtype=torch.int64))], "a tensor 'boxes' in target 0, got NoneType"),
 ])
 def test_wrong_targets_are_refused(detector, targets, message):
+    given = [with_masks(t) if t.get('boxes', torch.zeros(1)).ndim == 2 else t for t in targets(detector.first_label)]
     with pytest.raises(ValueError, match=message):
-        detector([torch.rand(3, 64, 64)], targets(detector.first_label))
+        detector([torch.rand(3, 64, 96)], given)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda masks: masks * 255, 'masks of 0 and 1 in target 0, got 255'),
+    (lambda masks: masks[:1], r'shape \(2, 64, 96\), one per box .*target 0, got \(1, 64, 96\)'),
+    (lambda masks: masks[:, :32], r'as large as the image, in target 0, got \(2, 32, 96\)'),
+    (lambda masks: masks[:, None], r'got \(2, 1, 64, 96\): take masks\[:, 0\] >= 0.5 of what a model returned'),
+    (lambda masks: masks.float(), 'torch.uint8 or torch.bool in target 0, got torch.float32'),
+    (lambda masks: None, "a tensor 'masks' in target 0, got NoneType"),
+])
+def test_wrong_masks_are_refused(change, message):
+    found = with_masks(target((1, 1, 50, 50), (30, 20, 90, 60)))
+    with pytest.raises(ValueError, match=message):
+        build_small('mask_rcnn').train()([torch.rand(3, 64, 96)], [dict(found, masks=change(found['masks']))])
+
+
+def test_right_targets_are_taken():
+    """At the edges and a bit outside, as rounded annotations are. Only Mask R-CNN looks at masks."""
+    found = target((0, 0, 96, 64), (-0.6, 10, 30, 64.7))
+    for kind in BUILD:
+        for masks in (torch.uint8, torch.bool):
+            given = with_masks(found)
+            given['masks'] = given['masks'].to(masks) if kind == 'mask_rcnn' else torch.full((1, 2, 3), 255.)
+            losses = build_small(kind).train()([torch.rand(3, 64, 96)], [given])
+            assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize('image, message', [
+    (torch.rand(3, 64, 96) * 255, r'image 1 to hold values from 0 to 1, got values up to 25\d.* \(divide by 255\)'),
+    ((torch.rand(3, 64, 96) * 255).byte(), 'image 1 to hold floats from 0 to 1, got torch.uint8'),
+    (torch.rand(1, 64, 96), r'image 1 to be of shape \(3, height, width\), got \(1, 64, 96\)'),
+    (torch.rand(1, 3, 64, 96), r'image 1 to be of shape'),
+])
+def test_wrong_images_are_refused(detector, image, message):
+    for mode in (True, False):
+        model = copy.deepcopy(detector).train(mode)
+        with pytest.raises(ValueError, match=message):
+            model([torch.rand(3, 64, 96), image], [with_masks(target((1, 1, 50, 50)))] * 2)
+
+
+def test_images_from_0_to_255_where_they_are_normalised():
+    image = torch.rand(3, 64, 96)
+    mean, std = (torch.tensor(x) for x in ((.485, .456, .406), (.229, .224, .225)))
+    expected = build_small('retinanet').transform([image])[0].tensors
+    model = build_small('retinanet', image_mean=(255 * mean).tolist(), image_std=(255 * std).tolist())
+    torch.testing.assert_close(model.transform([255 * image])[0].tensors, expected)
+    model([255 * image])
 
 
 @pytest.mark.parametrize('kind', list(BUILD))
@@ -325,7 +565,8 @@ def test_checkpoint_of_other_classes_and_wrappers():
     wrapped = {'state_dict': {f'module.{k}': v for k, v in bare.items()}, 'meta': {'dataset_meta': {'classes': 'ab'}}}
     named = {'state_dict': bare, 'meta': {'classes': ('x', 'y'), 'dataset_meta': {'classes': ('a', 'b')}}}
     for checkpoint, names, prefix in (
-            (bare, [], None), (wrapped, [], None), (named, ['a', 'b'], None), (two, [], 'student.backbone')):
+            (bare, [], None), (wrapped, [], None), (named, ['a', 'b'], None), (two, [], 'student.backbone'),
+            (two, [], 'student.backbone.'), (two, [], 'student'), (two, [], 'student.'), (bare, [], '')):
         model = retinanet_from_mmdet(checkpoint, prefix=prefix)
         assert model.num_classes == 2 and model.categories == names
         assert torch.equal(model.head.regression_head.bbox_reg.weight, few.head.regression_head.bbox_reg.weight)
@@ -334,6 +575,38 @@ def test_checkpoint_of_other_classes_and_wrappers():
     faster = {f'other.{k}': v for k, v in detector_to_mmdet(build_small('faster_rcnn', 2)).items()}
     for prefix, kind in (('other.backbone', PvtFasterRCNN), ('student.backbone', type(few))):
         assert type(detector_from_mmdet({**two, **faster}, prefix)) is kind
+
+
+@pytest.mark.parametrize('kind', list(LOAD))
+def test_fine_tuning_of_a_checkpoint_with_other_classes(kind, caplog):
+    """What does not depend on their number is taken, what does is new and named. The backbone gets its arguments."""
+    detector = build_small(kind, 80)
+    checkpoint = {'state_dict': detector_to_mmdet(detector), 'meta': {'CLASSES': tuple(coco_categories().values())}}
+    new = dict(
+        retinanet=['head.classification_head.cls_logits'],
+        faster_rcnn=['roi_heads.box_predictor.bbox_pred', 'roi_heads.box_predictor.cls_score'],
+        mask_rcnn=['roi_heads.box_predictor.bbox_pred', 'roi_heads.box_predictor.cls_score',
+                   'roi_heads.mask_predictor.mask_fcn_logits'])[kind]
+    args = dict(model_args=dict(drop_path_rate=0.3), frozen_stages=1, min_size=64)
+    model = LOAD[kind](checkpoint, num_classes=3, **args)
+    assert f'for 80 classes: all but {", ".join(new)}, which are new for 3 classes' in caplog.text
+    assert model.num_classes == 3 and model.categories == [] and not model.training
+    for k, v in model.state_dict().items():
+        if k.startswith(tuple(new)):
+            assert v.shape != detector.state_dict()[k].shape
+        else:
+            assert torch.equal(v, detector.state_dict()[k]), k
+    assert {m.eps for m in model.backbone.body.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+    assert max(getattr(m, 'drop_prob', 0.) or 0. for m in model.backbone.modules()) == pytest.approx(0.3)
+    assert not any(p.requires_grad for p in model.backbone.body.stages_0.parameters())
+    losses = model.train()([torch.rand(3, 64, 96)], [with_masks(target((10, 10, 60, 50), labels=[2]))])
+    sum(losses.values()).backward()
+
+    caplog.clear()
+    same = LOAD[kind](checkpoint, num_classes=80, **args)
+    assert 'new' not in caplog.text and same.categories[0] == 'person'
+    many = LOAD[kind]({'state_dict': detector_to_mmdet(build_small(kind, 3))}, num_classes=80)
+    assert many.num_classes == 80 and many.categories == []  # not COCO's: nobody has trained it on them
 
 
 @pytest.mark.parametrize('meta, sizes', [
@@ -358,7 +631,7 @@ def with_(name, *shape):
 
 @pytest.mark.parametrize('kind, change, message', [
     ('retinanet', without('neck.fpn_convs.4.conv.bias'), 'Missing in the checkpoint: neck.fpn_convs.4.conv.bias'),
-    ('retinanet', without('neck', 'bbox_head'), 'Expected a RetinaNet, got a model with nothing beside its backbone'),
+    ('retinanet', without('neck', 'bbox_head'), r'\(bbox_head.retina_cls\), got a model with nothing beside'),
     ('retinanet', without('backbone'), 'Expected a PVT v1 checkpoint'),
     ('retinanet', with_('neck.lateral_convs.0.conv.weight', 16, 64, 1, 1),
      r'Wrong shape .*neck.lateral_convs.0.conv.weight \[16, 64, 1, 1\] instead of \[16, 32, 1, 1\]'),
@@ -369,9 +642,16 @@ def with_(name, *shape):
     ('mask_rcnn', with_('roi_head.bbox_head.fc_reg.weight', 4, 48), r'fc_reg.weight \[4, 48\] instead of \[12, 48\]'),
     ('mask_rcnn', with_('roi_head.bbox_head.fc_reg.bias'), r'fc_reg.bias \[\] instead of \[12\]'),
     ('mask_rcnn', with_('roi_head.mask_head.conv_logits.weight', 3), 'Wrong shape .*convs.0.conv.weight'),
+    # one mask for all classes
+    ('mask_rcnn', with_('roi_head.mask_head.conv_logits.weight', 1, 24, 1, 1),
+     r'in the checkpoint: roi_head.mask_head.conv_logits.weight \[1, 24, 1, 1\] instead of \[3, 24, 1, 1\].$'),
+    # as GFL has it, beside what a RetinaNet has too
+    ('retinanet', lambda d: d.update({'bbox_head.gfl_cls.weight': d.pop('bbox_head.retina_cls.weight')}),
+     r'RetinaNet \(bbox_head.retina_cls\), got a model with bbox_head \(cls_convs, gfl_cls, reg_convs,'),
     ('retinanet', lambda d: d.update(epoch=3), 'Not part of the model, in the checkpoint: epoch'),
     ('retinanet', with_('backbone.adapter.weight', 3), 'Not part of the model, in the checkpoint: backbone.adapter'),
-    ('faster_rcnn', without('roi_head'), 'Expected a Faster R-CNN, got a model with neck, rpn_head beside'),
+    ('faster_rcnn', without('roi_head'),
+     r'\(roi_head.bbox_head.fc_cls\), got a model with neck \(.*\), rpn_head \(rpn_cls, rpn_conv, rpn_reg\) beside'),
 ])
 def test_checkpoint_errors_name_what_is_wrong(kind, change, message):
     state_dict = detector_to_mmdet(build_small(kind))
@@ -414,10 +694,10 @@ def test_pretrained_detector_by_url(tmp_path, monkeypatch):
         retinanet_coco('pvt_tiny', cache_dir=str(cache))
     assert not (cache / name).exists()
     (tmp_path / name).write_bytes(file.read_bytes())
-    for wrong in (dict(num_classes=5), dict(min_sise=64)):
-        with pytest.raises(TypeError):
-            retinanet_coco('pvt_tiny', cache_dir=str(cache), **wrong)
-        assert (cache / name).read_bytes() == file.read_bytes()
+    assert retinanet_coco('pvt_tiny', cache_dir=str(cache), num_classes=5).num_classes == 5
+    with pytest.raises(TypeError):
+        retinanet_coco('pvt_tiny', cache_dir=str(cache), min_sise=64)
+    assert (cache / name).read_bytes() == file.read_bytes()
     (tmp_path / name).unlink()
     loaded = retinanet_coco('pvt_tiny', cache_dir=str(cache), min_size=64, max_size=96)  # from the cache
     for k, v in model.state_dict().items():

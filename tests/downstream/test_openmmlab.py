@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import torchvision
 from torchvision.models.detection.image_list import ImageList
 
 pytest.importorskip('mmdet', reason='needs mmdet 3.3.0, mmcv-lite 2.1.0, mmengine 0.10.7 and setuptools<80')
@@ -159,6 +160,66 @@ def test_other_variants_float64(kind, letter, size, code):
     assert max(differences(ours, theirs, prepare(ours, size)[1], size).values()) <= 1e-8
 
 
+# ---- training
+
+
+def random_targets(counts, size, first_label):
+    """Boxes of at least 45 pixels: inside of an anchor all have the same IoU, and rounding says which is the best."""
+    generator = torch.Generator().manual_seed(0)
+    h, w = size
+    targets = []
+    for count in counts:
+        sides = 45 + torch.rand(count, 2, generator=generator, dtype=torch.float64) * 60
+        corners = torch.rand(count, 2, generator=generator, dtype=torch.float64) * (torch.tensor([w, h]) - sides)
+        targets.append(dict(
+            boxes=torch.cat([corners, corners + sides], dim=1),
+            labels=torch.randint(first_label, 80 + first_label, (count,), generator=generator)))
+    return targets
+
+
+@pytest.mark.parametrize('counts', [(3,), (1, 12), (5, 0), (0, 0), (9, 1, 4)])
+def test_retinanet_loss(counts):
+    """Of several images too: mmdetection divides by the positive anchors of all of them, torchvision image by image."""
+    from mmengine.structures import InstanceData
+    theirs, ours = both('retinanet', 'mmdet')
+    size = (160, 224)
+    image, _ = prepare(ours, size)
+    images = [image.roll(37 * i, dims=2) for i in range(len(counts))]
+    targets = random_targets(counts, size, ours.first_label)
+    ours.train()
+    with torch.no_grad():
+        found = ours(images, targets)
+        scores, deltas = theirs.bbox_head(theirs.extract_feat(ours.transform(images)[0].tensors))
+        expected = theirs.bbox_head.loss_by_feat(
+            scores, deltas, [InstanceData(bboxes=t['boxes'], labels=t['labels']) for t in targets],
+            [dict(img_shape=size, pad_shape=size)] * len(counts))
+    ours.eval()
+    for name, key in (('loss_cls', 'classification'), ('loss_bbox', 'bbox_regression')):
+        # they add 1e-7 to what they divide by, and take anchors in float32
+        assert found[key].item() == pytest.approx(sum(expected[name]).item(), rel=3e-7, abs=1e-12), name
+
+
+@pytest.mark.parametrize('kind', ['retinanet', 'faster_rcnn'])
+def test_anchors_are_matched_with_the_same_objects(kind):
+    """Many boxes that overlap: an anchor that is the best of one object goes to it, whatever it overlaps most."""
+    from mmengine.structures import InstanceData
+    theirs, ours = both(kind, 'mmdet')
+    size = (160, 224)
+    part = ours if kind == 'retinanet' else ours.rpn
+    maps = list(ours.backbone(torch.zeros(1, 3, *size, dtype=torch.float64)).values())
+    anchors, = part.anchor_generator(ImageList(torch.zeros(1, 3, *size), [size]), maps)
+    assigner = (theirs.bbox_head if kind == 'retinanet' else theirs.rpn_head).assigner
+    low_best = torch.tensor([[0, 0, 223, 6.]])  # an object that no anchor is near to
+    for target in random_targets((40, 12, 1), size, 0):
+        boxes = torch.cat([target['boxes'], low_best.double()])
+        expected = assigner.assign(
+            InstanceData(priors=anchors), InstanceData(bboxes=boxes, labels=torch.zeros(len(boxes)).long())).gt_inds
+        matched = part.proposal_matcher(torchvision.ops.box_iou(boxes, anchors))
+        assert (matched >= 0).sum() > 1
+        # theirs: 0 for no object, -1 for neither; ours: -1 and -2
+        assert torch.equal(matched + 1, expected)
+
+
 # ---- Semantic FPN
 
 
@@ -176,14 +237,23 @@ def test_semantic_fpn_float64(code, size):
 
 
 def test_semantic_fpn_of_an_image_of_another_size():
-    """`segment` against mmsegmentation's resize to the image's own size, on the same resized image."""
+    """`segment` against mmcv's two resizes of a test image (AlignResize of the original, ResizeToMultiple), in floats,
+    and against mmsegmentation's resize to the image's own size."""
+    mmcv = pytest.importorskip('mmcv')
     theirs, ours = both('semantic_fpn', 'mmdet')
     ours.min_size, ours.max_size = 128, 256
     seen = []
     handle = ours.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    labels = ours.segment(smooth_image(90, 131).double() / 255)
+    image = smooth_image(90, 131).double() / 255
+    labels = ours.segment(image)
     handle.remove()
-    assert seen[0].shape == (1, 3, 128, 192)  # 128 by 186.3, up to a multiple of 32
+    assert seen[0].shape == (1, 3, 128, 192)  # 128 by 186, up to a multiple of 32
+    resized = mmcv.imrescale(image.permute(1, 2, 0).numpy(), (256, 128))
+    assert resized.shape == (128, 186, 3)
+    resized = mmcv.imresize_to_multiple(resized, divisor=32, scale_factor=1)
+    expected = torchvision.transforms.functional.normalize(
+        torch.from_numpy(resized).permute(2, 0, 1), ours.mean, ours.std)
+    assert max_diff(seen[0][0], expected) <= 1e-6  # OpenCV's weights are float32
     meta = dict(img_shape=(128, 192), ori_shape=(90, 131), pad_shape=(128, 192))
     with torch.no_grad():
         logits = theirs.inference(seen[0], [meta])

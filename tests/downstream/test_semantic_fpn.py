@@ -31,6 +31,73 @@ def test_segment_takes_any_image(size, resized):
     torch.testing.assert_close(seen, [ones[None, :, None, None].expand(1, 3, *resized)])
 
 
+def resized_once_and_twice(image, shorter, longest):
+    """An image (1, 3, H, W), resized to a shorter side, and then up to multiples of 32, by bilinear weights."""
+    h, w = image.shape[2:]
+    scale = min(shorter / min(h, w), longest / max(h, w))
+    once = [int(n * scale + 0.5) for n in (h, w)]
+    twice = [-(-n // 32) * 32 for n in once]
+    for size in (once, twice):
+        image = torch.nn.functional.interpolate(image, size=size, mode='bilinear')
+    return image
+
+
+@pytest.mark.parametrize('size', [(90, 131), (131, 90), (64, 64), (200, 33)])
+def test_segment_resizes_twice_as_published(size):
+    model = build(min_size=70, max_size=256)
+    model.mean, model.std = (0., 0., 0.), (1., 1., 1.)
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    model.segment(image)
+    torch.testing.assert_close(seen[0], resized_once_and_twice(image[None], 70, 256), rtol=0, atol=1e-6)
+
+
+def test_segment_leaves_the_model_as_it_was():
+    """In training mode too, where BatchNorm would take the image into its statistics, and with some parts frozen."""
+    model = build(min_size=64, frozen_stages=1)
+    image = torch.rand(3, 50, 70)
+    expected = model.segment(image)
+    model.train()
+    model.head.branches[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert torch.equal(model.segment(image), expected)
+    assert {name: module.training for name, module in model.named_modules()} == modes and len(set(modes.values())) == 2
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('in_chans, mean', [(1, (.449,)), (3, (.485, .456, .406)), (5, (.449,) * 5)])
+def test_images_of_other_channels(in_chans, mean):
+    model = semantic_fpn('test_pvt', 4, channels=24, model_args=dict(in_chans=in_chans))
+    assert model.mean == mean and len(model.std) == in_chans
+    assert model.segment(torch.rand(in_chans, 40, 50)).shape == (40, 50)
+    again = semantic_fpn_from_mmseg(segmenter_to_mmseg(model))
+    assert again.in_chans == in_chans and again.mean == mean
+
+
+@pytest.mark.parametrize('image, message', [
+    (torch.rand(3, 40, 50) * 255, r'values from 0 to 1, got values up to 25\d'),
+    (torch.zeros(3, 40, 50, dtype=torch.uint8), 'floats from 0 to 1, got torch.uint8'),
+    (torch.rand(1, 40, 50), r'shape \(3, height, width\), got \(1, 40, 50\)'),
+])
+def test_wrong_images_are_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        build().segment(image)
+
+
+def test_fine_tuning_of_a_checkpoint_with_other_classes(caplog):
+    model = build(150)
+    again = semantic_fpn_from_mmseg(
+        segmenter_to_mmseg(model), num_classes=4, frozen_stages=2, model_args=dict(drop_path_rate=0.2))
+    assert 'all but head.classifier, which are new for 4 classes' in caplog.text
+    assert (again.num_classes, again.categories, again.palette) == (4, [], [])
+    assert again.backbone.frozen_stages == 2
+    for k, v in again.state_dict().items():
+        assert k.startswith('head.classifier.') or torch.equal(v, model.state_dict()[k]), k
+    assert semantic_fpn_from_mmseg(segmenter_to_mmseg(build(4)), num_classes=150).categories == []
+
+
 def test_training_lowers_the_loss():
     model = build(drop_rate=0.).train()
     images = torch.zeros(2, 3, 64, 64)
@@ -78,7 +145,8 @@ def test_colours_that_are_none(color):
 @pytest.mark.parametrize('change, message', [
     (lambda d: d.pop('decode_head.scale_heads.3.2.bn.running_mean'), 'Missing .*scale_heads.3.2.bn.running_mean'),
     (lambda d: d.update({'auxiliary_head.conv.weight': torch.ones(1)}), 'Not part of the model.*auxiliary_head'),
-    (lambda d: d.pop('decode_head.conv_seg.weight'), 'Expected a Semantic FPN, got a model with decode_head, neck'),
+    (lambda d: d.pop('decode_head.conv_seg.weight'),
+     r'\(decode_head.conv_seg\), got a model with decode_head \(conv_seg, scale_heads\), neck \('),
 ])
 def test_errors_name_what_is_wrong(change, message):
     state_dict = segmenter_to_mmseg(build())
