@@ -6,9 +6,10 @@ A fused stage holds the parameters of the stage that it was made of and computes
     grows neither with the hidden size of the MLP nor with the batch;
   * nothing is copied that need not be: sums are written in place, patches are gathered once.
 
-It takes the plain path of the parent class, with the same results, whenever something else is needed: gradients,
-modules in training mode, autocast, tracing, compiling, export, other devices and dtypes, hooks on or replacements of
-inner modules, a build of PyTorch without the operators. `print(model)` shows which path a stage is on.
+It takes the plain path of the parent class, with the same results, whenever something else is needed: gradients
+(forward mode too), modules in training mode, autocast, tracing, compiling, export, other devices and dtypes, hooks on,
+replacements of or patches to inner modules and their classes, a build of PyTorch without the operators. `print(model)`
+shows which path a stage is on.
 """
 import copy
 import math
@@ -23,8 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm.layers import DropPath, LayerNorm, Mlp
+from torch.autograd import forward_ad
 
-from .pvt import Attention, Block, PatchEmbed, PyramidVisionTransformerStage, resample_pos_embed
+from . import pvt
+from .pvt import Attention, Block, PatchEmbed, PyramidVisionTransformerStage
 from .sliced_mlp import SLICE_TOKENS, SlicedMlp
 
 __all__ = ['FusedStage', 'fuse']
@@ -53,6 +56,17 @@ _PARTS: Dict[type, Parts] = {
     SlicedMlp: _MLP,
 }
 _RANDOM = frozenset((Attention, DropPath, nn.Dropout))  # those of them whose training mode matters
+_WEIGHTED = frozenset((nn.Linear, nn.Conv2d, nn.LayerNorm, LayerNorm))  # those with a weight and a bias, or None for it
+
+_KINDS = {kind for parts in (_STAGE, *_PARTS.values()) for kinds in parts.values() for kind in kinds}
+# The code that the fast path stands for, as it is now. Where somebody patches it later on, the plain path is taken.
+_ORIGINALS: Tuple[Tuple[Any, str, Any], ...] = (
+    (PyramidVisionTransformerStage, 'forward', PyramidVisionTransformerStage.forward),
+    *((kind, name, getattr(kind, name)) for kind in (*_KINDS, nn.Module) for name in ('forward', '__call__')),
+    (SlicedMlp, 'forward_tokens', SlicedMlp.forward_tokens),
+    *((F, name, getattr(F, name)) for name in (
+        'linear', 'conv2d', 'layer_norm', 'gelu', 'scaled_dot_product_attention')),
+)
 _lock = Lock()  # at most one thread packs
 
 
@@ -85,13 +99,20 @@ def _watched() -> str:
         return 'autocast'
     if torch.jit.is_tracing():
         return 'tracing'
+    if forward_ad._current_level >= 0:
+        return 'forward-mode gradients'
     if (
             torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
             or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return 'operators are watched'
-    return 'global hooks' if nn.modules.module._has_any_global_hook() else ''
+    if nn.modules.module._has_any_global_hook():
+        return 'global hooks'
+    for owner, name, original in _ORIGINALS:
+        if getattr(owner, name) is not original:
+            return f'patched: {owner.__name__}.{name}'
+    return ''
 
 
 @cache
@@ -100,8 +121,10 @@ def _works(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return False
+        if dtype == torch.bfloat16:
+            # attention takes float32 products
+            if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not _works(torch.float32):
+                return False
         x = torch.linspace(-1, 1, 64, device='cpu').reshape(2, 2, 16).to(dtype)
         weight = torch.linspace(-1, 1, 128, device='cpu').reshape(8, 16).to(dtype)
         bias = weight[:, 0].clone()
@@ -128,8 +151,22 @@ class _State(NamedTuple):
 
 class _Packed(NamedTuple):
     key: tuple  # that of the parameters that were packed
-    owners: List[torch.Tensor]  # keeps the storages of the key alive, so that no other one can get their addresses
+    samples: List[torch.Tensor]  # the bits of one element of each, in its storage: no other one can get its address
+    values: torch.Tensor  # what the samples were
     linears: Dict[nn.Module, Linear]  # of every linear layer and convolution
+
+    def is_of(self, key: tuple) -> bool:
+        """Whether the parameters are the same and nobody wrote to them.
+
+        Fused optimizers, collectives and writes from outside leave no trace in the versions, but in the samples.
+        """
+        return self.key == key and torch.equal(torch.cat(self.samples), self.values)
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """A view of the bits of an element in the middle: with bits, NaN is the same as NaN."""
+    bits = parameter.detach().view(torch.int16 if parameter.dtype == torch.bfloat16 else torch.int32)
+    return bits[tuple(slice(n // 2, n // 2 + 1) for n in bits.shape)].reshape(1)
 
 
 def _pack(module: Any, gelu: bool) -> Linear:
@@ -140,12 +177,13 @@ def _pack(module: Any, gelu: bool) -> Linear:
     return _pack_linear(weight, module.bias, gelu)
 
 
-def _patches(x: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, H, W, C) to (B, H // size * W // size, size * size * C). A remainder is dropped."""
+def _patches(x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+    """(B, H, W, C) to (B, (H // h) * (W // w), h * w * C) for patches of `size` (h, w). A remainder is dropped."""
     B, H, W, C = x.shape
-    h, w = H // size, W // size
-    x = x[:, :h * size, :w * size].reshape(B, h, size, w, size * C)
-    return x.transpose(2, 3).reshape(B, h * w, size * size * C)
+    h, w = size
+    rows, columns = H // h, W // w
+    x = x[:, :rows * h, :columns * w].reshape(B, rows, h, columns, w * C)
+    return x.transpose(2, 3).reshape(B, rows * columns, h * w * C)
 
 
 def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
@@ -153,15 +191,18 @@ def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Queries (B, heads, N, d) look at keys and values (B, heads, K, d)."""
+    """Queries (B, heads, N, d) look at keys and values (B, heads, K, d).
+
+    Products are taken in float32, as inside `scaled_dot_product_attention`: bfloat16 has no decimals for large logits.
+    """
     B, H, N, d = q.shape
     if k.shape[2] < MANY_KEYS or not _multiplies_faster():
         return F.scaled_dot_product_attention(q, k, v)
     out = q.new_empty(B, N, H, d).transpose(1, 2)
-    k, v = (k * d ** -0.5).contiguous(), v.transpose(2, 3).contiguous()
+    k, v = (k.float() * d ** -0.5).contiguous(), v.float().transpose(2, 3).contiguous()
     for i, j in product(range(B), range(H)):
         for rows, part in zip(out[i, j].split(SLICE_TOKENS), q[i, j].split(SLICE_TOKENS)):
-            rows.copy_(_linear(_linear(part, k[i, j]).softmax(1), v[i, j]))
+            rows.copy_(_linear(_linear(part.float(), k[i, j]).softmax(1), v[i, j]))
     return out
 
 
@@ -172,7 +213,7 @@ def _block(blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tu
     y = _norm(blk.norm1, x)
     kv = y
     if attn.sr is not None:
-        kv = _norm(attn.norm, linears[attn.sr](_patches(y.view(B, size[0], size[1], C), attn.sr_ratio)))
+        kv = _norm(attn.norm, linears[attn.sr](_patches(y.view(B, size[0], size[1], C), attn.sr.kernel_size)))
     q = linears[attn.q](y).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
     k, v = linears[attn.kv](kv).unflatten(2, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
     del y, kv  # as large as x, as is q
@@ -185,14 +226,19 @@ def _block(blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tu
         part += linears[mlp.fc2](linears[mlp.fc1](_norm(blk.norm2, part)))
 
 
-_plain = PyramidVisionTransformerStage.forward
+_plain: Any = PyramidVisionTransformerStage.forward
 
 
 class FusedStage(PyramidVisionTransformerStage):
     """A stage that takes the fast path where it can. Made by `fuse()`, shares the parameters of the plain stage.
 
-    The state dict is that of the plain stage. Weights are packed at the first forward and again after they changed; a
-    write through `parameter.data`, of which PyTorch keeps no record, is not noticed: call `repack()` after one.
+    The state dict is that of the plain stage. Weights are packed at the first forward pass, and again after a change.
+    They are forgotten in `train()`, and where the plain path may have recorded gradients: an optimizer may follow.
+
+    A change is noticed by PyTorch's version counters. Some writes are not counted: those of fused optimizers, of
+    `torch.distributed`, through `parameter.data`, through views of numpy or DLPack, and of other processes that share
+    the memory. They are noticed by one element of each parameter. An uncounted write to a part of the parameters that
+    leaves all those elements as they were is not noticed: call `repack()` after it.
     """
     # the forward of the plain stage under another name, since TorchScript knows no `super()`
     _plain_forward = FunctionType(_plain.__code__, _plain.__globals__, '_plain_forward')
@@ -210,6 +256,11 @@ class FusedStage(PyramidVisionTransformerStage):
     def repack(self) -> None:
         """Forget the packed weights, the next forward packs again."""
         self.__dict__['_packed'] = None
+
+    def train(self, mode: bool = True) -> 'FusedStage':
+        if mode:
+            self.repack()
+        return super().train(mode)
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_packed': None}  # for deepcopy and pickle: packed weights cannot be stored
@@ -244,12 +295,20 @@ class FusedStage(PyramidVisionTransformerStage):
                 if m is None:
                     continue
                 kind = type(m)
-                if kind not in (parts.get(name) or parts.get('*', ())) or 'forward' in m.__dict__:
+                if (
+                        kind not in (parts.get(name) or parts.get('*', ()))
+                        or 'forward' in m.__dict__
+                        or kind is SlicedMlp and 'forward_tokens' in m.__dict__
+                ):
                     return _State(f'{kind.__module__}.{kind.__qualname__} as {name} has no fast form')
                 if m.training and kind in _RANDOM:
                     return _State('dropout in training mode')
                 if m._forward_hooks or m._forward_pre_hooks:
                     return _State('hooks on inner modules')
+                if kind is Attention and m.scale != m.head_dim ** -0.5:
+                    return _State('attention with a scale of its own')
+                if kind in _WEIGHTED and not ('weight' in m._parameters and 'bias' in m._parameters):
+                    return _State('weights that are not parameters')
                 if kind is nn.GELU and m.approximate != 'none':
                     return _State('approximate GELU')
                 if kind is nn.Conv2d and (
@@ -265,6 +324,8 @@ class FusedStage(PyramidVisionTransformerStage):
                 continue
             if p.dtype is not dtype or p.device.type != 'cpu' or type(p) not in (nn.Parameter, torch.Tensor):
                 return _State('parameters that are not plain CPU tensors of one dtype')
+            if p.layout is not torch.strided:
+                return _State('parameters that are not dense')
             if p.is_inference():
                 return _State('parameters made in inference mode')
             requires_grad = requires_grad or p.requires_grad
@@ -276,6 +337,7 @@ class FusedStage(PyramidVisionTransformerStage):
         if (
                 type(x) is not torch.Tensor
                 or x.device.type != 'cpu'
+                or x.layout is not torch.strided
                 or x.dtype != self.pos_embed.dtype
                 or x.numel() == 0
                 or x.ndim != 4
@@ -293,21 +355,25 @@ class FusedStage(PyramidVisionTransformerStage):
     def _get_packed(self, key: tuple) -> _Packed:
         """Packed weights of the parameters that `key` stands for."""
         packed: Any = self._packed
-        if packed is None or packed.key != key:
+        if packed is None or not packed.is_of(key):
             with _lock:
                 packed = self._packed
-                if packed is None or packed.key != key:
-                    packed = _Packed(key, [p.detach() for p in self.parameters()], {
-                        m: _pack(m, gelu=name.endswith('mlp.fc1')) for name, m in self.named_modules()
-                        if isinstance(m, (nn.Conv2d, nn.Linear))})
+                if packed is None or not packed.is_of(key):
+                    samples = [_sample(p) for p in self.parameters() if p.numel()]
+                    values = torch.cat(samples)  # before packing: a write during it is noticed at the next forward pass
+                    linears: Dict[nn.Module, Linear] = {}
+                    for name, m in self.named_modules():
+                        if isinstance(m, (nn.Conv2d, nn.Linear)):
+                            linears[m] = _pack(m, gelu=name.endswith('mlp.fc1'))
+                    packed = _Packed(key, samples, values, linears)
                     self.__dict__['_packed'] = packed
         return packed
 
     @torch.no_grad()
     def _fused_forward(self, x: torch.Tensor, packed: _Packed) -> torch.Tensor:
-        patch_size, prefix = self.patch_embed.patch_size, self.num_prefix_tokens
-        size = (x.shape[2] // patch_size, x.shape[3] // patch_size)
-        pos_embed = resample_pos_embed(self.pos_embed, size, self.grid_size, prefix)
+        patch_size, prefix = self.patch_embed.proj.kernel_size, self.num_prefix_tokens
+        size = (x.shape[2] // patch_size[0], x.shape[3] // patch_size[1])
+        pos_embed = pvt.resample_pos_embed(self.pos_embed, size, self.grid_size, prefix)
         x = x.permute(0, 2, 3, 1)
         tokens = x.new_empty(x.shape[0], pos_embed.shape[1], self.dim)
         images = max(1, STAGE_TOKENS // tokens.shape[1])
@@ -327,6 +393,10 @@ class FusedStage(PyramidVisionTransformerStage):
             key = self._fast_key(x)
             if key is not None:
                 return self._fused_forward(x, self._get_packed(key))
+            if torch.is_grad_enabled():
+                self.repack()
+            if PyramidVisionTransformerStage.forward is not _plain:
+                return PyramidVisionTransformerStage.forward(self, x)
         return self._plain_forward(x)
 
 
@@ -339,15 +409,25 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
             its parameters.
 
     Returns:
-        The model with fused stages.
+        The model with fused stages. A stage of a class of its own, or with another forward, stays as it is.
+
+    Raises:
+        ValueError: There is no stage in the model, as in one made with `feature_cls='fx'`, or in a scripted one.
     """
+    if not any(isinstance(module, PyramidVisionTransformerStage) for module in model.modules()):
+        raise ValueError(
+            f'Expected a model with PVT stages inside, got {type(model).__name__}, which has none: fuse a model before '
+            "it is scripted or exported, and one with features by another feature_cls than 'fx'.")
     if not inplace:
         with torch.inference_mode(False):  # otherwise the copies of the parameters would end on the plain path
             model = copy.deepcopy(model)
     if isinstance(model, PyramidVisionTransformerStage):
         return FusedStage.from_stage(model)
+    fused: Dict[nn.Module, nn.Module] = {}  # a stage that stands in two places stays one
     for module in list(model.modules()):
-        for name, child in module.named_children():
+        for name, child in list(module._modules.items()):
             if isinstance(child, PyramidVisionTransformerStage):
-                setattr(module, name, FusedStage.from_stage(child))
+                if child not in fused:
+                    fused[child] = FusedStage.from_stage(child)
+                setattr(module, name, fused[child])
     return model
