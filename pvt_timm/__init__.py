@@ -11,6 +11,7 @@ from .pvt import (
     pvt_small,
     pvt_tiny,
 )
+from .simplified import simplify
 from .version import __version__
 from .weights import create_from_checkpoint
 
@@ -25,6 +26,7 @@ __all__ = [
     'pvt_medium',
     'pvt_small',
     'pvt_tiny',
+    'simplify',
     'test_pvt',
 ]
 

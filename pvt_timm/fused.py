@@ -93,6 +93,14 @@ def _multiplies_faster() -> bool:
     return torch.backends.cpu.get_cpu_capability() == 'AVX512' and not amx
 
 
+def patched() -> str:
+    """The name of a method or function of the models that is not what it was when this package was imported, if any."""
+    for owner, name, original in _ORIGINALS:
+        if getattr(owner, name) is not original:
+            return f'{owner.__name__}.{name}'
+    return ''
+
+
 def _watched() -> str:
     """What watches or transforms operators or modules (counters, functional transforms, global hooks), if anything."""
     if torch.is_autocast_enabled('cpu'):
@@ -109,10 +117,8 @@ def _watched() -> str:
         return 'operators are watched'
     if nn.modules.module._has_any_global_hook():
         return 'global hooks'
-    for owner, name, original in _ORIGINALS:
-        if getattr(owner, name) is not original:
-            return f'patched: {owner.__name__}.{name}'
-    return ''
+    name = patched()
+    return f'patched: {name}' if name else ''
 
 
 @cache

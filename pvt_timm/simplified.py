@@ -1,0 +1,318 @@
+""" A smaller graph for inference: `pvt_timm.simplify(model)` computes the same numbers with fewer operations.
+
+No engine finds these by itself, since they follow from what attention is:
+  * Where the output is the class token, the last block needs only that token as a query, and in its MLP.
+  * What is added to the scores of all keys alike drops out of the softmax: the bias of the keys.
+  * The weights of a softmax sum to 1, so the bias of the values is a constant, and belongs to the output's bias.
+  * The scale of the scores belongs to the weights of the queries.
+  * A score is x (Wq' Wk) z' for tokens x and z. With few keys it is cheaper to multiply z by both matrices than x by
+    one of them. The matrix of the output goes to the values in the same way (`folding_is_cheaper`).
+"""
+import copy
+from typing import Any, Iterator, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm, Mlp, to_2tuple
+
+from .fused import MANY_KEYS, patched
+from .pvt import Attention, Block, PyramidVisionTransformer, PyramidVisionTransformerStage
+from .sliced_mlp import SlicedMlp
+
+__all__ = ['simplify']
+
+_NORMS = (nn.LayerNorm, LayerNorm)
+_NOTHING = (nn.Dropout, DropPath, nn.Identity)  # in evaluation mode
+
+
+def simplify(model: nn.Module, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> nn.Module:
+    """A copy of a model for inference that computes the same with fewer operations. The model stays as it is.
+
+    Equal to 1e-5 in float32 and to 1e-10 in float64, relative to the largest value, at any size and batch. The copy can
+    be scripted, traced, exported and compiled. It has no dropout, and its weights have no gradients.
+
+    Args:
+        model: A PVT or any module with PVT stages inside.
+        img_size: Height and width that the operations are counted for (default that of the position embeddings).
+
+    Returns:
+        For a classifier that pools the class token a module with `forward` only: it computes no other token at the end.
+        Otherwise a copy of the model with other attention layers. Layers of other classes or with hooks are left as
+        they are.
+
+    Raises:
+        ValueError: There is no PVT stage in the model, or the code of its layers is patched.
+    """
+    if patched():
+        raise ValueError(f'Expected the code of the layers as it was imported, but {patched()} is patched')
+    small: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    token_stage = small.stages[-1] if _returns_class_token_only(small) else None
+    found = False
+    for stage, grid in _stages_and_grids(small, img_size):
+        found = True
+        for i, block in enumerate(stage.blocks):
+            if type(block) is not Block or not _is_plain_attention(block.attn):
+                continue
+            attn = block.attn
+            if stage is token_stage and i == len(stage.blocks) - 1 and _is_plain_block(block):
+                stage.blocks[i] = ClassTokenBlock(block, attn)
+                continue
+            queries = stage.num_prefix_tokens + grid[0] * grid[1]
+            keys = queries
+            if attn.sr is not None:
+                keys = (grid[0] // attn.sr.kernel_size[0]) * (grid[1] // attn.sr.kernel_size[1])
+            fold = folding_is_cheaper(queries, keys, attn.dim, attn.num_heads)
+            setattr(block, 'attn', FoldedAttention(attn) if fold else ProjectedAttention(attn))  # noqa: B010
+    if not found:
+        raise ValueError(f'Expected a model with PVT stages inside, got {type(model).__name__}, which has none')
+    return small if token_stage is None else ClassTokenClassifier(small)
+
+
+def folding_is_cheaper(queries: int, keys: int, dim: int, heads: int) -> bool:
+    """Whether `FoldedAttention` has fewer multiplications than `ProjectedAttention`, for one of its two halves.
+
+    The halves, queries with keys and values with output, cost the same. With many keys it never is: a kernel for the
+    usual form keeps no matrix of scores, which takes more time than there is to win.
+    """
+    if keys >= MANY_KEYS:
+        return False
+    projected = queries * dim * dim + keys * dim * dim + queries * keys * dim
+    folded = min(heads, 2) * keys * dim * dim + queries * heads * keys * dim
+    return folded < projected
+
+
+def _is_plain(module: Any, kinds: Tuple[type, ...]) -> bool:
+    """Whether a module is of one of these very classes, and computes what the class does."""
+    hooks = module is not None and (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) in kinds and 'forward' not in module.__dict__ and not hooks
+
+
+def _is_plain_attention(attn: Any) -> bool:
+    return (
+        _is_plain(attn, (Attention,))
+        and all(_is_plain(linear, (nn.Linear,)) for linear in (attn.q, attn.kv, attn.proj))
+        and _is_plain(attn.attn_drop, _NOTHING)
+        and _is_plain(attn.proj_drop, _NOTHING)
+        and all(type(p) is nn.Parameter and p.is_floating_point() for p in attn.parameters())
+    )
+
+
+def _is_plain_block(block: Block) -> bool:
+    """Whether all but the attention of a block sees tokens one by one."""
+    mlp: Any = block.mlp
+    return (
+        _is_plain(block, (Block,))
+        and _is_plain(block.norm1, _NORMS)
+        and _is_plain(block.norm2, _NORMS)
+        and _is_plain(block.drop_path1, _NOTHING)
+        and _is_plain(block.drop_path2, _NOTHING)
+        and _is_plain(mlp, (Mlp, SlicedMlp))
+        and _is_plain(mlp.norm, (nn.Identity,))
+        and _is_plain(mlp.fc1, (nn.Linear,))
+        and _is_plain(mlp.fc2, (nn.Linear,))
+        and type(mlp.act).__module__.startswith(('torch.nn.modules.activation', 'timm.layers.activations'))
+    )
+
+
+def _returns_class_token_only(model: Any) -> bool:
+    if not _is_plain(model, (PyramidVisionTransformer,)) or model.global_pool != 'token':
+        return False
+    return (
+        _is_plain(model.stages, (nn.Sequential,))
+        and all(_is_plain(stage, (type(stage),)) for stage in model.stages)
+        and _is_plain(model.norm, _NORMS)
+        and _is_plain(model.head_drop, _NOTHING)
+    )
+
+
+def _stages_and_grids(
+        model: nn.Module, img_size: Optional[Union[int, Tuple[int, int]]],
+) -> Iterator[Tuple[PyramidVisionTransformerStage, Tuple[int, int]]]:
+    """The stages of a model, each with the grid of its tokens. Stages that stand side by side follow one another."""
+    if isinstance(model, PyramidVisionTransformerStage):
+        yield model, model.grid_size
+        return
+    for parent in model.modules():
+        grid: Any = None if img_size is None else to_2tuple(img_size)
+        for stage in parent.children():
+            if isinstance(stage, PyramidVisionTransformerStage):
+                if grid is not None:
+                    patch: Any = stage.patch_embed.proj.kernel_size
+                    grid = (grid[0] // patch[0], grid[1] // patch[1])
+                yield stage, grid or stage.grid_size
+
+
+class _Weights:
+    """The matrices of an attention layer in float64 on the CPU, one for each head, without what drops out.
+
+    Attributes:
+        q, k, v: (heads, head_dim, C), the scale is in q.
+        q_bias: (heads, head_dim), with the scale.
+        out: (heads, C, head_dim).
+        out_bias: (C,), with what the bias of the values comes to.
+    """
+
+    def __init__(self, attn: Attention):
+        def exact(x: torch.Tensor) -> torch.Tensor:
+            return x.detach().to('cpu', torch.float64)
+
+        def bias(linear: nn.Linear) -> torch.Tensor:
+            return exact(linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias)
+
+        by_head = (attn.num_heads, attn.head_dim)
+        # the kernel that `fused_attn` stands for knows no other scale
+        scale = attn.head_dim ** -0.5 if attn.fused_attn else attn.scale
+        proj, v_bias = exact(attn.proj.weight), bias(attn.kv).chunk(2)[1]
+        self.q = exact(attn.q.weight).unflatten(0, by_head) * scale
+        self.q_bias = bias(attn.q).unflatten(0, by_head) * scale
+        self.k, self.v = exact(attn.kv.weight).unflatten(0, (2, *by_head)).unbind(0)
+        self.out = proj.unflatten(1, by_head).transpose(0, 1)
+        self.out_bias = bias(attn.proj) + proj @ v_bias
+
+
+def _parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    """A parameter without gradients, of the type and on the device of `like`."""
+    return nn.Parameter(value.to(like.device, like.dtype).contiguous(), requires_grad=False)
+
+
+def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor], like: torch.Tensor) -> nn.Linear:
+    """A linear layer without gradients, of the type and on the device of `like`."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device='meta').eval()
+    linear.weight = _parameter(weight, like)
+    if bias is not None:
+        linear.bias = _parameter(bias, like)
+    return linear
+
+
+class _Reduction(nn.Module):
+    """The tokens (B, K, C) that keys and values are made of: all of them or, with a convolution, a reduced grid."""
+
+    def __init__(self, attn: Attention):
+        super().__init__()
+        self.sr, self.norm = attn.sr, attn.norm
+
+    def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        if self.sr is not None:
+            x = x.reshape(x.shape[0], size[0], size[1], x.shape[2]).permute(0, 3, 1, 2)
+            x = self.sr(x).flatten(2).transpose(1, 2)
+            x = self.norm(x)  # type: ignore[misc]
+        return x
+
+
+class ProjectedAttention(nn.Module):
+    """Attention as usual, without biases of keys and values. Without a reduction, one product makes all three."""
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(self, attn: Attention):
+        super().__init__()
+        self.num_heads, self.head_dim, self.fused_attn = attn.num_heads, attn.head_dim, attn.fused_attn
+        like, w = attn.q.weight, _Weights(attn)
+        q, kv, q_bias = w.q.flatten(0, 1), torch.cat([w.k, w.v]).flatten(0, 1), w.q_bias.flatten()
+        self.reduction = _Reduction(attn)
+        merged = attn.sr is None
+        self.qkv = _linear(torch.cat([q, kv]), torch.cat([q_bias, torch.zeros(len(kv))]), like) if merged else None
+        self.q = None if merged else _linear(q, q_bias, like)
+        self.kv = None if merged else _linear(kv, None, like)
+        self.proj = _linear(w.out.transpose(0, 1).flatten(1), w.out_bias, like)
+
+    def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        B, N, C = x.shape
+        if self.qkv is not None:
+            qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+        else:
+            z = self.reduction(x, size)
+            q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # type: ignore[misc]
+            kv = self.kv(z).reshape(B, z.shape[1], 2, self.num_heads, self.head_dim)  # type: ignore[misc]
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, scale=1.)
+        else:
+            x = (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class FoldedAttention(nn.Module):
+    """Attention in which the matrices of queries and output are multiplied to keys and values, for few keys."""
+
+    def __init__(self, attn: Attention):
+        super().__init__()
+        self.num_heads = attn.num_heads
+        like, w = attn.q.weight, _Weights(attn)
+        self.reduction = _Reduction(attn)
+        self.out_bias = _parameter(w.out_bias, like)
+        if attn.num_heads <= 2:  # then one product with the product of both matrices is not more than two products
+            k, v = w.q.transpose(1, 2) @ w.k, w.out @ w.v  # (heads, C, C)
+            self.k_to_q, self.v_to_out = None, None
+            offset = w.q_bias[:, None] @ w.k  # (heads, 1, C)
+        else:
+            k, v = w.k, w.v
+            self.k_to_q, self.v_to_out = _parameter(w.q, like), _parameter(w.out.transpose(1, 2), like)
+            offset = w.q_bias[:, None]  # (heads, 1, head_dim)
+        self.k, self.v = _linear(k.flatten(0, 1), None, like), _linear(v.flatten(0, 1), None, like)
+        self.offset = _parameter(offset.transpose(1, 2), like)
+
+    def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        B, N, C = x.shape
+        z = self.reduction(x, size)
+        K = z.shape[1]
+        k = self.k(z).reshape(B, K, self.num_heads, -1).transpose(1, 2)  # (B, heads, K, C or head_dim)
+        v = self.v(z).reshape(B, K, self.num_heads, -1).transpose(1, 2)
+        if self.k_to_q is None:
+            offset = z[:, None] @ self.offset  # (B, heads, K, 1)
+        else:
+            offset = k @ self.offset
+            k, v = k @ self.k_to_q, v @ self.v_to_out
+        k = k.reshape(B, self.num_heads * K, C)
+        v = v.reshape(B, self.num_heads * K, C)
+        scores = x @ k.transpose(1, 2) + offset.reshape(B, 1, self.num_heads * K)
+        weights = scores.reshape(B, N, self.num_heads, K).softmax(dim=-1)
+        return weights.reshape(B, N, self.num_heads * K) @ v + self.out_bias
+
+
+class ClassTokenAttention(nn.Module):
+    """Attention of one query (B, 1, C) on tokens (B, K, C). Matrices are multiplied to what there is one of."""
+
+    def __init__(self, attn: Attention):
+        super().__init__()
+        self.num_heads = attn.num_heads
+        like, w = attn.q.weight, _Weights(attn)
+        self.q = _linear(w.q.flatten(0, 1), w.q_bias.flatten(), like)
+        self.k = _parameter(w.k, like)  # (heads, head_dim, C)
+        self.v = _parameter(w.v.transpose(1, 2), like)  # (heads, C, head_dim)
+        self.proj = _linear(attn.proj.weight.double(), w.out_bias, like)
+
+    def forward(self, query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        B, _, C = query.shape
+        q = self.q(query).reshape(B, self.num_heads, -1).transpose(0, 1)  # (heads, B, head_dim)
+        scores = (q @ self.k).transpose(0, 1) @ tokens.transpose(1, 2)  # (B, heads, K)
+        mean = scores.softmax(dim=-1) @ tokens  # (B, heads, C)
+        x = (mean.transpose(0, 1) @ self.v).transpose(0, 1)  # (B, heads, head_dim)
+        return self.proj(x.reshape(B, 1, C))
+
+
+class ClassTokenBlock(nn.Module):
+    """The last block where only the class token is of interest: tokens (B, N, C) to the class token (B, 1, C)."""
+
+    def __init__(self, block: Block, attn: Attention):
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
+        self.attn = ClassTokenAttention(attn)
+
+    def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        tokens = self.norm1(x)
+        x = x[:, :1] + self.attn(tokens[:, :1], tokens)
+        return x + self.mlp(self.norm2(x))
+
+
+class ClassTokenClassifier(nn.Module):
+    """Images to logits by way of the class token."""
+
+    def __init__(self, model: PyramidVisionTransformer):
+        super().__init__()
+        self.stages, self.norm, self.head = model.stages, model.norm, model.head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.stages(x)[:, 0]))
