@@ -11,6 +11,7 @@ from ..recipes import RECIPES
 from ..version import __version__
 from .detect import run_detect, run_segment
 from .errors import Parser, clean, filled, run_command
+from .export import add_export_options, run_export
 from .predict import DEFAULT_MODEL, run_demo, run_features, run_list, run_predict
 from .train import run_run, run_train
 
@@ -82,6 +83,7 @@ def _parser() -> Parser:
     features.add_argument(
         '--output', type=filled, required=True, metavar='FILE', help='picture to write (.png, .pdf, .svg ...)')
     features.add_argument('--save', type=filled, metavar='FILE', help='also write the features (.safetensors)')
+    add_export_options(add('export', run_export, 'write a model as a file for another runtime', parents=[model]))
     detect = add('detect', run_detect, 'find the objects in images', parents=[images, drawn])
     which = detect.add_mutually_exclusive_group()
     which.add_argument(

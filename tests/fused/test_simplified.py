@@ -145,7 +145,7 @@ def adapter(model):
     lambda m: m.stages[3].register_forward_hook(lambda module, args, output: output - output.mean(1, keepdim=True)),
     lambda m: m.register_forward_hook(lambda module, args, output: -output),
     lambda m: m.head_drop.register_forward_hook(lambda module, args, output: -output),
-    lambda m: setattr(m.stages[3].blocks[-1].mlp, 'norm', nn.BatchNorm1d(2, affine=False)),
+    lambda m: setattr(m.stages[3].blocks[-1].mlp, 'norm', nn.Softmax(dim=1)),
     lambda m: setattr(m.stages[3].blocks[-1], 'drop_path1', LayerScale(64, 2.)),
     lambda m: setattr(m.stages[3].blocks[-1].attn, 'proj_drop', LayerScale(64, 2.)),
     lambda m: setattr(m.stages[3].blocks[-1].attn, 'forward', lambda x, size: -x),

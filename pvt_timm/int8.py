@@ -1,0 +1,132 @@
+""" Exported files in int8: `pvt-timm export --int8 --calibrate FOLDER`. """
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from timm.data import get_img_extensions
+from timm.utils import natural_key
+
+from .extras import import_extra
+
+__all__ = ['CalibrationImages', 'Int8Change', 'find_images', 'measure_change', 'quantize_onnx', 'quantize_openvino']
+
+Runner = Callable[[torch.Tensor], List[torch.Tensor]]
+
+CALIBRATION_IMAGES = 300  # at most, evenly spread over the folder
+
+
+@dataclass
+class CalibrationImages:
+    """Image files, with the class of each if it is known, and what makes an input (C, H, W) of one."""
+    files: List[Path]
+    classes: Optional[List[int]]
+    load: Callable[[Path], torch.Tensor]
+
+    def some(self) -> Iterator[torch.Tensor]:
+        """Inputs (1, C, H, W) to calibrate with."""
+        step = -(-len(self.files) // CALIBRATION_IMAGES)
+        for file in self.files[::step]:
+            yield self.load(file)[None]
+
+
+@dataclass
+class Int8Change:
+    """What int8 changes over the images of a folder."""
+    images: int
+    right_before: Optional[float]  # share of the images, None without classes
+    right_after: Optional[float]
+    same_first: Optional[float]  # share of the images with the same most likely class, None for features
+    mean_change: float  # of outputs, as a share of the largest value
+    largest_change: float
+
+
+def find_images(folder: Union[str, Path], labels: Sequence[str] = ()) -> Tuple[List[Path], Optional[List[int]]]:
+    """The images of a folder and of those inside it, and the index of the class of each.
+
+    The classes are the names of its folders if all of these are `labels`. Folders of other names, as many as there are
+    labels, are taken in their natural order, as timm does. Otherwise no class is known, and None is returned.
+
+    Raises:
+        ValueError: There is no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f'No such folder: {folder}')
+    extensions = get_img_extensions(as_set=True)
+    files = sorted(
+        (file for file in folder.rglob('*') if file.suffix.lower() in extensions and file.is_file()),
+        key=lambda file: natural_key(str(file)))
+    if not files:
+        raise ValueError(f'Expected images in {folder}, found none')
+    parts = [file.relative_to(folder).parts for file in files]
+    names = sorted({part[0] for part in parts if len(part) > 1}, key=natural_key)
+    if not names or any(len(part) == 1 for part in parts):
+        return files, None
+    if set(names) <= set(labels):
+        index = {name: list(labels).index(name) for name in names}
+    elif len(names) == len(labels):
+        index = {name: i for i, name in enumerate(names)}
+    else:
+        return files, None
+    return files, [index[part[0]] for part in parts]
+
+
+def quantize_openvino(source: Path, path: Path, images: CalibrationImages, metadata: Dict[str, str]) -> None:
+    """Quantise weights and activations of an OpenVINO model after training, as is good for transformers."""
+    nncf, openvino = import_extra('nncf'), import_extra('openvino')
+    inputs = [x.numpy() for x in images.some()]
+    model = nncf.quantize(
+        openvino.Core().read_model(str(source)), nncf.Dataset(inputs), subset_size=len(inputs),
+        model_type=nncf.ModelType.TRANSFORMER)
+    for key, value in metadata.items():
+        model.set_rt_info(value, ['pvt_timm', key])
+    openvino.save_model(model, str(path), compress_to_fp16=False)
+
+
+def quantize_onnx(source: Path, path: Path, images: CalibrationImages, metadata: Dict[str, str]) -> None:
+    """Quantise linear layers and convolutions of an ONNX model statically, weights by channel."""
+    onnx = import_extra('onnx')
+    quantization = import_extra('onnxruntime.quantization')
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            self.inputs = images.some()
+
+        def get_next(self) -> Optional[Dict[str, Any]]:
+            x = next(self.inputs, None)
+            return None if x is None else {'image': x.numpy()}
+
+    quantization.quantize_static(
+        str(source), str(path), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+        op_types_to_quantize=['MatMul', 'Gemm', 'Conv'], activation_type=quantization.QuantType.QInt8,
+        weight_type=quantization.QuantType.QInt8, extra_options={'MatMulConstBOnly': True})
+    proto = onnx.load(str(path))
+    del proto.metadata_props[:]
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    onnx.save(proto, str(path))
+
+
+def measure_change(before: Runner, after: Runner, images: CalibrationImages, metadata: Dict[str, str]) -> Int8Change:
+    """Run both forms of a model on all images."""
+    is_classifier = json.loads(metadata['outputs']) == ['logits']
+    right = [0, 0]
+    same, total, largest = 0, 0., 0.
+    for i, file in enumerate(images.files):
+        x = images.load(file)[None]
+        old, new = before(x), after(x)
+        changes = [(b - a).abs() / a.abs().max().clamp(min=1e-12) for a, b in zip(old, new, strict=True)]
+        total += sum(change.mean().item() for change in changes) / len(changes)
+        largest = max(largest, *(change.max().item() for change in changes))
+        if is_classifier:
+            first = [int(outputs[0].argmax()) for outputs in (old, new)]
+            same += first[0] == first[1]
+            if images.classes is not None:
+                right = [n + (index == images.classes[i]) for n, index in zip(right, first)]
+    count = len(images.files)
+    known = is_classifier and images.classes is not None
+    return Int8Change(
+        count, right[0] / count if known else None, right[1] / count if known else None,
+        same / count if is_classifier else None, total / count, largest)
