@@ -243,16 +243,15 @@ class FoldedAttention(nn.Module):
         like, w = attn.q.weight, _Weights(attn)
         self.reduction = _Reduction(attn)
         self.out_bias = _parameter(w.out_bias, like)
-        if attn.num_heads <= 2:  # then one product with the product of both matrices is not more than two products
-            k, v = w.q.transpose(1, 2) @ w.k, w.out @ w.v  # (heads, C, C)
-            self.k_to_q, self.v_to_out = None, None
-            offset = w.q_bias[:, None] @ w.k  # (heads, 1, C)
-        else:
-            k, v = w.k, w.v
-            self.k_to_q, self.v_to_out = _parameter(w.q, like), _parameter(w.out.transpose(1, 2), like)
-            offset = w.q_bias[:, None]  # (heads, 1, head_dim)
+        # Up to two heads, a product with both matrices multiplied beforehand is not more than two products
+        in_one = attn.num_heads <= 2
+        k, v = (w.q.transpose(1, 2) @ w.k, w.out @ w.v) if in_one else (w.k, w.v)  # (heads, C or head_dim, C)
+        self.k_to_q = None if in_one else _parameter(w.q, like)
+        self.v_to_out = None if in_one else _parameter(w.out.transpose(1, 2), like)
+        # what the bias of the queries adds to the score of each key
+        self.offset = _linear((w.q_bias[:, None] @ w.k)[:, 0], None, like) if in_one else None
+        self.q_bias = None if in_one else _parameter(w.q_bias[:, :, None], like)  # (heads, head_dim, 1)
         self.k, self.v = _linear(k.flatten(0, 1), None, like), _linear(v.flatten(0, 1), None, like)
-        self.offset = _parameter(offset.transpose(1, 2), like)
 
     def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
         B, N, C = x.shape
@@ -260,10 +259,10 @@ class FoldedAttention(nn.Module):
         K = z.shape[1]
         k = self.k(z).reshape(B, K, self.num_heads, -1).transpose(1, 2)  # (B, heads, K, C or head_dim)
         v = self.v(z).reshape(B, K, self.num_heads, -1).transpose(1, 2)
-        if self.k_to_q is None:
-            offset = z[:, None] @ self.offset  # (B, heads, K, 1)
+        if self.offset is not None:
+            offset = self.offset(z).transpose(1, 2)  # (B, heads, K)
         else:
-            offset = k @ self.offset
+            offset = k @ self.q_bias  # (B, heads, K, 1)
             k, v = k @ self.k_to_q, v @ self.v_to_out
         k = k.reshape(B, self.num_heads * K, C)
         v = v.reshape(B, self.num_heads * K, C)
@@ -282,7 +281,7 @@ class ClassTokenAttention(nn.Module):
         self.q = _linear(w.q.flatten(0, 1), w.q_bias.flatten(), like)
         self.k = _parameter(w.k, like)  # (heads, head_dim, C)
         self.v = _parameter(w.v.transpose(1, 2), like)  # (heads, C, head_dim)
-        self.proj = _linear(attn.proj.weight.double(), w.out_bias, like)
+        self.proj = _linear(w.out.transpose(0, 1).flatten(1), w.out_bias, like)
 
     def forward(self, query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         B, _, C = query.shape
