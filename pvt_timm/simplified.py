@@ -78,7 +78,7 @@ def folding_is_cheaper(queries: int, keys: int, dim: int, heads: int) -> bool:
     if keys >= MANY_KEYS:
         return False
     projected = queries * dim * dim + keys * dim * dim + queries * keys * dim
-    folded = min(heads, 2) * keys * dim * dim + queries * heads * keys * dim
+    folded = heads * (keys * dim * dim + queries * keys * dim)
     return folded < projected
 
 
@@ -235,7 +235,11 @@ class ProjectedAttention(nn.Module):
 
 
 class FoldedAttention(nn.Module):
-    """Attention in which the matrices of queries and output are multiplied to keys and values, for few keys."""
+    """Attention in which the matrices of queries and output are multiplied to keys and values, for few keys.
+
+    They are multiplied to the matrices of keys and values beforehand: one product per head in place of two. One after
+    the other would pay for more heads by the number of multiplications, but OpenVINO then takes more time.
+    """
 
     def __init__(self, attn: Attention):
         super().__init__()
@@ -243,30 +247,19 @@ class FoldedAttention(nn.Module):
         like, w = attn.q.weight, _Weights(attn)
         self.reduction = _Reduction(attn)
         self.out_bias = _parameter(w.out_bias, like)
-        # Up to two heads, a product with both matrices multiplied beforehand is not more than two products
-        in_one = attn.num_heads <= 2
-        k, v = (w.q.transpose(1, 2) @ w.k, w.out @ w.v) if in_one else (w.k, w.v)  # (heads, C or head_dim, C)
-        self.k_to_q = None if in_one else _parameter(w.q, like)
-        self.v_to_out = None if in_one else _parameter(w.out.transpose(1, 2), like)
-        # what the bias of the queries adds to the score of each key
-        self.offset = _linear((w.q_bias[:, None] @ w.k)[:, 0], None, like) if in_one else None
-        self.q_bias = None if in_one else _parameter(w.q_bias[:, :, None], like)  # (heads, head_dim, 1)
+        k, v = w.q.transpose(1, 2) @ w.k, w.out @ w.v  # (heads, C, C)
         self.k, self.v = _linear(k.flatten(0, 1), None, like), _linear(v.flatten(0, 1), None, like)
+        # what the bias of the queries adds to the score of each key
+        self.offset = _linear((w.q_bias[:, None] @ w.k)[:, 0], None, like)
 
     def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
         B, N, C = x.shape
         z = self.reduction(x, size)
         K = z.shape[1]
-        k = self.k(z).reshape(B, K, self.num_heads, -1).transpose(1, 2)  # (B, heads, K, C or head_dim)
-        v = self.v(z).reshape(B, K, self.num_heads, -1).transpose(1, 2)
-        if self.offset is not None:
-            offset = self.offset(z).transpose(1, 2)  # (B, heads, K)
-        else:
-            offset = k @ self.q_bias  # (B, heads, K, 1)
-            k, v = k @ self.k_to_q, v @ self.v_to_out
-        k = k.reshape(B, self.num_heads * K, C)
-        v = v.reshape(B, self.num_heads * K, C)
-        scores = x @ k.transpose(1, 2) + offset.reshape(B, 1, self.num_heads * K)
+        k = self.k(z).reshape(B, K, self.num_heads, C).transpose(1, 2).reshape(B, self.num_heads * K, C)
+        v = self.v(z).reshape(B, K, self.num_heads, C).transpose(1, 2).reshape(B, self.num_heads * K, C)
+        offset = self.offset(z).transpose(1, 2).reshape(B, 1, self.num_heads * K)
+        scores = x @ k.transpose(1, 2) + offset
         weights = scores.reshape(B, N, self.num_heads, K).softmax(dim=-1)
         return weights.reshape(B, N, self.num_heads * K) @ v + self.out_bias
 
