@@ -1,15 +1,18 @@
 """ Files for other runtimes: the model's numbers, read by the runtime alone, and nothing written where they differ. """
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import pvt_timm
 from forms import make_input, make_model
 from pvt_timm import export as export_module
-from pvt_timm.cli.main import main
+from pvt_timm.cli.main import _parser, main
 from pvt_timm.export import TARGETS, export, read_metadata
 from pvt_timm.int8 import find_images
 
@@ -220,3 +223,14 @@ def test_find_images(tmp_path):
         find_images(tmp_path / 'empty')
     with pytest.raises(FileNotFoundError, match='No such folder'):
         find_images(tmp_path / 'none')
+
+
+def test_commands_of_the_readme():
+    text = (Path(pvt_timm.__file__).parent / 'recipes' / 'README.md').read_text(encoding='utf-8')
+    lines = [line for line in text.splitlines() if line.startswith('python -m pvt_timm export ')]
+    assert len(lines) == 2
+    for line in lines:
+        args = _parser().parse_args(shlex.split(line)[3:])
+        assert args.output.suffix == TARGETS[args.to].suffix and args.int8 == (args.calibrate is not None)
+    for target, kind in TARGETS.items():
+        assert f'| `{target}` | {kind.suffix}' in text
