@@ -28,6 +28,7 @@ from pvt_timm.cli.main import main as pvt_timm_main
 from pvt_timm.cli.train import latest_checkpoint
 from pvt_timm.detection import retinanet_from_mmdet
 from pvt_timm.files import CheckpointError, find_checkpoint, read_checkpoint, save_atomically
+from pvt_timm.torch_files import BYTES_PER_ITEM, MAX_STEPS
 from weights_conversion import convert, inspect
 from weights_conversion.cli import main as pvt_convert_main
 
@@ -519,7 +520,8 @@ def test_no_pickle_takes_more_memory_than_it_has(how, tmp_path):
     assert said == ''
     for (name, steps), (said, memory) in zip(BOMBS.items(), found):
         assert ('refused' if name in REFUSED else 'damaged') in said and REFUSED.get(name, '') in said, (name, said)
-        assert memory < 20 * len(steps) + 30e6 and memory < 250e6, (name, memory)
+        # 64 MB for copies of lists and texts, which honest pickles make too
+        assert memory < 20 * len(steps) + BYTES_PER_ITEM * MAX_STEPS + 30e6 and memory < 250e6, (name, memory)
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='measures memory as Linux does')
