@@ -131,7 +131,7 @@ class Weights:
             **self.preprocessing,
             **self.origin,
             'num_classes': self.info.num_classes,
-            'label_names': tuple(self.label_names) or None,
+            **({'label_names': tuple(self.label_names)} if self.label_names else {}),
         }
 
     def dtype_name(self) -> str:
@@ -156,6 +156,9 @@ class Weights:
             args.pop('output_fmt', None)
         # of the default tag of the variant only what is no claim about these weights
         overlay = {**dict.fromkeys(_CLAIMS), **self.pretrained_cfg}
+        default: Any = get_pretrained_cfg(self.variant)
+        if self.info.num_classes != default.num_classes:
+            overlay.setdefault('label_names', None)
         if not pretrained:
             return timm.create_model(self.variant, pretrained_cfg_overlay=overlay, **{**args, **kwargs})
         if update_model_input_size is not None:  # older versions of timm have no such argument
@@ -191,7 +194,7 @@ _MODEL_DEFAULTS = {
 }
 # Fields of timm's `PretrainedCfg` that are about the published weights of a tag
 _CLAIMS = (
-    'url', 'file', 'hf_hub_id', 'tag', 'label_names', 'license', 'origin_url', 'paper_ids', 'paper_name')
+    'url', 'file', 'hf_hub_id', 'tag', 'license', 'origin_url', 'paper_ids', 'paper_name')
 
 
 def create_from_checkpoint(

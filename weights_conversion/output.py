@@ -83,7 +83,7 @@ def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator
             _check_names(path, new, sources)
             _replace(path, new, hidden / 'old')
         else:
-            os.rename(new, path)
+            new.rename(path)
     except _NotPutBackError:  # `old` has what nothing else has
         raise
     except BaseException:

@@ -1,10 +1,8 @@
-"""Generated images of shapes with boxes, masks and classes, for the detection and segmentation demos.
+"""Generated images of shapes with boxes, masks and classes, for the demos of detection and segmentation.
 
 No download: an image has one to four discs, boxes and triangles of random size, colour and place on a noisy background.
 The same seed gives the same images.
 """
-import contextlib
-import io
 import json
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
@@ -123,64 +121,17 @@ def coco_annotations(samples: List[Sample], first_category: int = 1) -> Dict[str
     return dict(info={}, licenses=[], images=images, annotations=annotations, categories=categories)
 
 
-def write_coco(samples: List[Sample], folder: Path) -> None:
-    """Write samples as COCO does: images/*.png and annotations.json."""
-    (folder / 'images').mkdir(parents=True, exist_ok=True)
+def write_split(samples: List[Sample], folder: Path, split: str) -> None:
+    """Write samples as a detector and as a segmenter take them.
+
+    These are `split`/*.png, COCO's annotations of them in `split`.json, and label maps in `split`_labels/*.png, where 0
+    is the background.
+    """
+    images, label_maps = folder / split, folder / f'{split}_labels'
+    images.mkdir(parents=True, exist_ok=True)
+    label_maps.mkdir(exist_ok=True)
     annotations = coco_annotations(samples)
     for entry, sample in zip(annotations['images'], samples):
-        Image.fromarray(sample.image).save(folder / 'images' / entry['file_name'])
-    (folder / 'annotations.json').write_text(json.dumps(annotations))
-
-
-def coco_scores(annotations: Dict[str, Any], results: List[Dict[str, Any]], kind: str = 'bbox') -> Dict[str, float]:
-    """Average precision by pycocotools.
-
-    Args:
-        annotations: Content of an annotation file.
-        results: Detections in COCO's result format.
-        kind: 'bbox' or 'segm'.
-
-    Returns:
-        'AP' (mean over IoU 0.5 to 0.95), 'AP50' and 'AP75', 0 if there are no detections.
-    """
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-    if not results:
-        return dict(AP=0., AP50=0., AP75=0.)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = annotations
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(results), kind)
-        evaluation.params.imgIds = [image['id'] for image in annotations['images']]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return dict(zip(('AP', 'AP50', 'AP75'), (float(x) for x in evaluation.stats[:3])))
-
-
-def coco_results(
-        detections: List[Dict[str, torch.Tensor]],
-        image_ids: List[int],
-        category_ids: Dict[int, int],
-) -> List[Dict[str, Any]]:
-    """Detections of torchvision in COCO's result format.
-
-    Args:
-        detections: One dict per image, with 'masks' if there are any.
-        image_ids: Ids of the images.
-        category_ids: Label to id of the category.
-    """
-    from pycocotools import mask as coco_mask
-    out = []
-    for image_id, found in zip(image_ids, detections):
-        for n, (box, score, label) in enumerate(zip(
-                found['boxes'].tolist(), found['scores'].tolist(), found['labels'].tolist())):
-            x1, y1, x2, y2 = box
-            row = dict(image_id=image_id, category_id=category_ids[label], bbox=[x1, y1, x2 - x1, y2 - y1], score=score)
-            if 'masks' in found:
-                mask = (found['masks'][n, 0] > 0.5).byte().numpy()
-                rle = coco_mask.encode(np.asfortranarray(mask))
-                row['segmentation'] = dict(size=rle['size'], counts=rle['counts'].decode())
-            out.append(row)
-    return out
+        Image.fromarray(sample.image).save(images / entry['file_name'])
+        Image.fromarray(sample.semantic.astype(np.uint8)).save(label_maps / entry['file_name'])
+    (folder / f'{split}.json').write_text(json.dumps(annotations))

@@ -24,6 +24,7 @@ from pvt_timm.cli.errors import run_command
 from pvt_timm.cli.predict import load_model, open_image
 from pvt_timm.files import save_atomically
 from pvt_timm.pvt import TOP1
+from pvt_timm.training.published import compare as compare_figures
 
 PUBLISHED = {name: top1 for name, top1 in TOP1.items() if name.endswith('.in1k')}
 
@@ -152,15 +153,14 @@ def compare(args: argparse.Namespace) -> int:
         raise ValueError(f'Expected one checkpoint for each of {len(args.models)} models, got {len(checkpoints)}')
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f'No such folder: {Path(args.json).parent}')
-    print(f'{"model":20s} {"top-1":>7s} {"published":>10s} {"difference":>11s} {"top-5":>7s}')
     for name, checkpoint in zip(args.models, checkpoints):
         r = evaluate(name, args.data_dir, args.split, checkpoint, args.device, args.batch_size, args.workers)
         r['published'] = PUBLISHED[name]
         r['difference'] = round(r['top1'] - PUBLISHED[name], 4)
-        r['ok'] = abs(r['difference']) <= args.allowed
+        figures = {'top-1': r['top1'], 'top-5': r['top5']}
+        lines, r['ok'] = compare_figures(figures, {'top-1': PUBLISHED[name]}, args.allowed)
         results[name] = r
-        print(f'{name:20s} {r["top1"]:7.3f} {r["published"]:10.2f} {r["difference"]:+11.3f} {r["top5"]:7.3f}  '
-              f'{"ok" if r["ok"] else "NOT within what is allowed"}', flush=True)
+        print('\n'.join([name, *lines]), flush=True)
         if args.json:  # after every model, they take long
             text = json.dumps(dict(
                 torch=torch.__version__, timm=timm.__version__, device=args.device, allowed=args.allowed,

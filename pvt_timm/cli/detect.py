@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from ..detection import coco_categories, detector_from_mmdet, retinanet_coco
-from ..segmentation import semantic_fpn_from_mmseg
+from ..detection import coco_categories, retinanet_coco
+from ..training.checkpoints import load_any
 from .errors import clean
 from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
 from .predict import check_finite, check_in_chans, open_image, refusing_overflow
@@ -30,7 +30,7 @@ def run_detect(args: argparse.Namespace) -> None:
 
 def run_segment(args: argparse.Namespace) -> None:
     args.format = 'plain'
-    _run(args, lambda args: semantic_fpn_from_mmseg(args.checkpoint, args.prefix), _segment, 'classes')
+    _run(args, lambda args: load_any(args.checkpoint, 'segmenter', args.prefix), _segment, 'classes')
 
 
 def _run(args: argparse.Namespace, load: Callable[..., Any], find: Callable[..., Rows], key: str) -> None:
@@ -88,7 +88,7 @@ def _rounded(row: Dict[str, Any]) -> Dict[str, Any]:
 def _load_detector(args: argparse.Namespace) -> Any:
     if args.checkpoint is None:
         return retinanet_coco(args.model.removesuffix('.retinanet_coco'))
-    return detector_from_mmdet(args.checkpoint, args.prefix)
+    return load_any(args.checkpoint, 'detector', args.prefix)
 
 
 def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:

@@ -14,6 +14,7 @@ from .errors import Parser, clean, filled, run_command
 from .export import add_export_options, run_export
 from .predict import DEFAULT_MODEL, run_demo, run_features, run_list, run_predict
 from .train import run_run, run_train
+from .training import add_training
 
 __all__ = ['main']
 
@@ -28,7 +29,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args.script_args = argv[own:]
     script: List[str] = []  # a command that starts one returns its command line
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries and hints, the error itself follows
-    code = run_command('pvt-timm', lambda: script.extend(args.func(args) or ()), args.debug)
+
+    def command() -> int:
+        result = args.func(args)
+        if isinstance(result, int):
+            return result
+        script.extend(result or ())
+        return 0
+
+    code = run_command('pvt-timm', command, args.debug)
     if script:
         run_script(script)  # whose errors are its own
     return code
@@ -91,7 +100,7 @@ def _parser() -> Parser:
         help="pvt_tiny, pvt_small (default) or pvt_medium, for OpenMMLab's RetinaNet on it, trained on COCO")
     which.add_argument(
         '--checkpoint', type=filled, metavar='FILE',
-        help='a RetinaNet, Faster or Mask R-CNN of mmdetection or of the original code')
+        help='a RetinaNet, Faster or Mask R-CNN: of `detector fit`, of mmdetection or of the original code')
     detect.add_argument(
         '--format', choices=('plain', 'coco'), default='plain',
         help="of --json: plain (default), with labels that count from 0, or COCO's results. Those have COCO's ids for "
@@ -102,7 +111,8 @@ def _parser() -> Parser:
     segment = add('segment', run_segment, 'assign a class to every pixel of images', parents=[images, drawn])
     segment.add_argument(
         '--checkpoint', type=filled, required=True, metavar='FILE',
-        help='a Semantic FPN of mmsegmentation or of the original code')
+        help='a Semantic FPN: of `segmenter fit`, of mmsegmentation or of the original code')
+    add_training(subparsers)
     train = add(
         'train', run_train, "run timm's train.py, with recovery", usage='%(prog)s [-h] SCRIPT [ARGS ...]',
         description="Run timm's train.py with ARGS and the models registered. --config also takes the name of a recipe "

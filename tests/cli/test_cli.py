@@ -172,7 +172,7 @@ def test_weights_that_cannot_be_downloaded(cli, hub, no_waits, files, monkeypatc
     (['predict'], 'required: IMAGE'),
     (['predict', '{digit}', '--model', 'pvt_smal'], "Unknown model 'pvt_smal', expected one of pvt_tiny"),
     (['predict', '{digit}', '--model', 'pvt_small.foo'], 'Invalid pretrained tag (foo)'),
-    (['predict', '{digit}', '--model', 'pvt_huge_v2'], 'No pretrained weights exist for pvt_huge_v2'),
+    (['predict', '{digit}', '--model', 'pvt_huge_v2'], 'pvt_huge_v2 has no published weights'),
     (['predict', '{digit}', '--model', 'pvt_small.retinanet_coco'], 'without a classifier'),
     (['predict', '{digit}', *TEST_PVT, '--topk', '-1'], 'expected 1 or more, got -1'),
     (['predict', '{digit}', *TEST_PVT, '--topk', '0'], 'expected 1 or more, got 0'),

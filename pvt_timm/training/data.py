@@ -1,0 +1,140 @@
+""" Batches for training and for evaluation, which do not depend on the number of processes. """
+from typing import Any, Iterator, List, Optional, Tuple
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+__all__ = ['Augmented', 'Batches', 'EpochSampler', 'Share']
+
+
+class EpochSampler(Sampler):
+    """The images of one epoch for one process, each as its index and the seed of its transforms.
+
+    All epochs together are one stream: the images in a random order, again in another order, and so on. An epoch is
+    the next `steps * images_per_step` of it, of which the processes take turns. So every step is full, and an epoch is
+    the same whatever the number of processes and whether or not training was interrupted.
+    """
+
+    def __init__(self, size: int, steps: int, images_per_step: int, seed: int, process: int = 0, processes: int = 1):
+        """
+        Args:
+            size: Number of images.
+            steps: Steps of an epoch.
+            images_per_step: Images per step in all processes together.
+            seed: What the orders follow from.
+            process: Number of this process.
+            processes: Number of processes.
+        """
+        self.size, self.seed = size, seed
+        self.images = steps * images_per_step
+        self.process, self.processes = process, processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.images // self.processes
+
+    def __iter__(self) -> Iterator[Tuple[int, int]]:
+        order: List[int] = []
+        order_of = -1
+        start = self.epoch * self.images
+        for place in range(start + self.process, start + self.images, self.processes):
+            round_, index = divmod(place, self.size)
+            if round_ != order_of:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + round_)
+                order, order_of = torch.randperm(self.size, generator=generator).tolist(), round_
+            yield order[index], self.seed * 1_000_003 + place
+
+
+class Augmented(Dataset):
+    """Transformed items of a data set. The seed beside an index decides on what is random."""
+
+    def __init__(self, dataset: Any, transform: Any):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index_and_seed: Tuple[int, int]) -> Any:
+        index, seed = index_and_seed
+        item = self.dataset[index]
+        with torch.random.fork_rng(devices=[]):  # the model draws from the same generator
+            torch.manual_seed(seed)
+            return self.transform(*item)
+
+
+class Share(Dataset):
+    """Every n-th item of a data set, for one of n processes, and whether it counts.
+
+    All processes get equally many, as they wait for each other. Where there are too few the first ones come again and
+    do not count.
+    """
+
+    def __init__(self, dataset: Any, process: int = 0, processes: int = 1):
+        self.dataset, self.process, self.processes = dataset, process, processes
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.processes)
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any, bool]:
+        place = index * self.processes + self.process
+        image, target = self.dataset[place % len(self.dataset)]
+        return image, target, place < len(self.dataset)
+
+
+def _listed(items: List[Tuple[Any, ...]]) -> Tuple[List[Any], ...]:
+    """Images of different sizes cannot be stacked."""
+    return tuple(list(column) for column in zip(*items))
+
+
+def _stacked(items: List[Tuple[torch.Tensor, torch.Tensor]]) -> Tuple[torch.Tensor, torch.Tensor]:
+    images, classes = zip(*items)
+    return torch.stack(images), torch.stack(classes)
+
+
+class Batches(pl.LightningDataModule):
+    """The batches of a run for Lightning, which says what process this is.
+
+    In training lists of images and targets, or tensors where they are stacked. In evaluation one image at a time, as a
+    batch pads images to the size of the largest, which changes what is found.
+    """
+
+    def __init__(
+            self, held_out: Any, train: Optional[Augmented] = None, steps_per_epoch: int = 1, images_per_step: int = 1,
+            images_per_pass: int = 1, seed: int = 0, workers: int = 0, stack: bool = False):
+        """
+        Args:
+            held_out: Data set to evaluate on.
+            train: Data set to train on.
+            steps_per_epoch: Steps of an epoch.
+            images_per_step: Images per step in all processes together.
+            images_per_pass: Images of a batch.
+            seed: What orders and transforms follow from.
+            workers: Processes that read images.
+            stack: Batches are tensors.
+        """
+        super().__init__()
+        self.held_out, self.train, self.stack = held_out, train, stack
+        self.steps_per_epoch, self.images_per_step, self.images_per_pass = (
+            steps_per_epoch, images_per_step, images_per_pass)
+        self.seed = seed
+        self.settings: Any = dict(
+            num_workers=workers, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+
+    def train_dataloader(self) -> DataLoader:
+        trainer: Any = self.trainer
+        dataset: Any = self.train
+        sampler = EpochSampler(
+            len(dataset), self.steps_per_epoch, self.images_per_step, self.seed, trainer.global_rank,
+            trainer.world_size)
+        return DataLoader(
+            dataset, self.images_per_pass, sampler=sampler, collate_fn=_stacked if self.stack else _listed,
+            **self.settings)
+
+    def val_dataloader(self) -> DataLoader:
+        trainer: Any = self.trainer
+        share = Share(self.held_out, trainer.global_rank, trainer.world_size)
+        return DataLoader(share, 1, collate_fn=_listed, **self.settings)

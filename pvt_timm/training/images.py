@@ -1,0 +1,79 @@
+""" Images as a data set reads them. """
+import os
+from pathlib import Path
+from typing import Any, List, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+__all__ = ['DataError', 'find_images', 'read_image', 'read_label_map']
+
+_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+
+
+class DataError(ValueError):
+    """Something in a data set is wrong. The message names the file, and the id if there is one."""
+
+    def __init__(self, message: Any):
+        # What a loader's process raises arrives here again, with its traceback before the message.
+        super().__init__(str(message).rpartition('DataError: ')[2].strip())
+
+
+def find_images(folder: Path) -> List[Path]:
+    """All image files in a folder and in the folders in it, sorted.
+
+    Raises:
+        DataError: There is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f'No such folder: {folder}')
+    found = []
+    for root, _, names in os.walk(folder, followlinks=True):
+        found += [Path(root, name) for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith('.')]
+    if not found:
+        raise DataError(f'No images in {folder}')
+    return sorted(found)
+
+
+def read_image(file: Path, channels: int = 3) -> torch.Tensor:
+    """An image, upright, as uint8 (channels, H, W): RGB, or grey levels if `channels` is 1.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            upright: Any = ImageOps.exif_transpose(image)
+            if upright.mode.startswith('I;16'):  # Pillow would clip at 255
+                upright = upright.point(lambda v: v / 257).convert('L')
+            pixels = np.array(upright.convert('L' if channels == 1 else 'RGB'))
+    except Exception as e:  # the readers of damaged files raise all sorts
+        raise DataError(f'Cannot read the image {file}: {e}') from e
+    return torch.from_numpy(pixels if channels == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+def read_label_map(file: Path, size: Union[None, Tuple[int, int]] = None) -> torch.Tensor:
+    """The values of a label map as int64 (H, W), of a palette the indices.
+
+    Args:
+        file: An image with one channel of integers.
+        size: The height and width that it has to have.
+
+    Raises:
+        DataError: It cannot be read, has several channels, or another size.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            mode, values = image.mode, np.array(image)
+    except Exception as e:
+        raise DataError(f'Cannot read the label map {file}: {e}') from e
+    if values.ndim != 2 or mode not in ('1', 'L', 'P', 'I', 'I;16', 'I;16B', 'I;16L'):
+        raise DataError(f'Expected a label map with one channel of integers, got mode {mode!r}: {file}')
+    if size is not None and values.shape != tuple(size):
+        raise DataError(
+            f'Expected a label map of {size[1]}x{size[0]} pixels as its image has, got '
+            f'{values.shape[1]}x{values.shape[0]}: {file}')
+    return torch.from_numpy(values.astype(np.int64))

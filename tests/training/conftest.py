@@ -1,0 +1,57 @@
+""" Small data sets of generated shapes, and the commands on them. """
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pvt_timm.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'benchmarks' / 'demos'))
+
+# The category ids of the shapes: not from 1, with gaps, not in the order of the classes
+CATEGORY_IDS = {1: 30, 2: 7, 3: 18}
+
+
+@pytest.fixture(scope='session')
+def shapes_folder(tmp_path_factory):
+    """12 images to train on and 5 to evaluate on, with annotations as COCO has them and label maps."""
+    pytest.importorskip('pycocotools')
+    import shapes
+
+    root = tmp_path_factory.mktemp('shapes')
+    for split, count, seed in (('train', 12, 1), ('val', 5, 2)):
+        samples = shapes.make_samples(count, seed, low=60, high=80)
+        content = shapes.coco_annotations(samples)
+        for folder in (split, f'{split}_labels'):
+            (root / folder).mkdir()
+        for entry, sample in zip(content['images'], samples):
+            Image.fromarray(sample.image).save(root / split / entry['file_name'])
+            Image.fromarray(sample.semantic.astype(np.uint8)).save(root / f'{split}_labels' / entry['file_name'])
+        for category in content['categories']:
+            category['id'] = CATEGORY_IDS[category['id']]
+        for annotation in content['annotations']:
+            annotation['category_id'] = CATEGORY_IDS[annotation['category_id']]
+        (root / f'{split}.json').write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def cli(capsys):
+    """A command in this process. Returns what it prints, or with `code` the line on stderr."""
+    def run(*argv, code=0):
+        capsys.readouterr()
+        try:
+            got = main([str(arg) for arg in argv])
+        except SystemExit as e:
+            got = e.code
+        out, err = capsys.readouterr()
+        assert got == code, err
+        if code != 2:
+            return out
+        assert err.count('\n') == 1 and err.startswith('pvt-timm'), err
+        return err
+    return run

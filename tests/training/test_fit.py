@@ -1,0 +1,465 @@
+""" `pvt-timm detector` and `pvt-timm segmenter`: train, be stopped, go on, validate, and use what comes out. """
+import contextlib
+import copy
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip('pytorch_lightning')
+pytest.importorskip('pycocotools')
+
+from pvt_timm.detection import detector_from_mmdet, detector_to_mmdet, pvt_retinanet  # noqa: E402
+from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn, semantic_fpn_from_mmseg  # noqa: E402
+from pvt_timm.training import load_trained  # noqa: E402
+from pvt_timm.training.published import PAPER  # noqa: E402
+from training_options import DETECTOR, MASKS, SEGMENTER  # noqa: E402
+
+NAMES = ['box', 'triangle', 'disc']  # in the order of their ids, 7, 18 and 30
+
+
+def fit_args(task, folder, output, *more):
+    return [task, 'fit', *(DETECTOR if task == 'detector' else SEGMENTER), '--data', folder, '--output', output,
+            '--images-per-step', '6', *more]
+
+
+def last(folder):
+    return torch.load(folder / 'last.ckpt', weights_only=True)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.fixture(scope='module')
+def trained(shapes_folder, tmp_path_factory):
+    """Folders with a RetinaNet, a Mask R-CNN and a Semantic FPN after two epochs, without interruption."""
+    from pvt_timm.cli.main import main
+
+    root = tmp_path_factory.mktemp('trained')
+    for name, task, more in (
+            ('retinanet', 'detector', ('--head-args', 'score_thresh=0.001')), ('mask_rcnn', 'detector', MASKS),
+            ('semantic_fpn', 'segmenter', ())):
+        argv = fit_args(task, shapes_folder, root / name, '--epochs', '2', '--eval-every', '1', *more)
+        assert main([str(x) for x in argv]) == 0
+    return root
+
+
+@pytest.mark.parametrize('name, task, classes', [
+    ('retinanet', 'detector', NAMES), ('mask_rcnn', 'detector', NAMES),
+    ('semantic_fpn', 'segmenter', ['background', 'disc', 'box', 'triangle'])])
+def test_what_fit_writes(trained, name, task, classes):
+    folder = trained / name
+    assert sorted(p.name for p in folder.iterdir()) == ['best.ckpt', 'curve.png', 'history.json', 'last.ckpt']
+    assert Image.open(folder / 'curve.png').size[0] > 1000
+    history = json.loads((folder / 'history.json').read_text())
+    assert len(history['losses']) == 4 and np.isfinite(history['losses']).all()
+    assert [row['step'] for row in history['evaluations']] == [2, 4]
+    for file in ('best.ckpt', 'last.ckpt'):
+        said = torch.load(folder / file, weights_only=True)['pvt_timm']  # plain values
+        assert (said['kind'], said['model'], said['categories']) == (name, 'test_pvt', classes)
+        assert said['num_classes'] == len(classes) and said['model_args']['img_size'] == [64, 64]
+        assert said['mean'] == [0.485, 0.456, 0.406] and said['max_size'] == 128
+    model = load_trained(folder / 'last.ckpt')
+    assert not model.training and model.categories == classes
+    weights = {f'model.{k}': v for k, v in model.state_dict().items()}
+    there = {k: v for k, v in last(folder)['state_dict'].items() if not k.startswith('confusion')}
+    assert equal(weights, there)
+
+
+@pytest.mark.parametrize('name, task, more', [
+    ('retinanet', 'detector', ('--head-args', 'score_thresh=0.001')), ('mask_rcnn', 'detector', MASKS),
+    ('semantic_fpn', 'segmenter', ())])
+def test_stopped_after_an_epoch_it_goes_on_as_if_it_had_not(
+        cli, trained, shapes_folder, tmp_path, monkeypatch, name, task, more):
+    from pvt_timm.training.callbacks import Checkpoints
+
+    argv = fit_args(task, shapes_folder, tmp_path / 'out', '--epochs', '2', '--eval-every', '1', *more)
+    save = Checkpoints.on_train_epoch_end
+
+    def save_and_stop(self, trainer, module):
+        save(self, trainer, module)
+        raise RuntimeError('stopped')
+    monkeypatch.setattr(Checkpoints, 'on_train_epoch_end', save_and_stop)
+    assert 'stopped' in cli(*argv, code=2)
+    assert last(tmp_path / 'out')['epoch'] == 0
+    monkeypatch.undo()
+    assert 'epoch 2 of 2' in cli(*argv)
+    one, other = last(tmp_path / 'out'), last(trained / name)
+    assert equal(one['state_dict'], other['state_dict'])
+    assert one['callbacks'] == other['callbacks'] and one['pvt_timm']['figures'] == other['pvt_timm']['figures']
+    before = (tmp_path / 'out' / 'last.ckpt').read_bytes()
+    cli(*argv)  # nothing is left to do
+    assert (tmp_path / 'out' / 'last.ckpt').read_bytes() == before
+    error = cli(*argv, '--lr', '1', '--workers', '1', code=2)
+    assert "begun with lr=0.002, now it is 1.0" in error
+
+
+@pytest.mark.parametrize('name, kinds', [('retinanet', ('box',)), ('mask_rcnn', ('box', 'mask'))])
+def test_validate_is_pycocotools_on_the_predictions(cli, trained, shapes_folder, tmp_path, name, kinds):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    argv = ['detector', 'validate', '--weights', trained / name / 'last.ckpt', '--accelerator', 'cpu', '--predictions']
+    first = cli(*argv, tmp_path / 'first')
+    figures = last(trained / name)['pvt_timm']['figures']
+    assert [float(line.split()[1]) for line in first.splitlines()] == pytest.approx(
+        [100 * value if value >= 0 else -1 for value in figures.values()], abs=0.005)  # as in training
+    # A model of four steps finds next to nothing: make annotations of what it finds, moved by some pixels
+    content = json.loads((shapes_folder / 'val.json').read_text())
+    rows = json.loads((tmp_path / 'first' / 'boxes.json').read_text())
+    content['annotations'] = []
+    for n, row in enumerate(rows[::3]):
+        x, y, w, h = row['bbox']
+        x, y = x + n % 7 - 3, y + n % 5 - 2
+        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+        content['annotations'].append(dict(
+            row, id=n + 1, bbox=[x, y, w, h], area=w * h, iscrowd=int(n % 9 == 8), segmentation=[polygon]))
+    (tmp_path / 'truth.json').write_text(json.dumps(content))
+    printed = cli(*argv, tmp_path, '--val-annotations', tmp_path / 'truth.json')
+    by_hand = []
+    for kind in kinds:
+        file = tmp_path / {'box': 'boxes.json', 'mask': 'masks.json'}[kind]
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(tmp_path / 'truth.json'))
+            evaluation = COCOeval(truth, truth.loadRes(str(file)), {'box': 'bbox', 'mask': 'segm'}[kind])
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        by_hand += evaluation.stats.tolist()
+    shown = [float(line.split()[1]) for line in printed.splitlines()]
+    assert shown == [float(f'{100 * value if value >= 0 else value:.2f}') for value in by_hand]
+    assert len(shown) == 12 * len(kinds) and 0 < by_hand[0] < 1
+    assert {row['category_id'] for row in rows} <= {7, 18, 30}
+
+
+def test_validate_is_the_confusion_of_all_pixels(cli, trained, shapes_folder):
+    printed = cli('segmenter', 'validate', '--weights', trained / 'semantic_fpn' / 'last.ckpt', '--accelerator', 'cpu')
+    model = load_trained(trained / 'semantic_fpn' / 'last.ckpt')
+    confusion = np.zeros((4, 4), dtype=np.int64)
+    for file in sorted((shapes_folder / 'val').iterdir()):
+        image = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float() / 255
+        truth = np.array(Image.open(shapes_folder / 'val_labels' / file.name))
+        np.add.at(confusion, (truth, model.segment(image).numpy()), 1)
+    both = confusion.diagonal()
+    iou = both / (confusion.sum(0) + confusion.sum(1) - both)
+    figures = last(trained / 'semantic_fpn')['pvt_timm']['figures']
+    assert figures['mIoU'] == iou.mean() and [figures[f'IoU/{n}'] for n in model.categories] == iou.tolist()
+    assert f'{100 * iou.mean():.2f}' in printed
+
+
+@pytest.mark.parametrize('name, task', [('retinanet', 'detect'), ('mask_rcnn', 'detect'), ('semantic_fpn', 'segment')])
+def test_commands_read_it(cli, trained, shapes_folder, tmp_path, name, task):
+    image = sorted((shapes_folder / 'val').iterdir())[0]
+    model = load_trained(trained / name / 'best.ckpt')
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    more = ['--threshold', '0.01'] if task == 'detect' else []
+    found = [json.loads(cli(task, image, '--json', '--checkpoint', file, *more))['images'][0]
+             for file in (trained / name / 'best.ckpt', trained / name / 'last.ckpt')]
+    rows = found[0].get('objects', found[0].get('classes'))
+    assert rows and {row['name'] for row in rows} <= set(model.categories)
+    again = load_trained(tmp_path / 'weights.pth')
+    assert equal(again.state_dict(), model.state_dict()) and type(again) is type(model)
+    cli(task, image, '--checkpoint', tmp_path / 'weights.pth', *more)
+    other = 'segment' if task == 'detect' else 'detect'
+    error = cli(other, image, '--checkpoint', trained / name / 'best.ckpt', code=2)
+    assert 'Expected a segmenter, got a ' in error or 'Expected a detector, got a SemanticFpn' in error
+
+
+@pytest.mark.parametrize('name', ['retinanet', 'mask_rcnn', 'semantic_fpn'])
+def test_it_goes_to_openmmlab_and_back(trained, name):
+    model = load_trained(trained / name / 'best.ckpt')
+    if name == 'semantic_fpn':
+        again = semantic_fpn_from_mmseg(segmenter_to_mmseg(model))
+    else:
+        again = detector_from_mmdet(detector_to_mmdet(model))
+    assert equal(again.state_dict(), model.state_dict())
+
+
+def test_from_whole_weights_with_other_classes(cli, trained, shapes_folder, tmp_path, capsys):
+    """The head is new where the classes differ, and all is kept where they do not."""
+    data = tmp_path / 'data'
+    shutil.copytree(shapes_folder, data)
+    for split in ('train', 'val'):
+        content = json.loads((data / f'{split}.json').read_text())
+        content['categories'].append(dict(id=99, name='star'))
+        (data / f'{split}.json').write_text(json.dumps(content))
+    start = load_trained(trained / 'retinanet' / 'best.ckpt').state_dict()
+    argv = fit_args('detector', data, tmp_path / 'out', '--epochs', '1', '--weights',
+                    trained / 'retinanet' / 'best.ckpt', '--lr', '0', '--head-args', 'score_thresh=0.001')
+    from pvt_timm.cli.main import main
+    assert main([str(x) for x in argv]) == 0
+    err = capsys.readouterr().err
+    assert 'the classes differ' in err and 'head.classification_head.cls_logits.weight' in err
+    found = load_trained(tmp_path / 'out' / 'last.ckpt')
+    assert found.categories == [*NAMES, 'star']
+    for name, value in found.state_dict().items():
+        assert ('cls_logits' in name) or torch.equal(value, start[name]), name
+    argv = fit_args('detector', shapes_folder, tmp_path / 'same', '--epochs', '1', '--weights',
+                    trained / 'retinanet' / 'best.ckpt', '--lr', '0', '--head-args', 'score_thresh=0.001')
+    cli(*argv)
+    assert equal(load_trained(tmp_path / 'same' / 'last.ckpt').state_dict(), start)
+    error = cli(*fit_args('detector', shapes_folder, tmp_path / 'x', '--epochs', '1', '--kind', 'faster_rcnn',
+                          '--weights', trained / 'retinanet' / 'best.ckpt'), code=2)
+    assert 'Expected a faster_rcnn in' in error
+
+
+def test_from_the_weights_of_openmmlab(cli, shapes_folder, tmp_path):
+    """Widths, image size and eps of the norms are those of the file."""
+    torch.manual_seed(0)
+    source = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=dict(img_size=64))
+    torch.save(dict(state_dict=detector_to_mmdet(source), meta=dict(CLASSES=('a', 'b', 'c'))), tmp_path / 'mm.pth')
+    argv = ['detector', 'fit', '--config', 'finetune_detector', '--data', shapes_folder, '--output', tmp_path / 'out',
+            '--weights', tmp_path / 'mm.pth', '--epochs', '1', '--images-per-step', '6', '--min-size', '64',
+            '--lr', '0', '--workers', '0', '--accelerator', 'cpu']
+    from pvt_timm.cli.main import main
+    assert main([str(x) for x in argv]) == 0
+    model = load_trained(tmp_path / 'out' / 'last.ckpt')
+    assert {m.eps for m in model.backbone.body.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+    assert torch.equal(model.backbone.fpn.inner_blocks[0][0].weight, source.backbone.fpn.inner_blocks[0][0].weight)
+
+
+def test_frozen_stages(cli, trained, shapes_folder, tmp_path):
+    cli(*fit_args('detector', shapes_folder, tmp_path, '--epochs', '1', '--frozen-stages', '2', '--drop-path', '0.9',
+                  '--grad-checkpointing', '--clip-grad', '0.5', '--weights', trained / 'retinanet' / 'best.ckpt'))
+    start = load_trained(trained / 'retinanet' / 'best.ckpt').state_dict()
+    for name, value in load_trained(tmp_path / 'last.ckpt').state_dict().items():
+        if name.startswith('backbone.body.'):
+            frozen = name.startswith(('backbone.body.stages_0.', 'backbone.body.stages_1.'))
+            assert torch.equal(value, start[name]) == frozen, name
+
+
+@pytest.mark.parametrize('kind', ['retinanet', 'mask_rcnn'])
+def test_an_epoch_without_objects(cli, shapes_folder, tmp_path, kind):
+    data = tmp_path / 'data'
+    shutil.copytree(shapes_folder, data)
+    content = json.loads((data / 'train.json').read_text())
+    content['annotations'] = []
+    (data / 'train.json').write_text(json.dumps(content))
+    more = MASKS if kind == 'mask_rcnn' else ()
+    argv = fit_args('detector', data, tmp_path / 'out', '--epochs', '1', *more)
+    assert 'Nothing to train on (12 images without objects)' in cli(*argv, code=2)
+    cli(*argv, '--keep-empty')
+    assert all(x.isfinite().all() for x in load_trained(tmp_path / 'out' / 'last.ckpt').state_dict().values())
+
+
+@pytest.mark.parametrize('kind, count', [('retinanet', 1), ('retinanet', 365), ('mask_rcnn', 1), ('mask_rcnn', 365)])
+def test_one_class_and_365(cli, shapes_folder, tmp_path, kind, count):
+    data = tmp_path / 'data'
+    shutil.copytree(shapes_folder, data)
+    for split in ('train', 'val'):
+        content = json.loads((data / f'{split}.json').read_text())
+        content['categories'] = [dict(id=10 + 3 * i, name=f'thing {i}') for i in range(count)]
+        for n, annotation in enumerate(content['annotations']):
+            annotation['category_id'] = 10 + 3 * (n * 7 % count)
+        (data / f'{split}.json').write_text(json.dumps(content))
+    more = MASKS if kind == 'mask_rcnn' else ()
+    cli(*fit_args('detector', data, tmp_path / 'out', '--epochs', '1', *more))
+    model = load_trained(tmp_path / 'out' / 'last.ckpt')
+    assert model.num_classes == count and model.categories[-1] == f'thing {count - 1}'
+    assert equal(load_trained(copy.copy(model.state_dict())).state_dict(), model.state_dict())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(cli, trained, shapes_folder, tmp_path, monkeypatch):
+    """The limit of a file's size makes writing fail in the middle, as a full disk does."""
+    import resource
+
+    argv = fit_args('detector', shapes_folder, tmp_path / 'out', '--epochs', '2')
+    from pvt_timm.training.callbacks import Checkpoints
+    save = Checkpoints.on_train_epoch_end
+
+    def full_in_the_second_epoch(self, trainer, module):
+        if trainer.current_epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        save(self, trainer, module)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(Checkpoints, 'on_train_epoch_end', full_in_the_second_epoch)
+    try:
+        cli(*argv, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    monkeypatch.undo()
+    assert last(tmp_path / 'out')['epoch'] == 0
+    files = sorted(p.name for p in (tmp_path / 'out').iterdir())
+    assert files == ['best.ckpt', 'curve.png', 'history.json', 'last.ckpt']
+    cli(*argv)
+    assert last(tmp_path / 'out')['epoch'] == 1
+
+
+def test_a_loss_that_is_no_number_ends_it(cli, shapes_folder, tmp_path):
+    error = cli(*fit_args('detector', shapes_folder, tmp_path / 'out', '--epochs', '4', '--lr', '1e30',
+                          '--clip-grad', '1e9', '--warmup-steps', '0'), code=2)
+    assert 'The loss of step' in error and '--lr' in error
+    assert not (tmp_path / 'out' / 'last.ckpt').exists()
+
+
+def test_published_figures_decide_on_the_exit_code(cli, shapes_folder, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    detector = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=dict(img_size=64))
+    meta = dict(CLASSES=('disc', 'box', 'triangle'), cfg='scale=(128, 64)')
+    torch.save(dict(state_dict=detector_to_mmdet(detector), meta=meta), tmp_path / 'detector.pth')
+    segmenter = semantic_fpn('test_pvt', 4, channels=24, out_channels=16, model_args=dict(img_size=64))
+    torch.save(dict(state_dict=segmenter_to_mmseg(segmenter), meta=dict(cfg='scale=(128, 64)')), tmp_path / 'fpn.pth')
+    layout = dict(
+        detector=['--config', 'finetune_detector'],
+        segmenter=['--val-images', 'val', '--val-labels', 'val_labels', '--no-reduce-zero-label'])
+    for task, file, figure in (('detector', 'detector.pth', 'box/AP'), ('segmenter', 'fpn.pth', 'mIoU')):
+        argv = [task, 'validate', '--weights', tmp_path / file, '--data', shapes_folder, '--workers', '0',
+                '--accelerator', 'cpu', *layout[task]]
+        line = next(line for line in cli(*argv).splitlines() if line.startswith(figure))
+        assert 'published' not in line  # of three classes nothing is
+        measured = float(line.split()[1])
+        for published, code in ((measured + 0.1, 0), (measured + 0.5, 1)):
+            monkeypatch.setattr('pvt_timm.training.run.published_figures', lambda *_, p={figure: published}: p)
+            printed = cli(*argv, code=code)
+            assert f'published {published:6.2f}' in printed and ('NOT within 0.2' in printed) == bool(code)
+        assert 'published' not in cli(*argv, '--no-published')
+        cli(*argv, '--allowed', '1')
+        monkeypatch.undo()
+    assert 'No figures are published' in cli(*argv, '--published', code=2)
+
+
+def test_named_weights_are_compared_with_openmmlab(cli, shapes_folder, tmp_path, monkeypatch):
+    """Without a config the folders are COCO's."""
+    (tmp_path / 'annotations').mkdir()
+    shutil.copytree(shapes_folder / 'val', tmp_path / 'val2017')
+    shutil.copy(shapes_folder / 'val.json', tmp_path / 'annotations' / 'instances_val2017.json')
+    assert PAPER['retinanet', 'pvt_medium', 800] == {'box/AP': 41.9}  # and OpenMMLab's file has 41.7
+    torch.manual_seed(0)
+    model = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=dict(img_size=64), min_size=64).eval()
+    asked = []
+    monkeypatch.setattr('pvt_timm.training.run.retinanet_coco', lambda name: asked.append(name) or model)
+    monkeypatch.setattr('pvt_timm.training.run._variant', lambda model: 'pvt_medium')
+    printed = cli('detector', 'validate', '--weights', 'retinanet_coco', '--model', 'pvt_medium',
+                  '--data', tmp_path, '--workers', '0', '--accelerator', 'cpu', code=1)
+    assert asked == ['pvt_medium'] and 'published  41.70' in printed.splitlines()[0]
+    assert len(printed.splitlines()) == 12
+
+
+def test_categories_are_matched_by_name(cli, trained, shapes_folder, tmp_path):
+    """Other ids in another order give the same figures, other names are refused."""
+    content = json.loads((shapes_folder / 'val.json').read_text())
+    for entry in content['categories']:
+        entry['id'] = 1000 - entry['id']
+    for annotation in content['annotations']:
+        annotation['category_id'] = 1000 - annotation['category_id']
+    (tmp_path / 'other.json').write_text(json.dumps(content))
+    argv = ['detector', 'validate', '--weights', trained / 'retinanet' / 'last.ckpt', '--accelerator', 'cpu']
+    assert cli(*argv, '--val-annotations', tmp_path / 'other.json') == cli(*argv)
+    content['categories'][0]['name'] = 'ring'
+    (tmp_path / 'other.json').write_text(json.dumps(content))
+    error = cli(*argv, '--val-annotations', tmp_path / 'other.json', code=2)
+    assert "'ring' are not among its classes, 'disc' not among the categories" in error
+
+
+@pytest.mark.parametrize('task, more, message', [
+    ('detector', ['--config', 'none'], "a recipe (finetune_detector, mask_rcnn_coco_1x, retinanet_coco_1x)"),
+    ('detector', ['--kind', 'yolo'], 'invalid choice'),
+    ('detector', ['--epochs', '2', '--steps', '2'], 'either epochs or steps'),
+    ('detector', ['--images-per-pass', '4'], 'a multiple of 4'),
+    ('detector', ['--devices', 'two'], "number of devices or 'auto'"),
+    ('detector', ['--frozen-stages', '5'], '0 to 4 for frozen_stages'),
+    ('detector', ['--train-annotations', 'none.json'], 'No such annotation file'),
+    ('detector', ['--weights', 'none.pth'], 'No such file'),
+    ('detector', ['--model', 'resnet18'], "as model, with or without a tag, got 'resnet18'"),
+    ('detector', ['--head-args', 'colour=1'], 'colour'),
+    ('detector', ['--model-args', 'colour=1'], 'colour'),
+    ('detector', ['--accelerator', 'hovercraft'], 'hovercraft'),
+    ('segmenter', ['--classes', '1'], 'two classes or more'),
+    ('segmenter', ['--classes', 'a', 'a'], 'different names'),
+    ('segmenter', ['--classes', 'background', 'disc'], 'for the 2 classes'),
+])
+def test_wrong_command_lines(cli, shapes_folder, tmp_path, task, more, message):
+    argv = fit_args(task, shapes_folder, tmp_path / 'out', '--epochs', '1', *more)
+    assert message in cli(*argv, code=2)
+    assert not (tmp_path / 'out' / 'last.ckpt').exists()
+
+
+# ---- processes of their own ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def command(client_env, tmp_path):
+    """Start a command in a process of its own."""
+    def start(argv, launcher=()):
+        env = {**client_env, 'OMP_NUM_THREADS': '1'}
+        return subprocess.Popen(
+            [sys.executable, *launcher, '-m', 'pvt_timm', *map(str, argv)], env=env, cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
+    return start
+
+
+def finish(process):
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    return out
+
+
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('launcher, more', [((), ('--devices', '2')), (TORCHRUN, ())])
+@pytest.mark.parametrize('name, task', [('mask_rcnn', 'detector'), ('semantic_fpn', 'segmenter')])
+def test_two_processes(command, trained, shapes_folder, tmp_path, name, task, launcher, more):
+    """They measure what one does, to the last digit, though there are five images; and train together."""
+    argv = [task, 'validate', '--weights', trained / name / 'last.ckpt', '--accelerator', 'cpu', '--workers', '0']
+    alone, both = finish(command(argv)), finish(command([*argv, *more], launcher))
+    lines = [line for line in both.splitlines() if '/' in line or line.startswith(('mIoU', 'accuracy'))]
+    assert lines == alone.splitlines()
+    kind = MASKS if name == 'mask_rcnn' else ()
+    argv = fit_args(task, shapes_folder, tmp_path / 'out', '--epochs', '2', '--eval-every', '1', *kind)
+    finish(command([*argv, *more], launcher))
+    end = last(tmp_path / 'out')
+    assert end['global_step'] == 4 and len(end['callbacks']['History']['losses']) == 4
+    finish(command([task, 'validate', '--weights', tmp_path / 'out' / 'last.ckpt', '--accelerator', 'cpu',
+                    '--workers', '0']))
+
+
+@pytest.mark.slow
+def test_predictions_of_two_processes_are_those_of_one(command, trained, tmp_path):
+    for folder, more in (('one', ()), ('two', ('--devices', '2'))):
+        finish(command(['detector', 'validate', '--weights', trained / 'mask_rcnn' / 'last.ckpt', '--workers', '0',
+                        '--accelerator', 'cpu', '--predictions', tmp_path / folder, *more]))
+    for name in ('boxes.json', 'masks.json'):
+        one, two = (json.loads((tmp_path / folder / name).read_text()) for folder in ('one', 'two'))
+        assert one == two and len(one) > 5
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(command, shapes_folder, tmp_path):
+    """The weights at the end are those of a run that nobody killed."""
+    argv = fit_args('detector', shapes_folder, tmp_path / 'killed', '--epochs', '6')
+    rng = np.random.default_rng(0)
+    kills = 0
+    for attempt in range(12):
+        process = command(argv)
+        deadline = time.time() + 300
+        if attempt >= 4:
+            finish(process)
+            break
+        before = (tmp_path / 'killed' / 'last.ckpt').exists() and os.stat(tmp_path / 'killed' / 'last.ckpt').st_mtime_ns
+        while process.poll() is None and time.time() < deadline:  # until there is a new checkpoint, and some more
+            file = tmp_path / 'killed' / 'last.ckpt'
+            if file.exists() and os.stat(file).st_mtime_ns != before:
+                break
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 0.5)))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        torch.load(tmp_path / 'killed' / 'last.ckpt', weights_only=True)
+    assert kills >= 2 and last(tmp_path / 'killed')['epoch'] == 5
+    finish(command(fit_args('detector', shapes_folder, tmp_path / 'whole', '--epochs', '6')))
+    assert equal(last(tmp_path / 'killed')['state_dict'], last(tmp_path / 'whole')['state_dict'])
