@@ -174,10 +174,20 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
         of classes are those in the file, or ADE20K's where there are 150 classes.
     """
     model, said = from_openmmlab(checkpoint, {'Semantic FPN': (semantic_fpn, _TABLE)}, prefix, **kwargs)
+    if model.num_classes == 1:  # the class would be that of every pixel
+        raise ValueError('Expected a segmenter with a score per class, got one output and a threshold (binary '
+                         'segmentation), which is not supported.')
     names, palette = ade20k_classes() if model.num_classes == 150 else ([], [])
     model.categories = said.get('label_names', names)
     colors = said.get('palette', palette)
-    if not all(isinstance(c, (list, tuple)) and len(c) == 3 and all(isinstance(x, int) for x in c) for c in colors):
-        raise ValueError(f'Expected red, green and blue per class as palette in the checkpoint, got {colors[:3]}.')
+    if not all(map(_is_color, colors)):
+        raise ValueError('Expected red, green and blue from 0 to 255 per class as palette in the checkpoint.')
     model.palette = [tuple(color) for color in colors]
     return model
+
+
+def _is_color(value: Any) -> bool:
+    """Whether a value from a checkpoint is red, green and blue."""
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        return False
+    return all(isinstance(x, int) and 0 <= x <= 255 for x in value)

@@ -4,7 +4,6 @@ mmdetection 2 and 3 and the original code (which is mmdetection 2.13 with a back
 alike. A row of a table says which parameters hold the same numbers, see `formats/names.py`.
 """
 import logging
-import re
 from os import PathLike
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Set, Tuple, Union
 
@@ -20,6 +19,7 @@ from ..formats.mapping import Converted, from_timm, map_to_timm
 from ..formats.names import Row, Table, to_ours, to_theirs
 from ..pvt import default_cfgs, find_variant
 from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet
+from .settings import read_settings
 
 _logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def from_openmmlab(
         raise ValueError(
             f"Expected a {' or '.join(kinds)} of OpenMMLab or the original code (keys 'backbone.*', 'neck.*', ...), "
             f'got a {converted.format} model under {converted.prefix!r}.')
-    heads = heads_of(converted)
+    heads = _without_leftovers(heads_of(converted))
     kind, classes = describe_heads(heads) or ('', 0)
     if kind not in kinds:
         told_by = {name: f'{name} ({_HEADS[name][0].removesuffix(".weight")})' for name in kinds}
@@ -196,8 +196,14 @@ def from_openmmlab(
         k: ours[name].shape[dim] for k, (name, dim) in _WIDTHS.items()
         if name in ours and ours[name].ndim > dim and ours[name].numel()}  # the others are refused below
     meta = checkpoint.get('meta')
-    meta = meta if isinstance(meta, Mapping) else {}
-    settings.update(_image_size(meta))
+    said = read_settings(meta if isinstance(meta, Mapping) else {}, kind, test_model=variant == 'test_pvt')
+    for name in ('image_mean', 'image_std'):
+        if name in said and len(said[name]) not in (1, info.in_chans):
+            raise ValueError(f'Expected {name} of {info.in_chans} channels in the config in the checkpoint, got '
+                             f'{len(said[name])}.')
+    normalisation: Dict[str, Tuple[float, ...]] = {
+        name: said.pop(name) for name in ('image_mean', 'image_std') if name in said}
+    settings.update(said)
     model_args = {
         'img_size': info.img_size,
         'in_chans': info.in_chans,
@@ -205,20 +211,48 @@ def from_openmmlab(
         **(model_args or {}),
     }
     settings = {**settings, **kwargs, 'model_args': model_args}
-    model = build(variant, classes, **settings)
+    model = _build(build, variant, classes, settings, normalisation)
 
     check_keys(heads, to_theirs(model.state_dict(), table)[0])
     weights = {**{f'backbone.body.{k}': v for k, v in body.items()}, **ours}
     check_keys(weights, model.state_dict())
     model.load_state_dict(weights)
     if num_classes not in (None, classes):
-        fresh = build(variant, num_classes, **settings)
+        fresh = _build(build, variant, num_classes, settings, normalisation)
         model = _with_new_classes(fresh, model.state_dict(), f'{kind} for {classes} classes')
     if model.num_classes != classes:
         return model.eval(), {'label_names': [], 'palette': []}
-    said = FORMATS['mmdet'].read_meta(checkpoint)
-    found = {name: getattr(said, name, None) or [] for name in ('label_names', 'palette')}
+    names = FORMATS['mmdet'].read_meta(checkpoint)
+    found = {name: getattr(names, name, None) or [] for name in ('label_names', 'palette')}
     return model.eval(), {name: values for name, values in found.items() if len(values) == model.num_classes}
+
+
+def _build(
+        build: Callable[..., Any], variant: str, num_classes: int, settings: Dict[str, Any],
+        normalisation: Mapping[str, Tuple[float, ...]]) -> Any:
+    """A model with the normalisation of images that the config says, unless `settings` say another one."""
+    model = build(variant, num_classes, **settings)
+    holder, names = (model.transform, ('image_mean', 'image_std')) if hasattr(model, 'transform') else (
+        model, ('mean', 'std'))
+    for name, key in zip(names, ('image_mean', 'image_std')):
+        if key in normalisation and key not in settings:
+            values = normalisation[key]
+            count = len(getattr(holder, name))
+            setattr(holder, name, list(values) if len(values) == count else [values[0]] * count)
+    return model
+
+
+# What training leaves beside the weights of a model: averages of mmcv's hook under names of their own (the plain names
+# hold the averaged weights), buffers of mmengine, a head for training alone
+_LEFTOVERS = ('ema_', 'data_preprocessor.', 'auxiliary_head.')
+
+
+def _without_leftovers(heads: Dict[str, Any]) -> Dict[str, Any]:
+    counts = {start: sum(key.startswith(start) for key in heads) for start in _LEFTOVERS}
+    there = [f'{start}* ({count})' for start, count in counts.items() if count]
+    if there:
+        _logger.warning(f'Left out of the checkpoint, as no part of the model that is used: {", ".join(there)}.')
+    return {key: value for key, value in heads.items() if not key.startswith(_LEFTOVERS)}
 
 
 def _with_new_classes(model: Any, state_dict: StateDict, name: str) -> Any:
@@ -229,16 +263,6 @@ def _with_new_classes(model: Any, state_dict: StateDict, name: str) -> Any:
     _logger.warning(f'Taken from a {name}: all but {", ".join(new)}, which are new for {model.num_classes} classes.')
     model.load_state_dict({**own, **kept})
     return model
-
-
-def _image_size(meta: Mapping[str, Any]) -> Dict[str, int]:
-    """Shorter and longest side that the config in the file resizes images to, nothing if it does not say it."""
-    text = meta.get('config') or meta.get('cfg')
-    sizes = set(re.findall(r'\b(?:img_)?scale=\((\d+), (\d+)\)', text)) if isinstance(text, str) else set()
-    if len(sizes) != 1:
-        return {}
-    (longest, shorter), = sizes
-    return dict(min_size=int(shorter), max_size=int(longest))
 
 
 def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:

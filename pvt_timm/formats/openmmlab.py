@@ -18,7 +18,7 @@ from .writing import write_tensors
 if TYPE_CHECKING:
     from ..weights import Weights
 
-__all__ = ['FORMATS', 'find_dicts', 'read_config_text']
+__all__ = ['FORMATS', 'Unknown', 'find_dicts', 'normalisation', 'read_config_text']
 
 MAX_CONFIG_LENGTH = 2 ** 20  # characters of the config in a file
 EPS = 1e-6
@@ -70,19 +70,9 @@ class OpenMMLabFormat(Format):
             if isinstance(place, Mapping):
                 said.label_names = said.label_names or _first(class_names, place, 'classes', 'CLASSES')
                 said.palette = said.palette or _first(_colours, place, 'palette', 'PALETTE')
-        config = read_config_text(meta)
-        normalisations = set(_normalisations(config))
-        if len(normalisations) > 1:
-            several = ' and '.join(f'mean {list(mean)}, std {list(std)}, RGB {rgb}' for mean, std, rgb in
-                                   sorted(normalisations))
-            raise ValueError(f'Expected one normalisation of images in the config of the checkpoint, got {several}.')
-        for mean, std, rgb in normalisations:
-            if not rgb:
-                raise ValueError(
-                    'Expected a model for RGB images, the config of the checkpoint says BGR (to_rgb or bgr_to_rgb is '
-                    'False).')
-            said.mean = tuple(round(x / 255, 6) for x in mean)
-            said.std = tuple(round(x / 255, 6) for x in std)
+        found = normalisation(read_config_text(meta))
+        if found is not None:
+            said.mean, said.std = found
         return said
 
     def check_parts(self, weights: 'Weights', drop: Sequence[str]) -> List[str]:
@@ -197,6 +187,25 @@ def find_dicts(config: Any, wanted: str) -> Iterator[Dict[str, Any]]:
     values = config.values() if isinstance(config, dict) else config if isinstance(config, (list, tuple)) else ()
     for value in values:
         yield from find_dicts(value, wanted)
+
+
+def normalisation(config: Dict[str, Any]) -> Optional[Tuple[Tuple[float, ...], Tuple[float, ...]]]:
+    """Mean and std of images from 0 to 1 that a config says, None if it does not.
+
+    Raises:
+        ValueError: It says several, or that images are BGR.
+    """
+    found = sorted(set(_normalisations(config)))
+    if len(found) > 1:
+        several = ' and '.join(f'mean {list(mean)}, std {list(std)}, RGB {rgb}' for mean, std, rgb in found)
+        raise ValueError(f'Expected one normalisation of images in the config of the checkpoint, got {several}.')
+    for mean, std, rgb in found:
+        if not rgb:
+            raise ValueError(
+                'Expected a model for RGB images, the config of the checkpoint says BGR (to_rgb or bgr_to_rgb is '
+                'False).')
+        return tuple(round(x / 255, 6) for x in mean), tuple(round(x / 255, 6) for x in std)
+    return None
 
 
 def _normalisations(config: Dict[str, Any]) -> Iterator[Tuple[Tuple[float, ...], Tuple[float, ...], bool]]:

@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, size in (('a.png', (60, 80)), ('b.png', (1, 1)), ('wide.png', (40, 200))):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path / name)
-    meta = dict(CLASSES=('cat', 'dog', 'emu'), cfg='scale=(96, 64)')
+    meta = dict(CLASSES=('cat', 'dog', 'emu'), cfg="test_pipeline = [dict(type='Resize', scale=(96, 64))]")
     small = dict(out_channels=16, model_args=dict(img_size=64))
     models = dict(
         mask_rcnn=pvt_mask_rcnn('test_pvt', 3, box_channels=32, mask_channels=16, **small),

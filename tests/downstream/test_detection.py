@@ -609,16 +609,98 @@ def test_fine_tuning_of_a_checkpoint_with_other_classes(kind, caplog):
     assert many.num_classes == 80 and many.categories == []  # not COCO's: nobody has trained it on them
 
 
-@pytest.mark.parametrize('meta, sizes', [
-    (dict(config='dict(type="Resize", img_scale=(1066, 640)) dict(img_scale=(1066, 640))'), (640, 1066)),
-    (dict(cfg='scale=(900, 700)'), (700, 900)),
-    (dict(config='img_scale=(1333, 480) img_scale=(900, 700)'), (800, 1333)),  # several: the published one
+def config_of(kind='retinanet', pipeline='', **model):
+    """A config as OpenMMLab's training keeps it: Python text."""
+    heads = dict(
+        retinanet=dict(bbox_head=dict(type='RetinaHead')), mask_rcnn=dict(roi_head=dict(type='StandardRoIHead')))
+    lines = [f'model = {dict(heads[kind], **model)!r}', 'test_cfg = dict(type="TestLoop")']
+    return '\n'.join([*lines, pipeline])
+
+
+@pytest.mark.parametrize('pipeline, sizes', [
+    ("test_pipeline = [dict(type='Resize', img_scale=(1066, 640), keep_ratio=True)]", (640, 1066)),
+    # as mmengine formats it, and the other way round
+    ("test_pipeline = [\n    dict(scale=(\n        800,\n        1333,\n    ), type='mmdet.Resize'),\n]", (800, 1333)),
+    ("data = dict(test=dict(pipeline=[dict(type='MultiScaleFlipAug', img_scale=(900, 700))]),\n"
+     "            train=dict(pipeline=[dict(type='Resize', img_scale=[(1333, 480), (1333, 960)])]))", (700, 900)),
+    ("train_pipeline = [dict(type='Resize', scale=(500, 400))]", (800, 1333)),  # says nothing of testing
+    ("test_dataloader = dict(dataset=dict(dataset=dict(pipeline=[dict(type='Resize', scale=(64, 32))])))", (32, 64)),
 ])
-def test_image_size_is_that_of_the_config(meta, sizes):
+def test_image_size_is_that_of_the_config(pipeline, sizes):
     state_dict = detector_to_mmdet(build_small('retinanet'))
-    model = retinanet_from_mmdet(dict(state_dict=state_dict, meta=meta))
+    checkpoint = dict(state_dict=state_dict, meta=dict(cfg=config_of(pipeline=pipeline)))
+    model = retinanet_from_mmdet(checkpoint)
     assert (model.transform.min_size[0], model.transform.max_size) == sizes
-    assert retinanet_from_mmdet(dict(state_dict=state_dict, meta=meta), min_size=96).transform.min_size == (96,)
+    assert retinanet_from_mmdet(checkpoint, min_size=96).transform.min_size == (96,)
+
+
+@pytest.mark.parametrize('kind, model, named', [
+    ('retinanet', dict(bbox_head=dict(anchor_generator=dict(octave_base_scale=2))), 'octave_base_scale'),
+    ('retinanet', dict(bbox_head=dict(anchor_generator=dict(ratios=[1., 2., 3.]))), 'ratios'),
+    ('retinanet', dict(bbox_head=dict(bbox_coder=dict(target_stds=[.1, .1, .2, .2]))), 'target_stds'),
+    ('retinanet', dict(bbox_head=dict(loss_cls=dict(use_sigmoid=False))), 'use_sigmoid'),
+    ('retinanet', dict(bbox_head=dict(type='ATSSHead')), 'bbox_head.type'),
+    ('retinanet', dict(test_cfg=dict(nms=dict(type='soft_nms', iou_threshold=.5))), 'nms.type'),
+    ('retinanet', dict(test_cfg=dict(score_thr=7)), 'score_thr'),
+    ('retinanet', dict(backbone=dict(norm_cfg=dict(type='LN', eps=1e-3))), 'norm_cfg.eps'),
+    ('retinanet', dict(data_preprocessor=dict(mean=[0, 0, 0], std=[1, 1, 1], bgr_to_rgb=False)), 'BGR'),
+    ('retinanet', dict(neck=dict(add_extra_convs='on_output')), 'add_extra_convs'),
+    ('mask_rcnn', dict(rpn_head=dict(anchor_generator=dict(scales=[4]))), 'scales'),
+    ('mask_rcnn', dict(rpn_head=dict(bbox_coder=dict(target_stds=[.1] * 4))), 'target_stds'),
+    ('mask_rcnn', dict(roi_head=dict(bbox_roi_extractor=dict(finest_scale=28))), 'finest_scale'),
+    ('mask_rcnn', dict(test_cfg=dict(rcnn=dict(mask_thr_binary=.3))), 'mask_thr_binary'),
+])
+def test_settings_without_a_counterpart_are_refused_by_name(kind, model, named):
+    checkpoint = dict(state_dict=detector_to_mmdet(build_small(kind)), meta=dict(cfg=config_of(kind, **model)))
+    if 'backbone' in model:  # test_pvt has others of its own
+        from pvt_timm.detection.settings import read_settings
+        with pytest.raises(ValueError, match=named):
+            read_settings(checkpoint['meta'], 'RetinaNet')
+        return
+    with pytest.raises(ValueError, match=named):
+        LOAD[kind](checkpoint)
+
+
+def test_settings_with_a_counterpart_are_obeyed():
+    model = dict(
+        test_cfg=dict(nms_pre=77, score_thr=.3, nms=dict(type='nms', iou_threshold=.4), max_per_img=5, min_bbox_size=0),
+        data_preprocessor=dict(mean=[0, 51, 102], std=[51, 255, 102], bgr_to_rgb=True))
+    state_dict = detector_to_mmdet(build_small('retinanet'))
+    found = retinanet_from_mmdet(dict(state_dict=state_dict, meta=dict(cfg=config_of(**model))))
+    assert (found.topk_candidates, found.score_thresh, found.nms_thresh, found.detections_per_img) == (77, .3, .4, 5)
+    assert found.transform.image_mean == [0, .2, .4] and found.transform.image_std == [.2, 1, .4]
+    old = dict(config="model = dict(bbox_head=dict(type='RetinaHead'))\ntest_cfg = dict(score_thr=0.2)\n")
+    assert retinanet_from_mmdet(dict(state_dict=state_dict, meta=old)).score_thresh == .2
+    model = dict(test_cfg=dict(
+        rpn=dict(nms_pre=70, max_per_img=60, nms=dict(type='nms', iou_threshold=.6)),
+        rcnn=dict(score_thr=.1, nms=dict(type='nms', iou_threshold=.4), max_per_img=7, mask_thr_binary=.5)))
+    found = mask_rcnn_from_mmdet(dict(
+        state_dict=detector_to_mmdet(build_small('mask_rcnn')), meta=dict(cfg=config_of('mask_rcnn', **model))))
+    assert (found.rpn.pre_nms_top_n(), found.rpn.post_nms_top_n(), found.rpn.nms_thresh) == (70, 60, .6)
+    heads = found.roi_heads
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (.1, .4, 7)
+
+
+@pytest.mark.parametrize('pipeline, named', [
+    ("test_pipeline = [dict(type='Resize', scale=(640, 480), keep_ratio=False)]", 'keep_ratio'),
+    ("test_pipeline = [dict(type='TestTimeAug', scales=[(640, 480), (1333, 800)])]", 'several sizes'),
+    ("test_pipeline = [dict(type='Resize', scale='x')]", 'a size of images')])
+def test_sizes_that_are_none_are_refused(pipeline, named):
+    state_dict = detector_to_mmdet(build_small('retinanet'))
+    with pytest.raises(ValueError, match=named):
+        retinanet_from_mmdet(dict(state_dict=state_dict, meta=dict(cfg=config_of(pipeline=pipeline))))
+
+
+def test_leftovers_of_training_are_left_out(caplog):
+    state_dict = detector_to_mmdet(build_small('retinanet'))
+    more = {
+        **{f'ema_{k.replace(".", "_")}': v + 1 for k, v in state_dict.items()},
+        'data_preprocessor.mean': torch.ones(3, 1, 1), 'auxiliary_head.conv.weight': torch.ones(2)}
+    model = retinanet_from_mmdet({'state_dict': {**state_dict, **more}})
+    expected = retinanet_from_mmdet(state_dict).state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    for name in ('ema_*', 'data_preprocessor.* (1)', 'auxiliary_head.* (1)'):
+        assert name in caplog.text
 
 
 def without(*parts):

@@ -285,7 +285,8 @@ def test_file_as_mmengine_saves_it(tmp_path):
     theirs = build('semantic_fpn')
     names, palette = [f'class {i}' for i in range(150)], [[i, 0, 0] for i in range(150)]
     torch.save({
-        'meta': dict(dataset_meta=dict(classes=names, palette=palette), cfg='scale=(1024, 256)'),
+        'meta': dict(dataset_meta=dict(classes=names, palette=palette),
+                     cfg="test_pipeline = [dict(type='Resize', scale=(1024, 256))]"),
         'state_dict': theirs.state_dict(), 'message_hub': hub.state_dict()}, tmp_path / 'iter_3.pth')
     ours = semantic_fpn_from_mmseg(tmp_path / 'iter_3.pth')
     assert torch.equal(ours.head.classifier.weight, theirs.decode_head.conv_seg.weight)

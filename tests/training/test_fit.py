@@ -307,10 +307,11 @@ def test_a_loss_that_is_no_number_ends_it(cli, shapes_folder, tmp_path):
 def test_published_figures_decide_on_the_exit_code(cli, shapes_folder, tmp_path, monkeypatch):
     torch.manual_seed(0)
     detector = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=dict(img_size=64))
-    meta = dict(CLASSES=('disc', 'box', 'triangle'), cfg='scale=(128, 64)')
+    cfg = "test_pipeline = [dict(type='Resize', scale=(128, 64))]"
+    meta = dict(CLASSES=('disc', 'box', 'triangle'), cfg=cfg)
     torch.save(dict(state_dict=detector_to_mmdet(detector), meta=meta), tmp_path / 'detector.pth')
     segmenter = semantic_fpn('test_pvt', 4, channels=24, out_channels=16, model_args=dict(img_size=64))
-    torch.save(dict(state_dict=segmenter_to_mmseg(segmenter), meta=dict(cfg='scale=(128, 64)')), tmp_path / 'fpn.pth')
+    torch.save(dict(state_dict=segmenter_to_mmseg(segmenter), meta=dict(cfg=cfg)), tmp_path / 'fpn.pth')
     layout = dict(
         detector=['--config', 'finetune_detector'],
         segmenter=['--val-images', 'val', '--val-labels', 'val_labels', '--no-reduce-zero-label'])
