@@ -292,3 +292,27 @@ def test_file_as_mmengine_saves_it(tmp_path):
     assert torch.equal(ours.head.classifier.weight, theirs.decode_head.conv_seg.weight)
     assert ours.categories == names and ours.palette[7] == (7, 0, 0)
     assert (ours.min_size, ours.max_size) == (256, 1024)
+
+
+@pytest.mark.parametrize('size', [(224, 224), (160, 256)])
+def test_the_tag_of_a_detector_is_its_backbone(size, tmp_path):
+    """`pvt_tiny.retinanet_coco` computes what mmdetection's backbone computes, and so does what is saved of it."""
+    import timm
+    from pvt_timm import create_from_checkpoint
+    from weights_conversion import convert
+
+    theirs = build('retinanet', 't').backbone.double().eval()
+    file = tmp_path / 'x.pth'
+    torch.save({'state_dict': {f'backbone.{k}': v.float() for k, v in theirs.state_dict().items()}}, file)
+    theirs.float().double()
+    overlay = dict(file=str(file), url=None, hf_hub_id=None)
+    tag = timm.create_model('pvt_tiny.retinanet_coco', True, features_only=True, pretrained_cfg_overlay=overlay)
+    convert(file, tmp_path / 'out')
+    again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True)
+    direct = create_from_checkpoint(file, features_only=True)
+    x = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = theirs(x)
+        for model in (tag, again, direct):
+            for ours, maps in zip(model.double().eval()(x), expected):
+                assert max_diff(ours, maps) <= 1e-10 * max(1, maps.abs().max().item())
