@@ -566,8 +566,9 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
     num_stages = len(kwargs['depths'])
     if kwargs.get('features_only', False):
         kwargs = {'class_token': False, 'output_fmt': 'NCHW', **kwargs, 'num_classes': 0}
-        _, last = feature_take_indices(num_stages, kwargs.get('out_indices', feature_cfg['out_indices']))
-        num_stages = last + 1
+        out_indices = kwargs.get('out_indices', feature_cfg['out_indices'])
+        if not isinstance(out_indices, int):  # a number stands for the last ones
+            num_stages = max(i if i >= 0 else num_stages + i for i in out_indices) + 1
     return build_model_with_cfg(
         PyramidVisionTransformer, variant, pretrained,
         pretrained_filter_fn=partial(checkpoint_filter_fn, num_stages=num_stages),

@@ -266,6 +266,7 @@ class _Pickle:
         self.stack: List[Any] = []
         self.marks: List[int] = []  # heights of the stack
         self.memo: Dict[int, Any] = {}
+        self.namespaces: Dict[int, Dict[str, Any]] = {}  # dicts in place of an `argparse.Namespace`, by their id
 
     def read(self) -> Any:
         try:
@@ -319,7 +320,10 @@ class _Pickle:
         elif name in ('REDUCE', 'NEWOBJ'):
             function, args = self.pop_many(2)
             self.pay_for_copies(args)
-            stack.append(_call(function, args))
+            value = _call(function, args)
+            if function == _Name('argparse.Namespace'):
+                self.namespaces[id(value)] = value
+            stack.append(value)
         elif name == 'BUILD':
             self.build(stack.pop())
         elif name != 'PROTO':
@@ -358,6 +362,10 @@ class _Pickle:
             found.value = found.finish(state)
             found.is_finished = True
             self.stack[-1] = found.value
+        elif id(found) in self.namespaces:
+            if type(state) is not dict or any(type(key) is not str for key in state):
+                raise TypeError('not the attributes of an object')
+            found.update(state)
         elif found is not None and type(found) is not dict:  # attributes of dicts and of training logs are left out
             raise TypeError('it sets the state of a plain value')
 
@@ -449,12 +457,9 @@ def _device(kind: Any, index: Any = None) -> torch.device:
         raise ValueError(f'it names the device {ascii(kind)[:80]}') from e
 
 
-def _namespace() -> _Unfinished:
-    def finish(state: Any) -> Dict[str, Any]:
-        if type(state) is not dict or any(type(key) is not str for key in state):
-            raise TypeError('not the attributes of an object')
-        return dict(state)
-    return _Unfinished(finish)
+def _namespace() -> Dict[str, Any]:
+    """Its attributes follow as its state, if it has any."""
+    return {}
 
 
 def _training_log(*_: Any) -> None:

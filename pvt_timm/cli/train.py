@@ -165,7 +165,8 @@ def latest_checkpoint(
 
 def _check_same_model(file: Path, trained: Any, settings: Dict[str, Any]) -> None:
     """Compare what train.py kept of its arguments with those of now, as far as both say it."""
-    before, now = (_model_settings(x) for x in (getattr(trained, '__dict__', {}), settings))
+    before = _model_settings(trained if isinstance(trained, dict) else {})
+    now = _model_settings(settings)
     for name in before.keys() & now.keys():
         if before[name] != now[name]:
             option = name.replace('_', '-')

@@ -12,7 +12,6 @@ import logging
 import os
 import pickle
 import random
-import re
 import resource
 import shutil
 import struct
@@ -261,7 +260,7 @@ def check_output(file, out, report):
     for key, value in list(content.items()):  # weights may be in dicts under other names
         content.update({f'{key}.{k}': v for k, v in value.items()} if isinstance(value, dict) else {})
     inner = {k[len(prefix):]: v for k, v in content.items() if isinstance(k, str) and k.startswith(prefix)}
-    inner = {k: v for k, v in inner.items() if re.match(FORMATS[report['format']][1], k)}
+    inner = {k: v for k, v in inner.items() if FORMATS[report['format']].start.match(k)}
     if report['format'] == 'transformers' and any(k.startswith('encoder.') for k in inner):
         inner = {k if k.startswith('classifier.') else f'pvt.{k}': v for k, v in inner.items()}
     found = load_file(out / 'model.safetensors')

@@ -171,6 +171,7 @@ def test_what_training_snapshots_hold_is_read(how, tmp_path):
     content = {
         'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
         'lr_scheduler': torch.optim.lr_scheduler.MultiStepLR(optimizer, [8, 11]).state_dict(),
+        'no args': argparse.Namespace(),
         'args': argparse.Namespace(lr=1e-3, device=torch.device('cpu'), dtype=torch.float16, best=np.float32(.5)),
         'milestones': Counter([8, 8, 11]), 'set': {1, 'a'}, 'complex': 1 + 2j, 'bytearray': bytearray(b'\x00\xff'),
         'meta': OrderedDict(env_info='sys.platform: linux\n', CLASSES=('a', 'b'), PALETTE=[(1, 2, 3)], seed=None),
@@ -188,7 +189,7 @@ def test_what_training_snapshots_hold_is_read(how, tmp_path):
             assert found[key].dtype.name == value.dtype.name and np.array_equal(found[key], value), key
         elif isinstance(value, torch.Tensor):
             assert torch.equal(found[key], value)
-        elif key == 'args':
+        elif key in ('args', 'no args'):
             assert found[key] == vars(value)
         elif key not in ('model', 'optimizer'):
             assert found[key] == value

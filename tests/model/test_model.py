@@ -69,7 +69,7 @@ def test_registry():
         v = tag.partition('.')[0]
         cfg = timm.get_pretrained_cfg(v)
         assert (cfg.tag, cfg.num_classes, cfg.license, pvt.TOP1[tag]) == ('in1k', 1000, 'apache-2.0', top1[v])
-        assert (cfg.pool_size, cfg.min_input_size, cfg.fixed_input_size) == ((7, 7), (3, 32, 32), False)
+        assert (cfg.pool_size, cfg.min_input_size, cfg.fixed_input_size) == (None, (3, 32, 32), False)
         assert cfg.url == f'https://github.com/whai362/PVT/releases/download/v2/{v}.pth'
         assert cfg.hf_hub_id.partition('@')[0] == f'Zetatech/pvt-{v[4:]}-224' and 'whai362/PVT' in cfg.origin_url
         data = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())

@@ -124,7 +124,8 @@ def test_onnx(dynamo, dynamic, kwargs, tmp_path):
 @pytest.mark.parametrize('kwargs', KINDS)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_and_dtype(dtype, kwargs):
-    model, x = make_model(**kwargs).train(), make_input(2, 96, 64)
+    # not test_pvt: with AMX, torch 2.14.1 computes channels_last convolutions of its 16 channels wrongly in bfloat16
+    model, x = make_model('pvt_tiny', **kwargs).train(), make_input(2, 96, 64)
     expected = tree_leaves(model(x))
     with torch.autocast('cpu', dtype=dtype):
         outputs = tree_leaves(model(x))

@@ -31,7 +31,8 @@ TESTS = {
     'pvt_timm/weights.py': ['tests/convert/test_what_is_said.py', 'tests/convert/test_convert.py'],
     'pvt_timm/sources.py': ['tests/convert/test_convert.py', 'tests/convert/test_files.py'],
     'pvt_timm/cli': [
-        'tests/cli/test_cli.py', 'tests/cli/test_pictures.py', 'tests/cli/test_detect.py', 'tests/cli/test_train.py'],
+        'tests/cli/test_cli.py', 'tests/cli/test_pictures.py', 'tests/cli/test_detect.py', 'tests/cli/test_train.py',
+        'tests/cli/test_labels.py', 'tests/export', 'tests/training/test_fit.py'],
     'weights_conversion': [
         'tests/convert/test_convert.py', 'tests/convert/test_what_is_said.py', 'tests/convert/test_complete_output.py',
         'tests/convert/test_publish.py'],

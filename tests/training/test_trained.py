@@ -62,7 +62,7 @@ def test_a_model_comes_back_from_its_checkpoint_and_from_its_weights(tmp_path, k
 def test_stochastic_depth_is_for_training_only():
     model = MODELS['retinanet']()
     said = describe_model(model, dict(img_size=64, drop_path_rate=0.5, pretrained_cfg_overlay={}))
-    assert said['model_args'] == dict(img_size=[64, 64], in_chans=3)
+    assert said['model_args'] == dict(img_size=[64, 64], in_chans=3, embed_norm_eps=1e-5)
 
 
 def damaged(**values):
