@@ -47,6 +47,7 @@ class Source:
     config: Dict[str, Any] = field(default_factory=dict)  # content of config.json, empty without
     processor: Dict[str, Any] = field(default_factory=dict)  # content of preprocessor_config.json, empty without
     class_row: Optional[Path] = None  # file with the class token row of a dense checkpoint, see the README
+    config_beside: bool = False  # a config.json lies beside the file, and was not read
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -122,7 +123,7 @@ def _from_hub(spec: str) -> Source:
 def _with_neighbours(name: str, file: Path) -> Source:
     """A checkpoint with the files that belong to it, if it is that of a folder or named as in one."""
     if not os.path.isdir(name) and file.name not in _HUB_FILES:
-        return Source(name, file)
+        return Source(name, file, config_beside=file.with_name('config.json').is_file())
     config, processor, row = (file.with_name(neighbour) for neighbour in NEIGHBOURS)
     return Source(name, file, _read_json(config), _read_json(processor), row if row.is_file() else None)
 

@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 from .files import MAX_BYTES, PathLike, read_checkpoint
 from .formats import FORMATS
 from .formats.architecture import Architecture, check_keys, describe, drop_parts
-from .formats.format import Said
+from .formats.format import Format, Said
 from .formats.mapping import Converted, map_to_timm
 from .formats.names import StateDict
 from .formats.timm import CLASS_ROW, POS_EMBED
@@ -68,7 +68,7 @@ class Weights:
     """A checkpoint under timm's names, and all that is known about it."""
     source: Source
     converted: Converted  # how its names were mapped
-    state_dict: StateDict  # the last position embedding has its class token row where the source has one
+    state_dict: StateDict  # with the class row in the last position embedding, where the source has one
     info: Architecture
     variant: str  # name of the timm model
     args: Dict[str, Any]  # arguments of the model that no state dict tells, where they are said
@@ -86,7 +86,10 @@ class Weights:
 
     @property
     def has_bare_row(self) -> bool:
-        """Its last position embedding has a row for a class token that is not there, as in the original's detectors."""
+        """It has a class row and no class token, as the original's dense checkpoints.
+
+        The class row is the row of the last position embedding that belongs to the class token.
+        """
         return self.info.class_row and not self.info.class_token
 
     @property
@@ -138,7 +141,7 @@ class Weights:
         return ', '.join(dict.fromkeys(str(v.dtype).removeprefix('torch.') for v in self.state_dict.values()))
 
     def for_model(self) -> StateDict:
-        """The state dict without the class token row of dense checkpoints, which no timm model has a place for."""
+        """The state dict without a class row that belongs to no class token: no timm model has a place for it."""
         return drop_parts(self.state_dict, ['class_token'] if self.has_bare_row else [])
 
     def create_model(self, pretrained: bool = True, **kwargs: Any) -> Any:
@@ -150,8 +153,9 @@ class Weights:
                 `features_only=True`, another `num_classes` or `in_chans`, `drop_path_rate` and so on.
         """
         args: Dict[str, Any] = {**self.model_args, 'num_classes': self.info.num_classes}
-        if kwargs.get('features_only') or kwargs.get('class_token') is False and self.info.class_token:
-            args['num_classes'] = 0  # what was trained on the class token does not go with other features
+        without_token = kwargs.get('class_token') is False and self.info.class_token
+        if kwargs.get('features_only') or without_token:
+            args['num_classes'] = 0  # the head was trained on the class token, without the token it is left out
             args.pop('global_pool', None)
             args.pop('output_fmt', None)
         # of the default tag of the variant only what is no claim about these weights
@@ -159,6 +163,8 @@ class Weights:
         default: Any = get_pretrained_cfg(self.variant)
         if self.info.num_classes != default.num_classes:
             overlay.setdefault('label_names', None)
+        if kwargs.get('num_classes', self.info.num_classes) != self.info.num_classes:
+            overlay['label_names'] = None  # the classes are others
         if not pretrained:
             return timm.create_model(self.variant, pretrained_cfg_overlay=overlay, **{**args, **kwargs})
         if update_model_input_size is not None:  # older versions of timm have no such argument
@@ -178,7 +184,7 @@ class Weights:
 
         Args:
             fmt: Name of the format, for the message.
-            but: Names of arguments that it has a place for, or that its parts tell.
+            but: Names of arguments that this format stores, or that a reader can see from the weights.
         """
         fine = (*but, *_DROP_RATES, 'class_token', 'output_fmt', 'in_chans')
         wrong = [f'{name}={shown(value)}' for name, value in self.model_args.items() if name not in fine]
@@ -245,7 +251,7 @@ def read_weights(
         use_ema: As timm does, prefer averaged weights where the file holds both.
         prefix: What stands before the names, where the file holds several PVTs.
         source_size: Image size of the position embeddings, where they do not tell it.
-        img_size: Height and width that they may be of, if nothing else tells.
+        img_size: A height and width to try for the position embeddings, when no config says one.
         labels: File with the names of the classes, instead of those that come with the checkpoint.
         sha256: Hash (or its first 8 or more digits) that the file must have.
         max_bytes: Refuse a file that is larger.
@@ -259,15 +265,19 @@ def read_weights(
     if model is not None and model not in VARIANTS:
         raise ValueError(f'Expected a model in {tuple(VARIANTS)}, got {model!r}.')
     with open_source(spec, max_bytes) as source:
-        if sha256 is not None and (len(sha256) < 8 or not source.sha256.startswith(sha256.lower())):
-            raise ValueError(f'Expected a file with sha256 {ascii(sha256)} (8 digits or more), got {source.sha256}: '
-                             f'another one, or damaged.')
+        if sha256 is not None and len(sha256) < 8:
+            raise ValueError(f'Expected 8 digits or more as sha256, got {ascii(sha256)}.')
+        if sha256 is not None and not source.sha256.startswith(sha256.lower()):
+            raise ValueError(
+                f'Expected a file with sha256 {ascii(sha256)}, got {source.sha256}: another one, or damaged.')
         checkpoint = read_checkpoint(source.file, max_bytes)
         converted = map_to_timm(checkpoint, use_ema, prefix)
-        said = _what_is_said(source, checkpoint)
+        said = _what_is_said(source, checkpoint, FORMATS[converted.format])
         del checkpoint
 
         notes = [*_odd(converted), *(note for place in said for note in place.notes)]
+        if source.config_beside:
+            notes.append('the config.json beside the file was not read: give the folder, if they belong together')
         state_dict, info = _describe(source, converted, told_size, img_size, said)
         variant = _find_variant(info, source, model, said)
         account = _merge([*said, _from_weights(info, FORMATS[converted.format].model_args)])
@@ -308,11 +318,12 @@ def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
 
 # ---- what is said about the weights ----------------------------------------------------------------------------------
 
-def _what_is_said(source: Source, checkpoint: Mapping[str, Any]) -> List[Said]:
+def _what_is_said(source: Source, checkpoint: Mapping[str, Any], of_weights: Format) -> List[Said]:
     """What each place says, the one that goes first at the head.
 
     1. The options of the user go before everything. They are no part of this list: whoever reads them applies them.
-    2. Public files are known by their hash: what is published about them.
+    2. Public files are known by their hash: what is published about them. This counts where a processor lies beside
+       them. Without one, the defaults of the variant are the published values already.
     3. The settings of the training that the checkpoint itself holds.
     4. The config beside it: config.json, then preprocessor_config.json.
     5. The weights, see `_from_weights`.
@@ -326,12 +337,13 @@ def _what_is_said(source: Source, checkpoint: Mapping[str, Any]) -> List[Said]:
     if known:
         cfg: Any = get_pretrained_cfg(known)
         published = {name: getattr(cfg, name) for name in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')}
-        places.append(Said(f'what is published with {known}', img_size=tuple(cfg.input_size[1:]), **published))
+        places.append(Said(
+            f'what is published with {known}', overrides=True, img_size=tuple(cfg.input_size[1:]), **published))
     places.append(training_settings(checkpoint))
     places += [fmt.read_meta(checkpoint) for fmt in FORMATS.values()]
     places.append(_names_beside(source))
     if source.config:
-        places.append(_read_config(source.config))
+        places.append(_read_config(source.config, of_weights))
     if source.processor and not known:
         places += [fmt.read_processor(source.processor) for fmt in FORMATS.values()]
     said = [place for place in places if place is not None]
@@ -351,8 +363,9 @@ def _names_beside(source: Source) -> Said:
     return said
 
 
-def _read_config(config: Mapping[str, Any]) -> Said:
-    for fmt in FORMATS.values():
+def _read_config(config: Mapping[str, Any], of_weights: Format) -> Said:
+    """What config.json says, read by the format of the weights or, if it is none of its configs, by another one."""
+    for fmt in (of_weights, *FORMATS.values()):
         said = fmt.read_config(config)
         if said is not None:
             return said
@@ -394,39 +407,43 @@ def _merge(places: Sequence[Said]) -> Said:
         ValueError: Two places contradict each other in what changes outputs. The message names both.
     """
     account = Said('')
-    names = [name for name in vars(account) if name not in ('where', 'model_args', 'notes')]
+    names = [name for name in vars(account) if name not in ('where', 'overrides', 'model_args', 'notes')]
     for name in names:
-        saying = [(place.where, getattr(place, name)) for place in places if getattr(place, name) not in (None, [])]
+        saying = [(place, getattr(place, name)) for place in places if getattr(place, name) not in (None, [])]
         if saying:
             setattr(account, name, saying[0][1])
         if name in PREPROCESSING or name == 'problem_type':
             _check_agreement(name, saying)
     for name in dict.fromkeys(name for place in places for name in place.model_args):
-        saying = [(place.where, place.model_args[name]) for place in places if name in place.model_args]
+        saying = [(place, place.model_args[name]) for place in places if name in place.model_args]
         _check_agreement(name, saying)
         account.model_args[name] = saying[0][1]
     return account
 
 
-def _check_agreement(name: str, saying: Sequence[Tuple[str, Any]]) -> None:
-    for where, value in saying[1:]:
+def _check_agreement(name: str, saying: Sequence[Tuple[Said, Any]]) -> None:
+    for place, value in saying[1:]:
         first, meant = saying[0]
-        # what is published about a file goes before what others say
-        if not _same(meant, value) and not first.startswith('what is published'):
+        if not first.overrides and not _same(meant, value):
             raise ValueError(
-                f'{first} says {name} {shown(meant)}, but {where} says {shown(value)}: correct one of them.')
+                f'{first.where} says {name} {shown(meant)}, but {place.where} says {shown(value)}: correct one of '
+                f'them.')
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values mean the same: one number stands for as many as there are."""
-    several = [x if isinstance(x, (list, tuple)) else (x,) for x in (a, b)]
-    length = max(map(len, several))
-    one, other = ([*x] * length if len(x) == 1 else [*x] for x in several)
-    if len(one) != len(other):
-        return False
-    return all(
-        abs(x - y) < 1e-6 if isinstance(x, (int, float)) and isinstance(y, (int, float)) and max(abs(x), abs(y)) > 1e-3
-        else x == y for x, y in zip(one, other))
+    """Compare two values or lists of values. A single value is repeated as often as there are others."""
+    ones = list(a) if isinstance(a, (list, tuple)) else [a]
+    others = list(b) if isinstance(b, (list, tuple)) else [b]
+    ones = ones * len(others) if len(ones) == 1 else ones
+    others = others * len(ones) if len(others) == 1 else others
+    return len(ones) == len(others) and all(map(_same_value, ones, others))
+
+
+def _same_value(x: Any, y: Any) -> bool:
+    """Numbers may differ by 1e-6, unless both are as small as an eps."""
+    if isinstance(x, (int, float)) and isinstance(y, (int, float)) and max(abs(x), abs(y)) > 1e-3:
+        return abs(x - y) < 1e-6
+    return x == y
 
 
 def _describe(

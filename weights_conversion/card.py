@@ -6,6 +6,7 @@ from typing import Optional
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from pvt_timm.cli.errors import clean
 from pvt_timm.formats import FORMATS
 from pvt_timm.formats.timm import CLASS_ROW_FILE
 from pvt_timm.version import __version__
@@ -36,9 +37,9 @@ def write_card(folder: Path, weights: Weights, report: Report, about: Optional[s
         tags=[task, *([fmt.library] if fmt.library else []), 'pvt'],
         license=licence if re.fullmatch(r'[a-z0-9.-]+', licence) else None,
     )
-    shown, source = copy.copy(report), Path(report.source)
+    shown, source = copy.copy(report), Path(weights.source.name)
     if source.exists():  # folders of this machine are private
-        shown.source = source.absolute().name
+        shown.source = clean(source.absolute().name)
     card = ModelCard.from_template(
         data,
         str(CARDS / 'converted.md'),

@@ -66,7 +66,8 @@ def convert(
         force: Replace files of the same names in a folder that is not empty. Nothing else in it is touched.
         keep_source: Also copy the source file into the folder `source` of the output.
         about: Text of the model card before the table of provenance, None for what loads it.
-        options: How to read the checkpoint, those of `pvt_timm.weights.read_weights`.
+        options: How to read the checkpoint: `model`, `use_ema`, `prefix`, `source_size`, `labels`, `sha256` and
+            `max_bytes` of `pvt_timm.weights.read_weights`.
 
     Raises:
         ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for. A
@@ -74,8 +75,9 @@ def convert(
         OSError: Something cannot be read or written.
         Exception: What the clients raise where something cannot be downloaded.
     """
+    drop = [drop] if isinstance(drop, str) else drop
     for value, known in ((to, TARGETS), (dtype, (None, *DTYPES)), *((part, PARTS) for part in drop)):
-        if value not in known:  # an int8 would be cast to, an unknown part left alone
+        if value not in known:  # torch would accept int8, and a misspelt part would be ignored
             raise ValueError(f'Expected one of {known}, got {value!r}.')
     new_size = check_size(img_size)
     path = check_output(output, force)
@@ -87,7 +89,7 @@ def convert(
                 f'A new head is made by timm.create_model(..., num_classes={num_classes}).')
         if num_classes == 0:
             drop = [*drop, 'head']
-        target = _choose(weights, to, [part for part in PARTS if part in drop], new_size, dtype)
+        target = _target(weights, to, [part for part in PARTS if part in drop], new_size, dtype)
         tensors, written = (target.for_model(), None) if to == 'timm' else from_timm(target.state_dict, to)
         report = Report(weights, target, to, written)
 
@@ -111,7 +113,7 @@ def convert(
         return report
 
 
-def _choose(
+def _target(
         weights: Weights, to: str, drop: List[str], size: Optional[Tuple[int, int]], dtype: Optional[str],
 ) -> Weights:
     """What is to be written, with notes on what is changed."""

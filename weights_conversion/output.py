@@ -52,7 +52,7 @@ def files_in(folder: Path) -> Dict[str, int]:
 
 @contextlib.contextmanager
 def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """A folder to fill. Once the block has ended without an error, its files are those of the same names in `path`.
+    """A folder to fill. When the block ends without an error, its files move to `path`.
 
     A folder that was not there appears at once. In one that is there, files are replaced one by one: a file that cannot
     be read takes the place of the weights, then the other files follow, and the new weights come last. So old weights
@@ -68,7 +68,7 @@ def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator
 
     Raises:
         ValueError: The folder would then hold what nobody can tell apart (two checkpoints, or a config that belongs to
-            another one), or a source would be replaced. Nothing has been changed.
+            another one), or a source would be replaced. No file has been changed.
         OSError: Files cannot be written, or not be put back. The error says where the ones from before are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ __all__ = ['Report', 'trace']
 class Report:
     """Account of an inspection or conversion. `--json` prints its attributes.
 
-    What is said about the model, its images and its classes is what was written, or what is there if nothing was.
+    It describes the model that was written. After `inspect` it describes the source.
     """
 
     def __init__(
@@ -105,7 +105,8 @@ class Report:
         ]
 
 
-# What differs between parameters of one kind: the stage, the block, weight and bias
+# What differs between parameters of one kind: numbers of stages and blocks (as in 'stages.0', 'block1', 'embed1' and
+# 'stages_0', but not the 3 of 'ffn.layers.3'), and weight or bias
 _NUMBERS = re.compile(r'(?<!ffn\.layers\.)\b\d+\b|(?<=block)\d+|(?<=embed)\d+|(?<=stages_)\d+|(?:weight|bias)$')
 
 

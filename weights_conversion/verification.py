@@ -28,8 +28,9 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
     """Compare the source with the timm model, and what is in `folder` with the `tensors` that were meant.
 
     Returns:
-        'reference' (name), 'tolerance', 'passed', and 'differences': name of an output to its largest difference (of
-        the largest value or of 1) as the reference ships, and with the eps of our model, which decides.
+        'reference' (name), 'tolerance', 'passed', and 'differences': for each output two figures. Both are the largest
+        difference, divided by the largest value or by 1 if that is smaller. The first one is with the reference's own
+        eps, the second one with ours. Only the second one can fail.
 
     Raises:
         VerificationError: The outputs differ by more than `TOLERANCE`.
@@ -37,8 +38,8 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
         ValueError: The written file is not what was meant.
     """
     fmt = weights.converted.format
-    reference = _reference(fmt, weights)
     _check_written(tensors, folder, to)
+    reference = _reference(fmt, weights)
     if reference.format == fmt:
         name, raw = reference.name, weights.converted.raw
     else:  # the weights of a stand-in come through our table
@@ -62,12 +63,9 @@ def _reference(fmt: str, weights: Weights) -> Reference:
     if info.class_token != info.norm or info.num_classes and not info.norm:
         raise NoReferenceError(
             '--verify compares checkpoints with class token and norm, or with neither (and without head).')
-    if not info.norm:
-        return FORMATS['mmdet'].reference(weights)
-    if fmt == 'original':
-        with contextlib.suppress(NoReferenceError):
-            return FORMATS['original'].reference(weights)
-    return FORMATS['transformers'].reference(weights)
+    with contextlib.suppress(NoReferenceError):
+        return FORMATS[fmt].reference(weights)
+    return FORMATS['transformers' if info.norm else 'mmdet'].reference(weights)
 
 
 @torch.inference_mode()

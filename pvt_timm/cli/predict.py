@@ -13,13 +13,14 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import save
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..files import save_atomically
+from ..images import as_seen
 from ..labels import labels_in, read_labels
 from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, PyramidVisionTransformerStage
 from ..weights import read_weights
@@ -155,10 +156,7 @@ def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
             if max(image.size) > 100 * min(image.size):  # with 224 pixels for the shorter one it would fill the memory
                 raise ValueError(f'its sides, {image.width}x{image.height} pixels, differ by more than a factor of 100')
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I;16'):  # Pillow would clip at 255
-                image = image.point(lambda v: v / 257).convert('L')
-            return image.convert('RGB' if channels == 3 else 'L')
+            return as_seen(image, channels)
     except Exception as e:  # the readers of damaged files raise all sorts
         raise ValueError(f'Cannot read the image {path}: {one_line(e)}') from e
 

@@ -196,7 +196,7 @@ def from_openmmlab(
         k: ours[name].shape[dim] for k, (name, dim) in _WIDTHS.items()
         if name in ours and ours[name].ndim > dim and ours[name].numel()}  # the others are refused below
     meta = checkpoint.get('meta')
-    said = read_settings(meta if isinstance(meta, Mapping) else {}, kind, test_model=variant == 'test_pvt')
+    said = read_settings(meta if isinstance(meta, Mapping) else {}, kind)
     for name in ('image_mean', 'image_std'):
         if name in said and len(said[name]) not in (1, info.in_chans):
             raise ValueError(f'Expected {name} of {info.in_chans} channels in the config in the checkpoint, got '
@@ -208,6 +208,7 @@ def from_openmmlab(
         'img_size': info.img_size,
         'in_chans': info.in_chans,
         **FORMATS[converted.format].model_args,
+        **said.pop('model_args', {}),
         **(model_args or {}),
     }
     settings = {**settings, **kwargs, 'model_args': model_args}

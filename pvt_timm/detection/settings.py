@@ -6,7 +6,7 @@ our model, or has to have the one value that our model has.
 """
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
-from ..formats.openmmlab import Unknown, find_dicts, normalisation, read_config_text
+from ..formats.openmmlab import Unknown, find_dicts, normalisation, read_backbone, read_config_text
 from ..formats.values import numbers, shown
 
 __all__ = ['read_settings']
@@ -22,15 +22,9 @@ def _under(place: str, fixed: Fixed) -> Fixed:
     return {f'{place}.{name}': value for name, value in fixed.items()}
 
 
-_BACKBONE: Fixed = _under('backbone', {
-    'qkv_bias': True, 'patch_norm': True, 'use_abs_pos_embed': True, 'use_conv_ffn': False, 'norm_after_stage': False,
-    'sr_ratios': (8, 4, 2, 1), 'num_heads': (1, 2, 5, 8), 'mlp_ratios': (8, 8, 4, 4), 'patch_sizes': (4, 2, 2, 2),
-    'strides': (4, 2, 2, 2), 'paddings': (0, 0, 0, 0), 'act_cfg.type': 'GELU', 'norm_cfg.type': 'LN',
-    'norm_cfg.eps': 1e-6, 'out_indices': (0, 1, 2, 3)})
 _FPN: Fixed = _under('neck', {'type': 'FPN', 'no_norm_on_lateral': False, 'relu_before_extra_convs': False,
                               'norm_cfg': None, 'act_cfg': None, 'upsample_cfg.mode': 'nearest'})
 _RETINANET: Fixed = {
-    **_BACKBONE,
     **_FPN,
     **_under('neck', {'start_level': 1, 'end_level': -1, 'add_extra_convs': 'on_input', 'num_outs': 5}),
     'bbox_head.type': 'RetinaHead',
@@ -45,7 +39,6 @@ _RETINANET: Fixed = {
     'test_cfg.nms.type': 'nms',
 }
 _FASTER_RCNN: Fixed = {
-    **_BACKBONE,
     **_FPN,
     **_under('neck', {'start_level': 0, 'end_level': -1, 'add_extra_convs': False, 'num_outs': 5}),
     'rpn_head.type': 'RPNHead',
@@ -75,7 +68,6 @@ _MASK_RCNN: Fixed = {
     'test_cfg.rcnn.mask_thr_binary': 0.5,
 }
 _SEMANTIC_FPN: Fixed = {
-    **_BACKBONE,
     **_FPN,
     **_under('neck', {'start_level': 0, 'end_level': -1, 'add_extra_convs': False, 'num_outs': 4}),
     'decode_head.type': 'FPNHead',
@@ -114,17 +106,16 @@ OBEYED: Dict[str, Dict[str, Tuple[str, float, float]]] = {
 }
 
 
-def read_settings(meta: Mapping[str, Any], kind: str, test_model: bool = False) -> Dict[str, Any]:
+def read_settings(meta: Mapping[str, Any], kind: str) -> Dict[str, Any]:
     """Read what the config in a file says.
 
     Args:
         meta: What stands under 'meta' in the file.
         kind: 'RetinaNet', 'Faster R-CNN', 'Mask R-CNN' or 'Semantic FPN'.
-        test_model: The backbone is `test_pvt`, which has heads, reductions and ratios of its own.
 
     Returns:
-        Arguments for the class of the model, 'image_mean' and 'image_std' (of images from 0 to 1) among them. Empty
-        without a config.
+        Arguments for the class of the model, 'image_mean' and 'image_std' (of images from 0 to 1) among them, and
+        'model_args' for its PVT. Empty without a config.
 
     Raises:
         ValueError: The config says something that our model has no setting for. The message names it.
@@ -136,8 +127,6 @@ def read_settings(meta: Mapping[str, Any], kind: str, test_model: bool = False) 
     if 'test_cfg' not in model and isinstance(test_cfg, dict) and 'type' not in test_cfg:
         model['test_cfg'] = test_cfg
     for place, ours in FIXED[kind].items():
-        if test_model and place.startswith('backbone.'):
-            continue
         theirs = _at(model, place)
         if theirs is not _NOT_SAID and not _same(theirs, ours):
             raise ValueError(
@@ -154,6 +143,10 @@ def read_settings(meta: Mapping[str, Any], kind: str, test_model: bool = False) 
                              f'got {shown(theirs)}.')
         found[name] = int(values[0]) if low >= 1 else values[0]
     found.update(_image_size(config))
+    backbone = read_backbone(config)
+    if backbone:
+        found['model_args'] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in backbone.items()}
     said = normalisation(config)
     if said is not None:
         found['image_mean'], found['image_std'] = said

@@ -25,7 +25,7 @@ class Architecture:
     in_chans: int
     num_classes: int  # 0 without head
     class_token: bool
-    class_row: bool  # the last position embedding starts with a row for the class token
+    class_row: bool  # the last position embedding starts with a row for the class token, whether or not that is there
     norm: bool  # the final norm is there
     qkv_bias: bool
     grid_size: Grid  # of the first stage's position embedding

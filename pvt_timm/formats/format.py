@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 
 from torch import nn
 
+from .architecture import drop_parts
 from .names import StateDict, Table
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __all__ = ['Format', 'NoReferenceError', 'Reference', 'Said', 'layer_norms']
 class Said:
     """What one place says about a model and its images. What it does not say is None or empty."""
     where: str  # the place, for messages: 'config.json' or the like
+    overrides: bool = False  # goes before other places without an error where they say something else
     architecture: Optional[str] = None  # name of a timm model
     model_args: Dict[str, Any] = field(default_factory=dict)  # arguments of a timm model
     img_size: Optional[Tuple[int, int]] = None  # height and width of the images of training
@@ -60,17 +62,29 @@ class Format:
     # stands before it is the prefix of all names.
     first_weight: Tuple[str, ...]
     start: 're.Pattern[str]'  # how the names of a PVT start. Keys that start otherwise stand beside it.
-    model_args: Mapping[str, Any] = {}  # arguments of the timm model that computes as the code of this format does
+    # Arguments of the timm model that the code of this format fixes, where they differ from the defaults
+    model_args: Mapping[str, Any] = {}
     prefers_square: bool = False  # whether its position embeddings are of square images wherever that fits
     is_target: bool = False  # whether checkpoints can be written in it
     library: Optional[str] = None  # `library_name` on the hub
 
-    def complete(self, tensors: Dict[str, Any]) -> Dict[str, Any]:
-        """The same tensors under full names, where the format leaves out a part of them in some checkpoints."""
+    def __init__(self) -> None:
+        named = f'the format {type(self).__name__}'
+        for attribute in ('name', 'table', 'first_weight', 'start'):
+            if not hasattr(self, attribute):
+                raise TypeError(f'{named} needs `{attribute}`')
+        if isinstance(self.first_weight, str):
+            raise TypeError(f'`first_weight` of {named} has to be a tuple of names')
+        for method in ('write', 'how_to_load'):
+            if self.is_target and getattr(type(self), method) is getattr(Format, method):
+                raise TypeError(f'{named} is a target and needs `{method}`')
+
+    def full_names(self, tensors: Dict[str, Any]) -> Dict[str, Any]:
+        """Add what some checkpoints of the format leave out of their names, such as 'pvt.' of transformers."""
         return tensors
 
     def read_config(self, config: Mapping[str, Any]) -> Optional[Said]:
-        """What a config.json says. None if it is not a config of this format.
+        """What a config.json says. None if it has no key that only configs of this format have.
 
         Raises:
             ValueError: It says something that is not supported. The message names it.
@@ -97,17 +111,20 @@ class Format:
 
         Raises:
             ValueError: The message names what has no place, and what helps.
+
+        By default every argument that changes what the model computes is refused, see `Weights.refuse_args`.
         """
+        weights.refuse_args(self.name, but=('img_size',))
         return []
 
     def check_eps(self, weights: 'Weights', eps: float) -> List[str]:
-        """Compare the eps in patch embeddings and reductions with the `eps` of code that has no setting for it.
+        """Refuse an eps in patch embeddings and spatial reductions other than the usual ones, 1e-5 and 1e-6.
+
+        Args:
+            eps: The one that the code of this format uses. It has no setting for it.
 
         Returns:
-            A note if it is the other one of the two usual values, which changes outputs by about 1e-5.
-
-        Raises:
-            ValueError: It is none of these.
+            A note if the weights are used to the other one, which changes outputs by about 1e-5.
         """
         theirs = weights.embed_norm_eps
         if theirs not in (1e-5, 1e-6):
@@ -126,7 +143,7 @@ class Format:
 
     def take_parts(self, weights: 'Weights', drop: Sequence[str]) -> Tuple[StateDict, List[str]]:
         """The state dict under timm's names without the parts in `drop`, and notes for the report."""
-        raise NotImplementedError
+        return drop_parts(weights.state_dict, drop, weights.info.class_row), []
 
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
         """Write `tensors`, which have the names of this format, and what goes with them into `folder`."""

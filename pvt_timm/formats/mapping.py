@@ -76,10 +76,13 @@ def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Opt
     groups = sorted(Counter(_group(str(key), before) for key in beside).items())
     dropped.update({'.'.join((*wrappers, group)): f'{n} beside the PVT' for group, n in groups})
 
-    expected = prefix is not None or not groups or bool(_USUAL_PREFIX.fullmatch(before)) and not others_inside
-    _logger.log(logging.INFO if expected else logging.WARNING, _account(fmt, before, groups))
+    # Nobody has to be warned who gave the prefix, or where nothing was left out, or where the prefix is a usual one and
+    # all that is under it is the PVT.
+    usual = bool(_USUAL_PREFIX.fullmatch(before)) and not others_inside
+    no_warning = prefix is not None or not groups or usual
+    _logger.log(logging.INFO if no_warning else logging.WARNING, _account(fmt, before, groups))
 
-    raw = fmt.complete(parts)
+    raw = fmt.full_names(parts)
     out, pairs, unknown = to_ours(raw, fmt.table)
     if unknown:  # PVT v2 has PVT v1's names and more
         raise ValueError(
@@ -136,7 +139,7 @@ def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[Format, str]:
     if not found:
         other = next((family for pattern, family in _OTHER_FAMILIES if any(re.search(pattern, k) for k in names)), None)
         raise ValueError(
-            f'Expected a PVT v1 checkpoint (timm, original, transformers or mmdetection format), got '
+            f'Expected a PVT v1 checkpoint in one of the formats {", ".join(FORMATS)}, got '
             f'{other or f"keys {some_names(names, 3) or None}"}.')
     wanted = [at for at in found if prefix is None or at[0].rstrip('.') == prefix.rstrip('.')]
     if len(wanted) != 1:
@@ -157,7 +160,8 @@ def _recognise(key: str) -> Optional[Tuple[str, str]]:
             before = key[:len(key) - len(weight)]
             if key.endswith(weight) and (not before or before.endswith('.')):
                 found.append((before, fmt.name))
-    return min(found, key=lambda at: len(at[0]), default=None)  # the longest name of the weight
+    # Several names may end the key. The longest one leaves the shortest prefix.
+    return min(found, key=lambda at: len(at[0]), default=None)
 
 
 def _group(key: str, prefix: str) -> str:

@@ -37,14 +37,20 @@ _PLACEHOLDERS = {
 class Row:
     """Parameters that hold the same numbers on both sides.
 
-    Where a side has several parameters, they are pieces of one stack along dimension 0, in the order given. A parameter
-    that is itself a stack of several pieces says so in `our_pieces` or `their_pieces`, one number per parameter.
+    If a side has several names, their tensors are joined along dimension 0, in this order, or cut out of the tensor of
+    the other side. `our_pieces=(2,)` means that one tensor of ours holds two pieces. The first row that fits a name
+    counts.
+
+    `to_ours` and `to_theirs` change values, such as a transposed weight. Both work on single tensors of theirs:
+    `to_ours` gets each one as it is in the file, before anything is joined, and `to_theirs` makes it that way again.
+    A damaged file may hold any shape, so a shape that is not expected should be returned unchanged: it is refused
+    later, by its name.
     """
     ours: Tuple[str, ...]
     theirs: Tuple[str, ...]
     our_pieces: Tuple[int, ...]
     their_pieces: Tuple[int, ...]
-    to_ours: Optional[TensorFn]  # what is done to each tensor on the way to us, nothing if None
+    to_ours: Optional[TensorFn]  # changes each tensor of theirs on the way to us, None for nothing
     to_theirs: Optional[TensorFn]  # and on the way back
 
     def __init__(
@@ -81,7 +87,7 @@ def to_ours(state_dict: Mapping[str, Any], table: Table) -> Tuple[StateDict, Nam
         ValueError: A value is no tensor, or a part of a stack is missing or does not fit to the others.
     """
     return _rename(state_dict, [
-        _Step(row.theirs, row.their_pieces, row.ours, row.our_pieces, row.to_ours) for row in table])
+        _Step(row.theirs, row.their_pieces, row.ours, row.our_pieces, change_old=row.to_ours) for row in table])
 
 
 def to_theirs(state_dict: Mapping[str, Any], table: Table) -> Tuple[StateDict, NamePairs, List[str]]:
@@ -91,7 +97,7 @@ def to_theirs(state_dict: Mapping[str, Any], table: Table) -> Tuple[StateDict, N
         The tensors, pairs of (their names, our names), and the keys that no row has.
     """
     return _rename(state_dict, [
-        _Step(row.ours, row.our_pieces, row.theirs, row.their_pieces, row.to_theirs) for row in table])
+        _Step(row.ours, row.our_pieces, row.theirs, row.their_pieces, change_new=row.to_theirs) for row in table])
 
 
 def some_names(names: Iterable[Any], limit: int = 6) -> str:
@@ -103,12 +109,13 @@ def some_names(names: Iterable[Any], limit: int = 6) -> str:
 
 @dataclass
 class _Step:
-    """A row in the direction in which it is used."""
+    """A row in the direction in which it is used: from the old names, which are read, to the new ones."""
     old: Tuple[str, ...]
     old_pieces: Tuple[int, ...]
     new: Tuple[str, ...]
     new_pieces: Tuple[int, ...]
-    change: Optional[TensorFn]
+    change_old: Optional[TensorFn] = None
+    change_new: Optional[TensorFn] = None
 
 
 def _rename(state_dict: Mapping[str, Any], steps: List[_Step]) -> Tuple[StateDict, NamePairs, List[str]]:
@@ -126,12 +133,24 @@ def _rename(state_dict: Mapping[str, Any], steps: List[_Step]) -> Tuple[StateDic
             continue
         old = tuple(_fill(template, match) for template in step.old)
         new = tuple(_fill(template, match) for template in step.new)
-        tensors = _restack(_take(state_dict, old), old, step)
-        for name, tensor in zip(new, tensors):
-            out[name] = step.change(tensor) if step.change and tensor.ndim else tensor
+        tensors = _change(_take(state_dict, old), old, step.change_old)
+        tensors = _change(_restack(tensors, old, step), new, step.change_new)
+        out.update(zip(new, tensors))
         pairs.append((new, old))
         done.update(old)
     return out, pairs, unknown
+
+
+def _change(tensors: List[torch.Tensor], names: Tuple[str, ...], change: Optional[TensorFn]) -> List[torch.Tensor]:
+    if change is None:
+        return tensors
+    changed = []
+    for name, tensor in zip(names, tensors):
+        try:
+            changed.append(change(tensor) if tensor.ndim else tensor)  # a single number has no axes to change
+        except (RuntimeError, IndexError) as e:
+            raise ValueError(f'Cannot change {name} of shape {list(tensor.shape)}: {e}') from e
+    return changed
 
 
 def _find(key: str, patterns: List[Tuple['re.Pattern[str]', _Step]]) -> Tuple[Optional['re.Match[str]'], Any]:
@@ -143,8 +162,18 @@ def _find(key: str, patterns: List[Tuple['re.Pattern[str]', _Step]]) -> Tuple[Op
 
 
 def _pattern(template: str) -> 're.Pattern[str]':
-    escaped = re.escape(template)  # which makes '{i}' into '\{i\}'
-    return re.compile(re.sub(r'\\\{(\w+)\\\}', lambda m: f'(?P<{m[1]}>{_PLACEHOLDERS[m[1]]})', escaped))
+    seen: Set[str] = set()
+
+    def group(match: 're.Match[str]') -> str:
+        name = match[1]
+        if name not in _PLACEHOLDERS:
+            raise ValueError(f'Expected placeholders in {tuple(_PLACEHOLDERS)}, got {name!r} in {template!r}.')
+        if name in seen:  # the second time it stands for the same
+            return f'(?P={name})'
+        seen.add(name)
+        return f'(?P<{name}>{_PLACEHOLDERS[name]})'
+
+    return re.compile(re.sub(r'\\\{(\w+)\\\}', group, re.escape(template)))  # which makes '{i}' into '\{i\}'
 
 
 def _fill(template: str, match: 're.Match[str]') -> str:

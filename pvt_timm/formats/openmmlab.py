@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, 
 
 import torch
 
-from .architecture import drop_parts
 from .format import Format, NoReferenceError, Reference, Said, layer_norms
 from .names import Row, StateDict
 from .values import class_names, numbers, shown
@@ -18,7 +17,7 @@ from .writing import write_tensors
 if TYPE_CHECKING:
     from ..weights import Weights
 
-__all__ = ['FORMATS', 'Unknown', 'find_dicts', 'normalisation', 'read_config_text']
+__all__ = ['FORMATS', 'Unknown', 'find_dicts', 'normalisation', 'read_backbone', 'read_config_text']
 
 MAX_CONFIG_LENGTH = 2 ** 20  # characters of the config in a file
 EPS = 1e-6
@@ -70,7 +69,9 @@ class OpenMMLabFormat(Format):
             if isinstance(place, Mapping):
                 said.label_names = said.label_names or _first(class_names, place, 'classes', 'CLASSES')
                 said.palette = said.palette or _first(_colours, place, 'palette', 'PALETTE')
-        found = normalisation(read_config_text(meta))
+        config = read_config_text(meta)
+        said.model_args = read_backbone(config)
+        found = normalisation(config)
         if found is not None:
             said.mean, said.std = found
         return said
@@ -83,9 +84,6 @@ class OpenMMLabFormat(Format):
                 f'The mmdet format has no place for {", ".join(left)}: leave them out with --drop {" ".join(have)}.')
         weights.refuse_args(self.name, but=('img_size', 'in_chans', 'class_token', 'embed_norm_eps', 'global_pool'))
         return self.check_eps(weights, EPS)
-
-    def take_parts(self, weights: 'Weights', drop: Sequence[str]) -> Tuple[StateDict, List[str]]:
-        return drop_parts(weights.state_dict, drop, weights.info.class_row), []
 
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
         """A bare state dict, as mmdetection's `init_cfg` reads."""
@@ -114,10 +112,17 @@ class OpenMMLabFormat(Format):
         )
 
     def how_to_load(self, weights: 'Weights') -> str:
-        depths = list(weights.info.depths)
+        info = weights.info
+        width = info.embed_dims[0] // weights.num_heads[0]
+        usual = {'embed_dims': 64, 'pretrain_img_size': 224, 'in_channels': 3, 'num_heads': [1, 2, 5, 8],
+                 'sr_ratios': [8, 4, 2, 1], 'mlp_ratios': [8, 8, 4, 4]}
+        args = {'embed_dims': width, 'pretrain_img_size': _one_if_square(info.img_size), 'in_channels': info.in_chans,
+                'num_heads': [dim // width for dim in info.embed_dims], 'sr_ratios': list(info.sr_ratios),
+                'mlp_ratios': [int(ratio) for ratio in info.mlp_ratios]}
+        others = ''.join(f', {name}={value}' for name, value in args.items() if value != usual[name])
         return (
-            f"`backbone=dict(type='PyramidVisionTransformer', num_layers={depths}, init_cfg=dict(type='Pretrained', "
-            f"checkpoint='{weights.variant}.pth'))` in a config.")
+            f"`backbone=dict(type='PyramidVisionTransformer', num_layers={list(info.depths)}{others}, "
+            f"init_cfg=dict(type='Pretrained', checkpoint='{weights.variant}.pth'))` in a config.")
 
 
 FORMATS = [OpenMMLabFormat()]
@@ -178,6 +183,39 @@ def _value(node: ast.expr) -> Any:
     return Unknown()
 
 
+# Settings of mmdetection's backbone that have one value here
+_BACKBONE = {
+    'patch_norm': True, 'use_abs_pos_embed': True, 'use_conv_ffn': False, 'norm_after_stage': False,
+    'patch_sizes': (4, 2, 2, 2), 'strides': (4, 2, 2, 2), 'paddings': (0, 0, 0, 0)}
+
+
+def read_backbone(config: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments of the timm model that the config of a PyramidVisionTransformer says.
+
+    Raises:
+        ValueError: It says something that the timm model has no argument for. The message names it.
+    """
+    model = config.get('model')
+    backbone = model.get('backbone') if isinstance(model, dict) else None
+    if not isinstance(backbone, dict) or backbone.get('type') not in ('PyramidVisionTransformer',
+                                                                      'mmdet.PyramidVisionTransformer'):
+        return {}
+    for name, ours in _BACKBONE.items():
+        theirs = backbone.get(name, ours)
+        if (tuple(theirs) if isinstance(theirs, list) else theirs) != ours:
+            raise ValueError(f'Expected {name} {shown(ours)} of the backbone, the config of the checkpoint says '
+                             f'{shown(theirs)}.')
+    act, norm = backbone.get('act_cfg'), backbone.get('norm_cfg')
+    if isinstance(act, dict) and act.get('type', 'GELU') != 'GELU':
+        raise ValueError(
+            f'Expected act_cfg GELU of the backbone, the config of the checkpoint says {shown(act["type"])}.')
+    if isinstance(norm, dict) and (norm.get('type', 'LN'), norm.get('eps', EPS)) != ('LN', EPS):
+        raise ValueError(f'Expected norm_cfg LN with eps {EPS:g} of the backbone, the config of the checkpoint says '
+                         f'{shown(norm.get("type"))} and {shown(norm.get("eps"))}.')
+    names = ('num_heads', 'sr_ratios', 'mlp_ratios', 'qkv_bias')
+    return {name: backbone[name] for name in names if backbone.get(name) is not None}
+
+
 def find_dicts(config: Any, wanted: str) -> Iterator[Dict[str, Any]]:
     """All dicts inside of a config whose `type` is `wanted`, with or without the name of a package before it."""
     if isinstance(config, dict):
@@ -223,7 +261,15 @@ def _normalisations(config: Dict[str, Any]) -> Iterator[Tuple[Tuple[float, ...],
             if mean is None or std is None:
                 raise ValueError('Expected mean and std of images as numbers in the config of the checkpoint, got '
                                  f'{shown(place["mean"])} and {shown(place["std"])}.')
-            yield mean, std, bool(place.get(order, default))
+            rgb = place.get(order, default)
+            if not isinstance(rgb, bool):
+                raise ValueError(
+                    f'Expected True or False for {order} in the config of the checkpoint, got {shown(rgb)}.')
+            yield mean, std, rgb
+
+
+def _one_if_square(size: Tuple[int, int]) -> Any:
+    return size[0] if size[0] == size[1] else list(size)
 
 
 def _first(read: Any, place: Mapping[str, Any], *names: str) -> Any:

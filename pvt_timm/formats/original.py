@@ -85,6 +85,8 @@ class OriginalFormat(Format):
         if not checkout:
             raise NoReferenceError(f'--verify needs a checkout of https://github.com/whai362/PVT in {CHECKOUT}.')
         info = weights.info
+        if not info.norm:
+            raise NoReferenceError('--verify has no dense model of the original code.')
         build = getattr(import_original(Path(checkout)), weights.variant, None)
         if build is None or info.img_size[0] != info.img_size[1]:
             raise NoReferenceError(

@@ -1,9 +1,8 @@
 """ The format of this package: timm's names, and the folders that timm loads by 'local-dir:' and 'hf-hub:'. """
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
 
-from .architecture import drop_parts
 from .format import Format, Said
 from .names import Row, StateDict
 from .values import image_size, read_preprocessing, shown
@@ -68,8 +67,8 @@ class TimmFormat(Format):
             said.notes.append(f'left out the label names in config.json: {e}')
         return said
 
-    def take_parts(self, weights: 'Weights', drop: Sequence[str]) -> Tuple[StateDict, List[str]]:
-        return drop_parts(weights.state_dict, drop, weights.info.class_row), []
+    def check_parts(self, weights: 'Weights', drop: Sequence[str]) -> List[str]:
+        return []  # everything has a place
 
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
         """Write model.safetensors and config.json as in timm's hub repositories, and what timm has no place for."""

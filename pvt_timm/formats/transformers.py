@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from .architecture import drop_parts
 from .format import Format, NoReferenceError, Reference, Said, layer_norms
 from .names import Row, StateDict
 from .values import number, numbers, shown
@@ -82,10 +81,16 @@ class TransformersFormat(Format):
     is_target = True
     library = 'transformers'
 
-    def complete(self, tensors: Dict[str, Any]) -> Dict[str, Any]:
+    def full_names(self, tensors: Dict[str, Any]) -> Dict[str, Any]:
         if self.first_weight[1] not in tensors:
             return tensors
-        return {f'pvt.{key}' if key.startswith('encoder.') else key: value for key, value in tensors.items()}
+        full: Dict[str, Any] = {}
+        for key, value in tensors.items():
+            name = f'pvt.{key}' if key.startswith('encoder.') else key
+            if name in full:
+                raise ValueError(f"Expected every weight once, got {shown(key)} with and without 'pvt.' before it.")
+            full[name] = value
+        return full
 
     def read_config(self, config: Mapping[str, Any]) -> Optional[Said]:
         model_type = config.get('model_type')
@@ -103,7 +108,7 @@ class TransformersFormat(Format):
         if config.get('mlp_ratios') is not None:
             args['mlp_ratios'] = tuple(float(x) for x in _integers(config, 'mlp_ratios'))
         if config.get('num_channels') is not None:
-            args['in_chans'], = _integers(config, 'num_channels')
+            args['in_chans'] = _integers(config, 'num_channels')[0]
         if config.get('image_size') is not None:
             sides = _integers(config, 'image_size')
             args['img_size'] = said.img_size = (sides[0], sides[-1])
@@ -169,9 +174,11 @@ class TransformersFormat(Format):
         pool = weights.args.get('global_pool', 'token')
         if pool != 'token' and 'head' in keep:
             raise ValueError(f'The head takes global_pool={pool!r}, transformers always the class token: --drop head.')
-        weights.refuse_args(self.name, but=(
-            'img_size', 'in_chans', 'patch_size', 'num_heads', 'sr_ratios', 'mlp_ratios', 'qkv_bias', 'global_pool',
-            'act_layer', 'norm_eps', 'embed_norm_eps'))
+        weights.refuse_args(self.name, but=(  # not patch_size: its position embeddings are for 4
+            'img_size', 'in_chans', 'num_heads', 'sr_ratios', 'mlp_ratios', 'qkv_bias', 'global_pool', 'act_layer',
+            'norm_eps', 'embed_norm_eps'))
+        if any(ratio != int(ratio) for ratio in weights.info.mlp_ratios):
+            raise ValueError(f'The transformers format has whole numbers as mlp_ratios, not {weights.info.mlp_ratios}.')
         eps = weights.args.get('norm_eps', 1e-6)
         if weights.embed_norm_eps != eps and (eps, weights.embed_norm_eps) != (1e-6, 1e-5):  # the original's two
             raise ValueError(
@@ -195,9 +202,6 @@ class TransformersFormat(Format):
         if img_size[0] != img_size[1]:
             raise ValueError(f'The transformers format holds square images only, got {img_size}: say --img-size N.')
 
-    def take_parts(self, weights: 'Weights', drop: Sequence[str]) -> Tuple[StateDict, List[str]]:
-        return drop_parts(weights.state_dict, drop, weights.info.class_row), []
-
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
         """What `PvtForImageClassification.from_pretrained` and `AutoImageProcessor.from_pretrained` read."""
         write_tensors(tensors, folder / 'model.safetensors')
@@ -211,6 +215,10 @@ class TransformersFormat(Format):
             raise NoReferenceError('--verify needs transformers here: pip install transformers.') from e
         if weights.info.grid_size[0] != weights.info.grid_size[1]:
             raise NoReferenceError('--verify: transformers has models for square images only.')
+        try:
+            self.check_parts(weights, drop=['head'] if weights.args.get('global_pool', 'token') != 'token' else [])
+        except ValueError as e:
+            raise NoReferenceError(f'--verify: transformers has no such model. {e}') from e
         config = {key: value for key, value in _config(weights).items() if 'dtype' not in key}
         model: Any = PvtForImageClassification(PvtConfig(**config))
         return Reference(
@@ -260,6 +268,7 @@ def _config(weights: 'Weights') -> Dict[str, Any]:
     info, args = weights.info, weights.args
     labels = weights.label_names or [f'LABEL_{i}' for i in range(info.num_classes)]
     dtype = str(info.dtype).removeprefix('torch.')
+    # Two of their names may mean one of ours: the first one is written.
     activations = {timm: theirs for theirs, timm in reversed(_ACTIVATIONS.items())}
     config = {
         'architectures': ['PvtForImageClassification'],
@@ -294,7 +303,10 @@ def _config(weights: 'Weights') -> Dict[str, Any]:
 # ---- preprocessor_config.json ----------------------------------------------------------------------------------------
 
 def _read_size(said: Said, config: Mapping[str, Any]) -> None:
-    """Image size, crop_pct and crop_mode from `size` and `crop_size`."""
+    """Image size, crop_pct and crop_mode from `size` and `crop_size`.
+
+    Without a crop, a shorter side alone tells no image size.
+    """
     size = _sides(config['size'])
     crop = _sides(config.get('crop_size')) if config.get('do_center_crop') else None
     if size is None or config.get('do_center_crop') and crop is None or crop is None and len(size) == 1:
@@ -323,7 +335,7 @@ def _sides(value: Any) -> Optional[Tuple[int, ...]]:
 
 
 def _crop_pct(crop: int, resized: int) -> Optional[float]:
-    """A fraction with which timm resizes to `resized` pixels before it crops to `crop`: a usual one, or a short one."""
+    """A short fraction for which floor(crop / fraction) is `resized`, as timm computes the size before a crop."""
     if crop > resized:
         return None
     short = [math.floor(crop / resized * 10 ** decimals) / 10 ** decimals for decimals in range(1, 8)]

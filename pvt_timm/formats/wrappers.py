@@ -3,7 +3,7 @@ import argparse
 from typing import Any, Dict, List, Mapping, Tuple
 
 from .format import Said
-from .values import class_names, image_size, read_preprocessing
+from .values import class_names, image_size, read_preprocessing, shown
 
 __all__ = ['training_settings', 'unwrap']
 
@@ -19,8 +19,11 @@ def unwrap(
     """Open the wrappers of training checkpoints, with `use_ema` to averaged weights where both are there.
 
     Returns:
-        The state dict, the keys opened, outermost first, and the keys left with the reason. What is in dicts under
-        other names has the keys '{name}.{key}'.
+        The state dict, the opened keys (outermost first), and for each key that was left out the reason. Dicts in the
+        state dict become '{name}.{key}'.
+
+    Raises:
+        ValueError: There is no state dict, or one key twice.
     """
     wrappers: List[str] = []
     left: Dict[str, str] = {}
@@ -38,10 +41,11 @@ def unwrap(
         checkpoint = checkpoint[filled[0]]
     flat: Dict[str, Any] = {}
     for key, value in checkpoint.items():
-        if isinstance(value, Mapping) and value:
-            flat.update({f'{key}.{inner}': x for inner, x in value.items()})
-        else:
-            flat[key] = value
+        inside = isinstance(value, Mapping) and value
+        for name, x in ({f'{key}.{inner}': x for inner, x in value.items()} if inside else {key: value}).items():
+            if name in flat:
+                raise ValueError(f'Expected every weight once, got {shown(name)} twice.')
+            flat[name] = x
     return flat, tuple(wrappers), left
 
 

@@ -154,7 +154,7 @@ def draw_curve(
     for name in shown:
         points = [(row['step'], row[name]) for row in evaluations if row.get(name, -1) >= 0]
         right.plot(*zip(*points) if points else ([], []), label=name.replace('/', ' '), **_CURVES[name])
-    right.set(xlabel='step', ylabel='images to evaluate on', ylim=(0, 1))
+    right.set(xlabel='step', ylabel='score on the images for evaluation', ylim=(0, 1))
     right.legend(frameon=False, loc='best')
     for axes in (left, right):
         axes.spines[['top', 'right']].set_visible(False)

@@ -5,7 +5,9 @@ from typing import Any, List, Tuple, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+
+from ..images import as_seen
 
 __all__ = ['DataError', 'find_images', 'read_image', 'read_label_map']
 
@@ -45,10 +47,7 @@ def read_image(file: Path, channels: int = 3) -> torch.Tensor:
     try:
         with Image.open(file) as image:
             image.load()
-            upright: Any = ImageOps.exif_transpose(image)
-            if upright.mode.startswith('I;16'):  # Pillow would clip at 255
-                upright = upright.point(lambda v: v / 257).convert('L')
-            pixels = np.array(upright.convert('L' if channels == 1 else 'RGB'))
+            pixels = np.array(as_seen(image, channels))
     except Exception as e:  # the readers of damaged files raise all sorts
         raise DataError(f'Cannot read the image {file}: {e}') from e
     return torch.from_numpy(pixels if channels == 3 else pixels[..., None]).permute(2, 0, 1)

@@ -128,6 +128,31 @@ def test_image_modes(tmp_path):
     assert open_image(tmp_path / 'turned.png').size == (64, 48)
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+def test_grey_images_of_more_than_8_bits(channels, tmp_path):
+    """Pillow cuts their values off at 255, so they would be white, or black where they are from 0 to 1."""
+    ramp = np.linspace(0, 1, 64 * 48).reshape(48, 64)
+    expected = np.floor(ramp * 255 + 0.5)
+    images = {
+        'x.pgm': Image.fromarray((ramp * 65535).astype(np.int32)), 'y.tif': Image.fromarray(ramp.astype(np.float32)),
+        'z.tif': Image.fromarray((ramp * 255 + 0.5).astype(np.int32)),
+        'x.png': Image.fromarray((ramp * 65535).astype(np.uint16))}
+    for name, image in images.items():
+        assert image.mode in ('I', 'F', 'I;16')
+        image.save(tmp_path / name)
+        pixels = np.array(open_image(tmp_path / name, channels)).astype(float)
+        assert np.abs((pixels[..., 0] if channels == 3 else pixels) - expected).max() <= 1, name
+    for values in (np.full((48, 64), 70000), np.full((48, 64), -1)):
+        Image.fromarray(values.astype(np.int32)).save(tmp_path / 'a.tif')
+        with pytest.raises(ValueError, match='expected 0 to 255 or 0 to 65535'):
+            open_image(tmp_path / 'a.tif', channels)
+    for values in (ramp * 255, ramp - 1, ramp * np.nan):
+        Image.fromarray(values.astype(np.float32)).save(tmp_path / 'b.tif')
+        with pytest.raises(ValueError, match='expected 0 to 1'):
+            open_image(tmp_path / 'b.tif', channels)
+
+
+
 @pytest.mark.parametrize('name', ['dense.pth', 'headless.pth', 'folder'])
 def test_features(cli, files, tmp_path, name):
     cli('features', files / 'photo.jpg', '--checkpoint', files / name, '--img-size', 64, 96, '--output',

@@ -247,8 +247,7 @@ def test_ways_in(prefix, tmp_path):
 @pytest.mark.parametrize('fmt', FORMATS)
 def test_unknown_key(state, fmt):
     source = in_format(state, fmt)
-    body = {'timm': 'stages.', 'timm_features': 'stages_0.', 'original': 'block1.', 'transformers': 'pvt.encoder.',
-            'mmdet': 'layers.'}[fmt]
+    body = FORMATS[fmt].first_weight[0].partition('.')[0] + '.'
     for name in (f'{body}bogus.weight', *(() if fmt == 'transformers' else ('norm3.weight', 'norm.running_mean'))):
         assert name in error(map_to_timm, {**source, name: torch.zeros(1)})
     key = random.Random(0).choice(sorted(k for k in source if '.0.' in k and k not in FORMATS[fmt].first_weight))

@@ -1,6 +1,7 @@
 """ What a checkpoint, its training and its config say about a model is obeyed, carried along, or refused by name. """
 import argparse
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from pvt_timm import create_from_checkpoint
 from pvt_timm.cli.main import main as pvt_timm_main
 from pvt_timm.cli.predict import load_model, predict
 from pvt_timm.files import read_checkpoint
+from pvt_timm.formats import FORMATS
+from pvt_timm.formats.format import Format, NoReferenceError, Said
 from pvt_timm.formats.mapping import from_timm
+from pvt_timm.formats.names import Row, to_ours, to_theirs
 from pvt_timm.weights import read_weights
 from reference import images, randomize
 from weights_conversion import convert, inspect
@@ -422,3 +426,116 @@ def test_what_is_read_is_one_description(tmp_path):
         assert weights.parts == [] and weights.has_bare_row and weights.model_args == dict(class_token=False)
         assert weights.embed_norm_eps == 1e-5 and weights.num_heads == (1, 2, 5, 8) and not weights.multi_label
         assert files.same(weights.create_model(), weights.for_model())
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+def test_changes_work_on_their_tensors():
+    """Before pieces are joined on the way in, after they are cut on the way out, and with a name where they fail."""
+    table = (Row('kv.{p}', ('k.{p}', 'v.{p}'), our_pieces=(2,), to_ours=lambda x: x.T, to_theirs=lambda x: x.T),
+             Row('a{s}.b{s}', 'x{s}.y{s}', to_ours=lambda x: x.permute(0, 1, 2)))
+    theirs = {'k.weight': torch.arange(6.).view(2, 3), 'v.weight': torch.arange(6., 12.).view(2, 3)}
+    ours, _, unknown = to_ours({**theirs, 'x1.y2': torch.ones(1)}, table)
+    assert ours['kv.weight'].shape == (6, 2) and torch.equal(ours['kv.weight'][3:], theirs['v.weight'].T)
+    assert unknown == ['x1.y2']  # a placeholder stands for the same everywhere
+    back, _, _ = to_theirs(ours, table)
+    assert files.same(back, theirs)
+    assert 'x2.y2 of shape [4]' in refusal(to_ours, {'x2.y2': torch.ones(4)}, table)
+    assert "got 'q'" in refusal(to_ours, {'a': torch.ones(1)}, (Row('a', 'b{q}'),))
+
+
+def test_what_a_format_needs_is_said():
+    class Forgotten(Format):
+        name, table, start = 'forgotten', (), re.compile('x')
+
+    for attribute, value in (('first_weight', None), ('first_weight', 'x.weight'), ('is_target', True)):
+        kind = type('Kind', (Forgotten,), {attribute: value} if value else {})
+        if attribute == 'is_target':
+            kind.first_weight = ('x.weight',)
+        with pytest.raises(TypeError, match='first_weight' if attribute != 'is_target' else 'needs `write`'):
+            kind()
+
+
+def test_the_format_of_the_weights_reads_the_config_first(tmp_path, monkeypatch):
+    """A config may have keys of several formats. And a format's own model is the one to compare with."""
+    timm_format = FORMATS['timm']
+    calls = []
+
+    def read_config(config):
+        calls.append('config')
+        return Said('config.json', model_args=dict(act_layer='relu')) if 'activation' in config else None
+
+    def reference(weights):
+        calls.append('reference')
+        raise NoReferenceError('none')
+
+    monkeypatch.setattr(timm_format, 'read_config', read_config)
+    monkeypatch.setattr(timm_format, 'reference', reference)
+    folder = tmp_path / 'x'
+    folder.mkdir()
+    files.save(build(num_classes=3).state_dict(), folder / 'model.safetensors')
+    (folder / 'config.json').write_text(json.dumps(dict(activation='relu', image_size=32, depths=[1, 2, 2, 1])))
+    report = convert(folder, tmp_path / 'out', verify=True)
+    assert report.model_args == dict(act_layer='relu') and calls == ['config', 'reference']
+    assert report.verification['reference'].startswith('transformers')
+
+
+def test_a_config_that_was_not_read_is_named(tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(dict(architecture='test_pvt', model_args=dict(act_layer='relu'))))
+    file = files.save(build().state_dict(), tmp_path / 'mine.pth')
+    assert any('config.json beside the file was not read' in note for note in inspect(file).notes)
+    assert inspect(tmp_path).model_args == dict(act_layer='relu')
+
+
+def test_no_weight_is_there_twice(tmp_path):
+    state = from_timm(build().state_dict(), 'transformers')[0]
+    base = {k.removeprefix('pvt.'): v + 1 for k, v in state.items() if k.startswith('pvt.encoder.')}
+    assert "with and without 'pvt.'" in refusal(inspect, files.save({**base, **{
+        k: v for k, v in state.items() if 'patch_embeddings.0' not in k}}, tmp_path / 'x.pth'))
+    twice = {'net.a': torch.ones(1), 'net': {'a': torch.ones(1), **build().state_dict()}}
+    assert 'net.a' in refusal(inspect, files.save(twice, tmp_path / 'y.pth'))
+
+
+def test_what_transformers_cannot_hold(tmp_path):
+    for n, (args, named) in enumerate((
+            (dict(patch_size=8, img_size=64), 'patch_size'), (dict(act_layer='hard_swish'), 'act_layer'),
+            (dict(mlp_ratios=(2.5, 4, 4, 4)), 'mlp_ratios'))):
+        source = saved(build(num_classes=3, **args), tmp_path / f'tuned{n}', **args)
+        assert named in refusal(convert, source, tmp_path / 'out', to='transformers')
+        assert 'no such model' in refusal(convert, source, tmp_path / 'out', verify=True)
+        assert convert(source, tmp_path / f'out{n}', verify=None).verification is None
+
+
+def test_the_backbone_in_a_config_of_openmmlab(tmp_path):
+    source = files.make('mmdet', fill=files.random_values)
+
+    def checkpoint(**backbone):
+        config = dict(backbone=dict(type='PyramidVisionTransformer', **backbone))
+        meta = dict(cfg=f'model = {config!r}')
+        return files.save(dict(state_dict=files.wrap(source, prefix='backbone.'), meta=meta), tmp_path / 'x.pth')
+
+    assert inspect(checkpoint(num_heads=[2, 4, 4, 4])).model_args['num_heads'] == (2, 4, 4, 4)
+    for wrong, named in ((dict(act_cfg=dict(type='ReLU')), 'act_cfg'), (dict(sr_ratios=[8, 4, 2, 1]), 'sr_ratios'),
+                         (dict(norm_cfg=dict(type='LN', eps=1e-3)), 'norm_cfg'),
+                         (dict(patch_norm=False), 'patch_norm')):
+        assert named in refusal(inspect, checkpoint(**wrong))
+    flag = "img_norm_cfg = dict(mean=[1, 2, 3], std=[1, 1, 1], to_rgb=flag)"
+    file = files.save(dict(state_dict=files.wrap(source, prefix='backbone.'), meta=dict(cfg=flag)), tmp_path / 'y.pth')
+    assert 'True or False for to_rgb' in refusal(inspect, file)
+    convert(checkpoint(), tmp_path / 'out', to='mmdet')
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'embed_dims=16' in card and 'pretrain_img_size=32' in card and 'sr_ratios=[4, 2, 1, 1]' in card
+
+
+def test_folders_of_this_machine_stay_out_of_cards(tmp_path):
+    folder = tmp_path / 'a\tb' / ('long' * 40) / ('path' * 40)
+    folder.mkdir(parents=True)
+    convert(files.save(files.make('original'), folder / 'x.pth'), tmp_path / 'out')
+    assert 'longlong' not in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_names_of_classes_go_with_their_head(tmp_path):
+    file = files.save(dict(state_dict=build(num_classes=3).state_dict(), hyper_parameters=dict(
+        class_names=['a', 'b', 'c'])), tmp_path / 'x.pth')
+    assert create_from_checkpoint(file).pretrained_cfg['label_names'] == ('a', 'b', 'c')
+    assert 'label_names' not in create_from_checkpoint(file, num_classes=5).pretrained_cfg

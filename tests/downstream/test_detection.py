@@ -642,7 +642,9 @@ def test_image_size_is_that_of_the_config(pipeline, sizes):
     ('retinanet', dict(bbox_head=dict(type='ATSSHead')), 'bbox_head.type'),
     ('retinanet', dict(test_cfg=dict(nms=dict(type='soft_nms', iou_threshold=.5))), 'nms.type'),
     ('retinanet', dict(test_cfg=dict(score_thr=7)), 'score_thr'),
-    ('retinanet', dict(backbone=dict(norm_cfg=dict(type='LN', eps=1e-3))), 'norm_cfg.eps'),
+    ('retinanet', dict(backbone=dict(type='PyramidVisionTransformer', norm_cfg=dict(type='LN', eps=1e-3))), 'norm_cfg'),
+    ('retinanet', dict(backbone=dict(type='PyramidVisionTransformer', act_cfg=dict(type='ReLU'))), 'act_cfg'),
+    ('retinanet', dict(backbone=dict(type='PyramidVisionTransformer', use_conv_ffn=True)), 'use_conv_ffn'),
     ('retinanet', dict(data_preprocessor=dict(mean=[0, 0, 0], std=[1, 1, 1], bgr_to_rgb=False)), 'BGR'),
     ('retinanet', dict(neck=dict(add_extra_convs='on_output')), 'add_extra_convs'),
     ('mask_rcnn', dict(rpn_head=dict(anchor_generator=dict(scales=[4]))), 'scales'),
@@ -652,11 +654,6 @@ def test_image_size_is_that_of_the_config(pipeline, sizes):
 ])
 def test_settings_without_a_counterpart_are_refused_by_name(kind, model, named):
     checkpoint = dict(state_dict=detector_to_mmdet(build_small(kind)), meta=dict(cfg=config_of(kind, **model)))
-    if 'backbone' in model:  # test_pvt has others of its own
-        from pvt_timm.detection.settings import read_settings
-        with pytest.raises(ValueError, match=named):
-            read_settings(checkpoint['meta'], 'RetinaNet')
-        return
     with pytest.raises(ValueError, match=named):
         LOAD[kind](checkpoint)
 
@@ -669,6 +666,9 @@ def test_settings_with_a_counterpart_are_obeyed():
     found = retinanet_from_mmdet(dict(state_dict=state_dict, meta=dict(cfg=config_of(**model))))
     assert (found.topk_candidates, found.score_thresh, found.nms_thresh, found.detections_per_img) == (77, .3, .4, 5)
     assert found.transform.image_mean == [0, .2, .4] and found.transform.image_std == [.2, 1, .4]
+    heads = dict(backbone=dict(type='PyramidVisionTransformer', num_heads=[2, 4, 4, 4]))
+    found = retinanet_from_mmdet(dict(state_dict=state_dict, meta=dict(cfg=config_of(**heads))))
+    assert [stage.blocks[0].attn.num_heads for stage in found.backbone.body.children()] == [2, 4, 4, 4]
     old = dict(config="model = dict(bbox_head=dict(type='RetinaHead'))\ntest_cfg = dict(score_thr=0.2)\n")
     assert retinanet_from_mmdet(dict(state_dict=state_dict, meta=old)).score_thresh == .2
     model = dict(test_cfg=dict(

@@ -1,0 +1,31 @@
+""" Image files as the models see them: upright, with 8 bits per channel. """
+from typing import Any
+
+from PIL import Image, ImageOps
+
+__all__ = ['as_seen']
+
+
+def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:
+    """An image upright, as RGB or, with `channels` 1, as grey levels from 0 to 255.
+
+    Grey images with more than 8 bits are scaled, where Pillow would cut their values off at 255: 16 bits (modes 'I;16',
+    and 'I' where a value is above 255) by 65535, floating point numbers (mode 'F') as values from 0 to 1.
+
+    Raises:
+        ValueError: The values of mode 'I' are not from 0 to 65535, or those of mode 'F' not from 0 to 1.
+    """
+    upright: Any = ImageOps.exif_transpose(image)
+    if upright.mode.startswith('I;16'):
+        upright = upright.point(lambda value: value / 257).convert('L')
+    elif upright.mode == 'I':
+        low, high = upright.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(f'its values are from {low} to {high}, expected 0 to 255 or 0 to 65535')
+        upright = (upright.point(lambda value: value / 257) if high > 255 else upright).convert('L')
+    elif upright.mode == 'F':
+        low, high = upright.getextrema()
+        if not 0 <= low <= high <= 1:  # also where a value is NaN
+            raise ValueError(f'its values are from {low:g} to {high:g}, expected 0 to 1')
+        upright = upright.point(lambda value: value * 255 + 0.5).convert('L')
+    return upright.convert('RGB' if channels == 3 else 'L')
