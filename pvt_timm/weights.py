@@ -17,7 +17,7 @@ from .formats import FORMATS
 from .formats.architecture import Architecture, check_keys, describe, drop_parts
 from .formats.format import Format, Said
 from .formats.mapping import Converted, map_to_timm
-from .formats.names import StateDict
+from .formats.names import StateDict, some_names
 from .formats.timm import CLASS_ROW, POS_EMBED
 from .formats.values import image_size, number, numbers, shown, text, truth, whole_number, whole_numbers
 from .formats.wrappers import training_settings
@@ -490,18 +490,9 @@ def _find_variant(info: Architecture, source: Source, model: Optional[str], said
 
 
 def _odd(converted: Converted) -> List[str]:
-    """Notes on what is odd about weights, and on what stands beside them."""
-    notes = []
-    if converted.beside:
-        from .detection.openmmlab import describe_heads, heads_of  # which needs torchvision's detectors
-
-        heads = describe_heads(heads_of(converted))
-        notes = [f'beside the backbone is the rest of a {heads[0]} for {heads[1]} classes'] if heads else []
+    """Notes on what is odd about weights."""
     broken = [key for key, value in converted.state_dict.items() if not value.isfinite().all()]
-    if broken:
-        more = f' and {len(broken) - 3} more' if len(broken) > 3 else ''
-        notes.append(f'values that are not finite, kept as they are: {", ".join(broken[:3])}{more}')
-    return notes
+    return [f'values that are not finite, kept as they are: {some_names(broken, 3)}'] if broken else []
 
 
 def _preprocessing(account: Said, info: Architecture, variant: str, notes: List[str]) -> Dict[str, Any]:

@@ -1,12 +1,14 @@
 """ The conversion itself: choose, resize, cast, write. """
+import contextlib
 import shutil
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from timm.models import get_pretrained_cfg
 
 from pvt_timm.cli.errors import clean
+from pvt_timm.detection.openmmlab import describe_heads, heads_of
 from pvt_timm.files import PathLike
 from pvt_timm.formats import FORMATS
 from pvt_timm.formats.architecture import Architecture, describe
@@ -32,7 +34,7 @@ def inspect(source: PathLike, **options: Any) -> Report:
         source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
         options: Those of `pvt_timm.weights.read_weights`.
     """
-    with read_weights(source, **options) as weights:
+    with _read(source, **options) as weights:
         return Report(weights)
 
 
@@ -82,7 +84,7 @@ def convert(
     new_size = check_size(img_size)
     path = check_output(output, force)
 
-    with read_weights(source, **options) as weights:
+    with _read(source, **options) as weights:
         if num_classes not in (None, 0, weights.info.num_classes):
             raise ValueError(
                 f'Expected num_classes 0 or {weights.info.num_classes}, which the head has, got {num_classes}. '
@@ -111,6 +113,17 @@ def convert(
             report.files = files_in(folder)
         report.output = str(path)
         return report
+
+
+@contextlib.contextmanager
+def _read(source: PathLike, **options: Any) -> Iterator[Weights]:
+    """`read_weights` with a note on a detector or segmenter that the weights are the backbone of."""
+    with read_weights(source, **options) as weights:
+        heads = describe_heads(heads_of(weights.converted)) if weights.converted.beside else None
+        if heads:
+            note = f'beside the backbone is the rest of a {heads[0]} for {heads[1]} classes'
+            weights = replace(weights, notes=[note, *weights.notes])
+        yield weights
 
 
 def _target(
