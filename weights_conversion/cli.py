@@ -8,11 +8,12 @@ from typing import Any, Dict, List, Optional
 
 from huggingface_hub.utils import disable_progress_bars, logging
 
-from pvt_timm.cli.errors import Parser, run_command
+from pvt_timm.cli.errors import Parser, clean, run_command
 from pvt_timm.files import MAX_BYTES
 from pvt_timm.weights import PARTS
 
 from .converter import DTYPES, TARGETS, convert, inspect
+from .detectors import convert_whole
 from .upload import check_repo, publish, push
 
 __all__ = ['main']
@@ -102,6 +103,8 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--output', '-o', metavar='DIR', required=True, help='folder to write')
     add('--to', choices=TARGETS, default='timm', help='target format (default: timm)')
+    add('--whole', action='store_true',
+        help='with --to mmdet or original: the whole detector or segmenter, not its backbone alone')
     add('--drop', metavar='PART', nargs='+', choices=PARTS, default=[], help=f'leave out {", ".join(PARTS)}')
     add('--num-classes', metavar='N', type=int, help='0 leaves out the head')
     add('--img-size', metavar='N', type=int, nargs='+',
@@ -135,6 +138,9 @@ def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
         check_repo(repo)
     elif private or dry_run:
         raise ValueError('Expected --push OWNER/REPO with --private or --dry-run.')
+    if args.pop('whole'):
+        _convert_whole(args, as_json, quiet)
+        return
     report = convert(**args)
     pushed = push(args['output'], repo, files=list(report.files), private=private, dry_run=dry_run) if repo else None
     if as_json:
@@ -144,6 +150,23 @@ def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
         if pushed:
             done = 'would upload' if dry_run else 'uploaded'
             print(f'\n{done} {", ".join(pushed["files"])} to {pushed["url"] or repo}')
+
+
+def _convert_whole(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
+    taken = ('source', 'output', 'to', 'prefix', 'force', 'max_bytes')
+    usual = vars(_parser().parse_args(['convert', args['source'], '--output', args['output']]))
+    others = [name for name, value in args.items() if name not in taken and value != usual[name]]
+    if others:
+        raise ValueError(f'Expected none of --{others[0].replace("_", "-")} and the like with --whole.')
+    report = convert_whole(**{name: args[name] for name in taken})
+    if as_json:
+        print(json.dumps(report, indent=2))
+    elif not quiet:
+        names = ', '.join(report['categories'][:8]) + (', ...' if len(report['categories']) > 8 else '')
+        print(clean(f'{report["kind"]} on {report["model"]}, {report["num_classes"]} classes' + (
+            f' ({names})' if names else ''), 1000))
+        print(f'written to {clean(report["output"], 4096)}: ' + ', '.join(
+            f'{name}, {size:,} bytes' for name, size in report['files'].items()))
 
 
 def _publish(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:

@@ -21,6 +21,7 @@ import convert_files as files
 import pvt_timm
 from convert_files import run
 from pvt_timm.formats.mapping import map_to_timm
+from pvt_timm.detection import detector_to_mmdet, pvt_retinanet
 from pvt_timm.files import read_checkpoint
 from pvt_timm import sources, weights as weights_module
 from pvt_timm.weights import Weights
@@ -580,13 +581,14 @@ def test_commands_of_the_readme(hub, token, tmp_path, monkeypatch):
     hub.add_file('whai362/PVT/releases/download/v2/pvt_small.pth', Path('pvt_small.pth'))
     hub.add_repo('Zetatech/pvt-small-224', {'model.safetensors': files.save(
         files.make('transformers', fill=files.random_values), Path('x.safetensors'))})
-    files.save(files.wrap(files.make('original-dense'), 'state_dict', 'backbone.'), Path('retinanet_pvt.pth'))
+    detector = detector_to_mmdet(pvt_retinanet('test_pvt', 3, out_channels=16))
+    files.save({'state_dict': detector}, Path('retinanet_pvt.pth'))
     files.save(files.wrap(files.make('timm', num_classes=2, fill=files.random_values), 'state_dict_ema'),
                Path('checkpoint.pth.tar'))
     Path('class_names.txt').write_text('cat\ndog\n')
     text = (Path(__file__).parents[2] / 'weights_conversion' / 'README.md').read_text()
     commands = [line for line in text.splitlines() if re.match('pvt-convert (?!publish)', line)]
-    assert len(commands) == 12
+    assert len(commands) == 13
     for command in commands:
         command = command.replace('https://github.com', hub.url).replace('SHA256', sha256).replace('OWNER/REPO', 'me/x')
         code, out, err = run(*shlex.split(command)[1:])
