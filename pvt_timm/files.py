@@ -5,7 +5,7 @@ import struct
 import uuid
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Iterable, List, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterable, List, Optional, Union
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from .torch_files import UnknownName, check_plain, read_legacy, read_zip
 
 __all__ = [
-    'MAX_BYTES', 'CheckpointError', 'checkpoints_among', 'find_checkpoint', 'read_checkpoint', 'save_atomically']
+    'MAX_BYTES', 'CheckpointError', 'checkpoints_among', 'find_checkpoint', 'read_checkpoint', 'refuse_same_file',
+    'save_atomically']
 
 PathLike = Union[str, 'os.PathLike[str]']
 
@@ -65,6 +66,17 @@ def checkpoints_among(files: Iterable[Path]) -> List[Path]:
         if name in by_name:
             return [by_name[name]]
     return [by_name[name] for name in sorted(by_name) if Path(name).suffix in _SUFFIXES]
+
+
+def refuse_same_file(output: PathLike, *inputs: Optional[PathLike]) -> None:
+    """Refuse to write to a file that is read, also under another name.
+
+    Raises:
+        ValueError: `output` is one of `inputs`.
+    """
+    for path in inputs:
+        if path and os.path.isfile(path) and os.path.isfile(output) and os.path.samefile(path, output):
+            raise ValueError(f'{output} is read and would be replaced: choose another name for the output.')
 
 
 def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any]:

@@ -537,6 +537,10 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
 TOP1 = {'pvt_tiny.in1k': 75.1, 'pvt_small.in1k': 79.8, 'pvt_medium.in1k': 81.2, 'pvt_large.in1k': 81.7}
 
 
+# Arguments that go with the weights of a tag, by default: dense backbones that mmdetection trained
+TAG_ARGS: Dict[Optional[str], Dict[str, Any]] = {'retinanet_coco': dict(class_token=False, embed_norm_eps=1e-6)}
+
+
 def find_variant(depths: Tuple[int, ...], embed_dims: Tuple[int, ...]) -> Optional[str]:
     """Name of the variant with these depths and channels, None if there is none."""
     return next((k for k, v in VARIANTS.items() if (v['depths'], v['embed_dims']) == (depths, embed_dims)), None)
@@ -560,8 +564,7 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
         raise ValueError(
             'PVT has output_stride 32 only: use a decoder for feature strides 4, 8, 16, 32, such as FPN or UPerNet.')
     kwargs = {**VARIANTS[variant], **kwargs}
-    if _tag(kwargs.get('pretrained_cfg')) == 'retinanet_coco':  # dense backbones that mmdetection trained
-        kwargs = {'class_token': False, 'embed_norm_eps': 1e-6, **kwargs}
+    kwargs = {**TAG_ARGS.get(_tag(kwargs.get('pretrained_cfg')), {}), **kwargs}
     feature_cfg = {'out_indices': tuple(range(len(kwargs['depths']))), **(kwargs.pop('feature_cfg', None) or {})}
     num_stages = len(kwargs['depths'])
     if kwargs.get('features_only', False):

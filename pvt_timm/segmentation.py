@@ -180,13 +180,13 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
     names, palette = ade20k_classes() if model.num_classes == 150 else ([], [])
     model.categories = said.get('label_names', names)
     colors = said.get('palette', palette)
-    if not all(map(_is_color, colors)):
+    if not all(map(is_color, colors)):
         raise ValueError('Expected red, green and blue from 0 to 255 per class as palette in the checkpoint.')
     model.palette = [tuple(color) for color in colors]
     return model
 
 
-def _is_color(value: Any) -> bool:
+def is_color(value: Any) -> bool:
     """Whether a value from a checkpoint is red, green and blue."""
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         return False

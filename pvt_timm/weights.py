@@ -22,7 +22,7 @@ from .formats.timm import CLASS_ROW, POS_EMBED
 from .formats.values import image_size, number, numbers, shown, text, truth, whole_number, whole_numbers
 from .formats.wrappers import training_settings
 from .labels import LABELS_FILE, labels_beside, read_labels
-from .pvt import VARIANTS, PyramidVisionTransformer, find_variant, update_model_input_size
+from .pvt import TAG_ARGS, VARIANTS, PyramidVisionTransformer, find_variant, update_model_input_size
 from .sources import Source, open_source
 
 __all__ = ['PARTS', 'Size', 'Weights', 'check_size', 'create_from_checkpoint', 'read_weights']
@@ -299,7 +299,7 @@ def read_weights(
         try:
             reference = weights.create_model(pretrained=False, device='meta').state_dict()
         except Exception as e:  # whatever timm and the model say of an argument
-            raise ValueError(f'What is said about the model does not fit together: {e}') from e
+            raise ValueError(f'What is said about the model does not fit together: {e or type(e).__name__}') from e
         check_keys(weights.for_model(), reference)
         yield weights
 
@@ -348,6 +348,9 @@ def _what_is_said(source: Source, checkpoint: Mapping[str, Any], of_weights: For
         places += [fmt.read_processor(source.processor) for fmt in FORMATS.values()]
     said = [place for place in places if place is not None]
     for place in said:
+        eps = TAG_ARGS.get(place.tag, {}).get('embed_norm_eps')
+        if eps is not None:  # what timm builds such a model with, without saying it
+            place.model_args.setdefault('embed_norm_eps', eps)
         place.model_args = {
             name: _as_argument(name, value, place.where)
             for name, value in place.model_args.items() if name not in _WITHOUT_EFFECT}
@@ -407,7 +410,7 @@ def _merge(places: Sequence[Said]) -> Said:
         ValueError: Two places contradict each other in what changes outputs. The message names both.
     """
     account = Said('')
-    names = [name for name in vars(account) if name not in ('where', 'overrides', 'model_args', 'notes')]
+    names = [name for name in vars(account) if name not in ('where', 'overrides', 'tag', 'model_args', 'notes')]
     for name in names:
         saying = [(place, getattr(place, name)) for place in places if getattr(place, name) not in (None, [])]
         if saying:

@@ -24,6 +24,10 @@ COMMANDS = ('convert', 'inspect', 'publish')
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line. Returns the exit code: 0, or 2 after one line on stderr that says what was wrong."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    before = []  # options that may stand before the command too
+    while argv and argv[0] in ('--json', '--quiet', '-q', '--debug'):
+        before.append(argv.pop(0))
+    argv = [*argv[:1], *before, *argv[1:]]
     if not argv or argv[0] not in (*COMMANDS, '-h', '--help'):
         argv = ['convert', *argv]
     args = vars(_parser().parse_args(argv))

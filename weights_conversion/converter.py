@@ -1,6 +1,7 @@
 """ The conversion itself: choose, resize, cast, write. """
 import contextlib
 import shutil
+from pathlib import Path
 from dataclasses import replace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -95,7 +96,8 @@ def convert(
         tensors, written = (target.for_model(), None) if to == 'timm' else from_timm(target.state_dict, to)
         report = Report(weights, target, to, written)
 
-        with new_files(path, force, weights.source.files) as folder:
+        read = [*weights.source.files, *([Path(options['labels'])] if options.get('labels') else [])]
+        with new_files(path, force, read) as folder:
             try:
                 FORMATS[to].write(folder, target, tensors)
             except (RuntimeError, OSError) as e:  # torch reports a full disk by the first one

@@ -10,6 +10,7 @@ from timm.data import create_transform
 from ..export import TARGETS, Exported, export
 from ..int8 import CalibrationImages, Int8Change, find_images
 from .errors import clean
+from ..files import refuse_same_file
 from .predict import Classifier, load_model, open_image
 
 __all__ = ['add_export_options', 'run_export']
@@ -34,6 +35,7 @@ def run_export(args: argparse.Namespace) -> None:
         raise ValueError('Expected --int8 and --calibrate FOLDER together')
     if args.calibrate is not None:
         find_images(args.calibrate)  # before weights are downloaded
+    refuse_same_file(args.output, args.checkpoint)
     classifier = load_model(
         args.model, args.checkpoint, dense=args.features, img_size=args.img_size, labels=args.labels,
         prefix=args.prefix)

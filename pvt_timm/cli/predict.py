@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..files import save_atomically
+from ..files import refuse_same_file, save_atomically
 from ..images import as_seen
 from ..labels import labels_in, read_labels
 from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, PyramidVisionTransformerStage
@@ -75,6 +75,8 @@ def load_model(
         name, network = _load_published(model or DEFAULT_MODEL, kwargs)
     else:
         with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
+            if not dense and weights.problem_type == 'regression':
+                raise ValueError(f'Expected weights of a classifier, {Path(weights.source.name).name} predicts numbers')
             network = weights.create_model(**kwargs)
             name, notes = f'{weights.variant} from {Path(weights.source.name).name}', weights.notes
             multi_label = weights.multi_label
@@ -219,6 +221,8 @@ def run_predict(args: argparse.Namespace) -> None:
 def run_features(args: argparse.Namespace) -> None:
     for path in (args.image, *(Path(p).absolute().parent for p in (args.output, args.save) if p)):
         os.stat(path)  # before weights are downloaded
+    for path in filter(None, (args.output, args.save)):
+        refuse_same_file(path, args.image, args.checkpoint)
     classifier = load_model(args.model, args.checkpoint, dense=True, img_size=args.img_size, prefix=args.prefix)
     image = open_image(args.image, classifier.data['input_size'][0])
     features, size = extract(classifier, image, args.img_size)

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from .architecture import drop_parts
-from .names import StateDict, Table
+from .names import StateDict, Table, shown
 
 if TYPE_CHECKING:
     from ..weights import Weights
@@ -21,6 +22,7 @@ class Said:
     where: str  # the place, for messages: 'config.json' or the like
     overrides: bool = False  # goes before other places without an error where they say something else
     architecture: Optional[str] = None  # name of a timm model
+    tag: Optional[str] = None  # of the published weights that it started from
     model_args: Dict[str, Any] = field(default_factory=dict)  # arguments of a timm model
     img_size: Optional[Tuple[int, int]] = None  # height and width of the images of training
     mean: Optional[Tuple[float, ...]] = None  # per channel, of images from 0 to 1
@@ -117,6 +119,19 @@ class Format:
         weights.refuse_args(self.name, but=('img_size',))
         return []
 
+    def notes_on_images(self, weights: 'Weights') -> List[str]:
+        """Notes on what a format of weights alone has no place for: how images are prepared, and several labels."""
+        default: Any = get_pretrained_cfg(weights.variant)
+        names = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+        others = [f'{name} {shown(weights.preprocessing[name])}' for name in names
+                  if tuple_of(weights.preprocessing[name]) != tuple_of(getattr(default, name))]
+        notes = []
+        if others:
+            notes.append(f'the {self.name} format has no place for how images are prepared: {", ".join(others)}')
+        if weights.problem_type:
+            notes.append(f'the {self.name} format has no place for problem_type {shown(weights.problem_type)}')
+        return notes
+
     def check_eps(self, weights: 'Weights', eps: float) -> List[str]:
         """Refuse an eps in patch embeddings and spatial reductions other than the usual ones, 1e-5 and 1e-6.
 
@@ -160,6 +175,10 @@ class Format:
     def how_to_load(self, weights: 'Weights') -> str:
         """A sentence for the card: how checkpoints of this format are loaded."""
         raise NotImplementedError
+
+
+def tuple_of(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def layer_norms(model: nn.Module, *ends: str) -> List[Any]:

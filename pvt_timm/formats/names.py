@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Set, 
 
 import torch
 
-__all__ = ['NamePairs', 'Row', 'StateDict', 'Table', 'some_names', 'to_ours', 'to_theirs']
+__all__ = ['NamePairs', 'Row', 'StateDict', 'Table', 'shown', 'some_names', 'to_ours', 'to_theirs']
 
 StateDict = Dict[str, torch.Tensor]
 # Pairs of (new names, old names) that hold the same numbers
@@ -105,6 +105,15 @@ def some_names(names: Iterable[Any], limit: int = 6) -> str:
     names = [str(name) for name in names]
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return ', '.join(names[:limit]) + more
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value for a message: short, in one line, without characters that change a terminal."""
+    text = ascii(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    if isinstance(value, (list, tuple)) and len(value) <= 16:
+        if all(isinstance(x, (int, float, str)) for x in value):
+            text = ascii(list(value))
+    return text if len(text) <= limit else text[:limit - 3] + '...'
 
 
 @dataclass

@@ -83,7 +83,7 @@ class OpenMMLabFormat(Format):
             raise ValueError(
                 f'The mmdet format has no place for {", ".join(left)}: leave them out with --drop {" ".join(have)}.')
         weights.refuse_args(self.name, but=('img_size', 'in_chans', 'class_token', 'embed_norm_eps', 'global_pool'))
-        return self.check_eps(weights, EPS)
+        return self.check_eps(weights, EPS) + self.notes_on_images(weights)
 
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
         """A bare state dict, as mmdetection's `init_cfg` reads."""

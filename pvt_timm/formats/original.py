@@ -55,11 +55,11 @@ class OriginalFormat(Format):
                 f'The original format holds class token and norm together or neither, and a head only with them, this '
                 f'would be {", ".join(keep)}: leave them out with --drop {" ".join(weights.parts)}.')
         weights.refuse_args(self.name, but=('img_size', 'global_pool', 'embed_norm_eps'))
-        notes = []
-        if 'head' in keep and weights.args.get('global_pool', 'token') != 'token':
-            notes.append(f'the head was trained with global_pool={weights.args["global_pool"]!r}, the original code '
-                         f'takes the class token')
-        return notes + self.check_eps(weights, 1e-5)
+        pool = weights.args.get('global_pool', 'token')
+        if 'head' in keep and pool != 'token':
+            raise ValueError(
+                f'The head takes global_pool={pool!r}, the original code always the class token: --drop head.')
+        return self.check_eps(weights, 1e-5) + self.notes_on_images(weights)
 
     def take_parts(self, weights: 'Weights', drop: Sequence[str]) -> Tuple[StateDict, List[str]]:
         state_dict = drop_parts(weights.state_dict, [part for part in drop if part != 'class_token'])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
 
 from .format import Format, Said
 from .names import Row, StateDict
-from .values import image_size, read_preprocessing, shown
+from .values import image_size, problem_type, read_preprocessing, shown
 from .writing import write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -49,9 +49,12 @@ class TimmFormat(Format):
         for name in ('global_pool', 'num_classes'):
             if config.get(name) is not None:
                 said.model_args.setdefault(name, config[name])
-        said.problem_type = _text(config, 'problem_type')
+        said.problem_type = problem_type(_text(config, 'problem_type'))
+        if config.get('problem_type') and said.problem_type is None:
+            said.notes.append(f'left out the problem_type that config.json says: {shown(config["problem_type"])}')
 
         pretrained_cfg = _inner(config, 'pretrained_cfg')
+        said.tag = _text(pretrained_cfg, 'tag')
         read_preprocessing(said, pretrained_cfg)
         if pretrained_cfg.get('input_size') is not None:
             said.img_size = image_size(pretrained_cfg['input_size'])

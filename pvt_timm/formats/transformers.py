@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 
 from .format import Format, NoReferenceError, Reference, Said, layer_norms
 from .names import Row, StateDict
-from .values import number, numbers, shown
+from .values import number, numbers, problem_type, shown
 from .writing import write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -130,8 +130,9 @@ class TransformersFormat(Format):
             if config.get(theirs) is not None:
                 rate = _number(config, theirs)
                 args.update(dict.fromkeys(ours_names, rate) if rate else {})
-        problem = config.get('problem_type')
-        said.problem_type = problem if isinstance(problem, str) else None
+        said.problem_type = problem_type(config.get('problem_type'))
+        if config.get('problem_type') is not None and said.problem_type is None:
+            said.notes.append(f'left out the problem_type that config.json says: {shown(config["problem_type"])}')
         try:
             said.label_names = labels_in(dict(config))
         except ValueError as e:
@@ -160,7 +161,8 @@ class TransformersFormat(Format):
             said.mean, said.std = (0.,), (1.,)
         if config.get('resample') is not None:
             resample = config['resample']
-            said.interpolation = _RESAMPLES.get(resample) if isinstance(resample, int) else None
+            is_number = isinstance(resample, int) and not isinstance(resample, bool)
+            said.interpolation = _RESAMPLES.get(resample) if is_number else None
             if said.interpolation is None:
                 said.notes.append(f'left out the resample that preprocessor_config.json says: {shown(resample)}')
         if config.get('size') is not None:

@@ -3,26 +3,20 @@ import math
 from typing import Any, List, Mapping, Optional, Tuple
 
 from .format import Said
+from .names import shown
 
 __all__ = [
-    'class_names', 'image_size', 'number', 'numbers', 'read_preprocessing', 'shown', 'text', 'truth', 'whole_number',
-    'whole_numbers']
+    'class_names', 'image_size', 'number', 'numbers', 'problem_type', 'read_preprocessing', 'shown', 'text', 'truth',
+    'whole_number', 'whole_numbers']
 
 MAX_CHANNELS = 16
 MAX_SIDE = 2 ** 16
+MAX_NAME = 1000  # characters of the name of a class
+PROBLEM_TYPES = ('single_label_classification', 'multi_label_classification', 'regression')
 MIN_CROP_PCT = 0.1  # below, an image is enlarged until it fills the memory
 # What timm resizes images with for evaluation. Its 'random' is for training only.
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
-
-
-def shown(value: Any, limit: int = 60) -> str:
-    """A value for a message: short, in one line, without characters that change a terminal."""
-    text = ascii(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
-    if isinstance(value, (list, tuple)) and len(value) <= MAX_CHANNELS:
-        if all(isinstance(x, (int, float, str)) for x in value):
-            text = ascii(list(value))
-    return text if len(text) <= limit else text[:limit - 3] + '...'
 
 
 def number(value: Any, low: float = -math.inf, high: float = math.inf) -> Optional[float]:
@@ -79,9 +73,14 @@ def class_names(value: Any) -> Optional[List[str]]:
     """The names of classes, in a list of texts or numbers."""
     if not isinstance(value, (list, tuple)) or not value:
         return None
-    if not all(isinstance(name, (str, int, float)) for name in value):
+    if not all(isinstance(name, (str, int, float)) and len(str(name)) <= MAX_NAME for name in value):
         return None
     return [str(name) for name in value]
+
+
+def problem_type(value: Any) -> Optional[str]:
+    """One of transformers' kinds of problems."""
+    return value if value in PROBLEM_TYPES else None
 
 
 def read_preprocessing(said: Said, config: Mapping[Any, Any]) -> None:

@@ -3,7 +3,7 @@ import argparse
 from typing import Any, Dict, List, Mapping, Tuple
 
 from .format import Said
-from .values import class_names, image_size, read_preprocessing, shown
+from .values import class_names, image_size, problem_type, read_preprocessing, shown
 
 __all__ = ['training_settings', 'unwrap']
 
@@ -11,6 +11,8 @@ __all__ = ['training_settings', 'unwrap']
 _AVERAGED = ('state_dict_ema', 'model_ema')
 _PLAIN = ('state_dict', 'model')
 _MAX_WRAPPERS = 4
+# Arguments of a model that change its outputs and that no state dict tells
+_MODEL_ARGS = ('act_layer', 'norm_layer', 'norm_eps', 'embed_norm_eps', 'num_heads', 'mlp_ratios')
 
 
 def unwrap(
@@ -70,11 +72,17 @@ def training_settings(checkpoint: Mapping[str, Any]) -> Said:
                 said.notes.append(f'left out the {name} that {said.where} says')
     for name in ('label_names', 'class_names', 'classes'):
         said.label_names = said.label_names or class_names(settings.get(name))
+        if said.label_names is None and isinstance(settings.get(name), (list, tuple)) and settings[name]:
+            said.notes.append(f'left out the {name} that {said.where} says: these are no names')
     for name in ('global_pool', 'gp'):  # of a model, and of train.py
         if isinstance(settings.get(name), str):
             said.model_args.setdefault('global_pool', settings[name])
-    problem = settings.get('problem_type')
-    said.problem_type = problem if isinstance(problem, str) else None
+    said.problem_type = problem_type(settings.get('problem_type'))
+    if isinstance(settings.get('model'), str):
+        said.tag = settings['model'].partition('.')[2] or None
+    for name in _MODEL_ARGS:  # of Lightning's modules, alone or in a group
+        if settings.get(name) is not None:
+            said.model_args[name] = settings[name]
     # train.py builds the model with what stands in its --model-kwargs
     for name, value in _as_dict(_as_dict(checkpoint.get('args')).get('model_kwargs')).items():
         said.model_args[name] = value

@@ -16,7 +16,7 @@ from ..files import read_checkpoint
 from ..formats.architecture import check_keys, describe
 from ..formats.mapping import map_to_timm
 from ..pvt import VARIANTS, PyramidVisionTransformer, find_variant
-from ..segmentation import SemanticFpn, semantic_fpn, semantic_fpn_from_mmseg
+from ..segmentation import SemanticFpn, is_color, semantic_fpn, semantic_fpn_from_mmseg
 from ..version import __version__
 
 __all__ = ['KEY', 'KINDS', 'copy_weights', 'describe_model', 'is_own', 'load_any', 'load_trained', 'widths_of']
@@ -133,8 +133,7 @@ def load_trained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
     said = checkpoint.get(KEY)
     if said is None:
         said = _described_by(weights)
-    if not isinstance(said, Mapping) or said.get('kind') not in KINDS or said.get('model') not in VARIANTS:
-        raise ValueError(f"Expected a known kind and model under '{KEY}' in the checkpoint.")
+    _check_described(said, weights)
     model_args, head_args = said.get('model_args', {}), said.get('head_args', {})
     unknown = [name for name in model_args if name not in _MODEL_ARGS]
     if unknown:
@@ -144,16 +143,44 @@ def load_trained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
         sizes['min_size'] = tuple(sizes['min_size'])
     model_args = {name: tuple(value) if isinstance(value, list) else value for name, value in model_args.items()}
     build = KINDS[said['kind']]
-    model = build(said['model'], said['num_classes'], model_args=model_args, **{**sizes, **head_args, **kwargs})
+    try:
+        model = build(said['model'], said['num_classes'], model_args=model_args, **{**sizes, **head_args, **kwargs})
+    except (TypeError, AssertionError) as e:
+        raise ValueError(f"What stands under '{KEY}' in the checkpoint does not fit together: {e}") from e
     check_keys(weights, model.state_dict())
     model.load_state_dict(weights)
     _set_normalisation(model, said)
     model.categories = [str(name) for name in said.get('categories', ())]
-    if len(model.categories) not in (0, model.num_classes):
-        raise ValueError(f'Expected {model.num_classes} names of classes, got {len(model.categories)}.')
     if hasattr(model, 'palette'):
         model.palette = [tuple(int(x) for x in color) for color in said.get('palette', ())]
     return model.eval()
+
+
+def _check_described(said: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a description that makes no sense, or of another model than the weights, before anything is built."""
+    if not isinstance(said, Mapping) or not all(isinstance(said.get(name), str) for name in ('kind', 'model')) or (
+            said['kind'] not in KINDS or said['model'] not in VARIANTS):
+        raise ValueError(f"Expected a known kind and model under '{KEY}' in the checkpoint.")
+    for name in ('model_args', 'head_args'):
+        if not isinstance(said.get(name, {}), Mapping):
+            raise ValueError(f"Expected a dict for {name} under '{KEY}' in the checkpoint.")
+    name, per_class, background = _HEADS[said['kind']]
+    rows = weights[name].shape[0] if name in weights and weights[name].ndim else 0
+    count = said.get('num_classes')
+    if type(count) is not int or (count + background) * per_class != rows:
+        raise ValueError(f'Expected as many classes as {name} is for, which has {rows} rows.')
+    for argument, width in widths_of(weights).items():
+        if said.get('head_args', {}).get(argument, width) != width:
+            raise ValueError(f'Expected {argument} {width}, which the weights have.')
+    categories, palette = said.get('categories', ()), said.get('palette', ())
+    if not isinstance(categories, (list, tuple)) or len(categories) not in (0, count):
+        raise ValueError(f'Expected {count} names of classes or none, got {len_of(categories)}.')
+    if not isinstance(palette, (list, tuple)) or len(palette) not in (0, count) or not all(map(is_color, palette)):
+        raise ValueError(f'Expected {count} colours (red, green and blue from 0 to 255) as palette, or none.')
+
+
+def len_of(value: Any) -> Any:
+    return len(value) if isinstance(value, (list, tuple)) else type(value).__name__
 
 
 def _set_normalisation(model: Any, said: Mapping[str, Any]) -> None:

@@ -539,3 +539,82 @@ def test_names_of_classes_go_with_their_head(tmp_path):
         class_names=['a', 'b', 'c'])), tmp_path / 'x.pth')
     assert create_from_checkpoint(file).pretrained_cfg['label_names'] == ('a', 'b', 'c')
     assert 'label_names' not in create_from_checkpoint(file, num_classes=5).pretrained_cfg
+
+
+# ---- what a second reader found --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('hyper', [
+    dict(act_layer='relu'), dict(model_kwargs=dict(act_layer='relu')), dict(model=dict(act_layer='relu', lr=.1))])
+def test_lightning_says_arguments_too(hyper, tmp_path):
+    model, x = build(num_classes=3, act_layer='relu'), images(1, 3, 32, 32, dtype=torch.float32)
+    file = files.save(dict(state_dict=model.state_dict(), hyper_parameters=hyper), tmp_path / 'x.ckpt')
+    assert torch.equal(outputs(create_from_checkpoint(file), x), outputs(model, x))
+
+
+def test_formats_of_weights_alone_say_what_they_lose(tmp_path):
+    args = argparse.Namespace(mean=[.1, .2, .3], crop_pct=.9)
+    file = files.save(dict(state_dict=build(num_classes=3).state_dict(), args=args), tmp_path / 'x.pth.tar')
+    for to, drop in (('original', ()), ('mmdet', ('class_token', 'norm', 'head'))):
+        report = convert(file, tmp_path / to, to=to, drop=drop)
+        assert any('mean [0.1, 0.2, 0.3], crop_pct 0.9' in note for note in report.notes), report.notes
+        assert 'crop_pct 0.9' in (tmp_path / to / 'README.md').read_text()
+    folder = in_transformers(build(num_classes=3), tmp_path / 'hf', problem_type='multi_label_classification')
+    assert any('multi_label' in note for note in convert(folder, tmp_path / 'o', to='original').notes)
+    plain = files.save(files.make('timm', fill=files.random_values), tmp_path / 'y.pth')
+    assert convert(plain, tmp_path / 'p', to='original').notes == []
+
+
+def test_eps_of_a_tag_that_timm_saved(tmp_path):
+    """timm builds the model of a tag with its eps, and says so by the tag alone."""
+    cfg = dict(timm.get_pretrained_cfg('pvt_tiny.retinanet_coco').to_dict(), architecture='test_pvt')
+    model = randomize(timm.create_model('test_pvt', pretrained_cfg=cfg))
+    assert model.stages[0].patch_embed.norm.eps == 1e-6
+    timm.models.save_for_hf(model, tmp_path / 'saved')
+    assert create_from_checkpoint(tmp_path / 'saved').stages[0].patch_embed.norm.eps == 1e-6
+    args = argparse.Namespace(model='test_pvt.retinanet_coco')
+    file = files.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'x.pth.tar')
+    assert inspect(file).model_args['embed_norm_eps'] == 1e-6
+
+
+def test_kinds_of_problems(tmp_path, capsys):
+    picture = Image.new('RGB', (32, 32))
+    folder = in_transformers(build(num_classes=3), tmp_path / 'numbers', problem_type='regression')
+    assert 'predicts numbers' in refusal(load_model, checkpoint=folder)
+    for n, odd in enumerate(('x', 5)):
+        folder = in_transformers(build(num_classes=3), tmp_path / f'odd{n}', problem_type=odd)
+        assert any('problem_type' in note for note in inspect(folder).notes)
+        assert sum(p for _, p in predict(load_model(checkpoint=folder), picture, 3)) == pytest.approx(1)
+
+
+def test_names_of_classes_that_are_none_are_named(tmp_path):
+    for n, names in enumerate((['x' * 1001, 'b', 'c'], [['a'], 'b', 'c'])):
+        hyper = dict(class_names=names)
+        checkpoint = dict(state_dict=build(num_classes=3).state_dict(), hyper_parameters=hyper)
+        file = files.save(checkpoint, tmp_path / f'{n}.pth')
+        assert any('class_names' in note for note in inspect(file).notes)
+        assert load_model(checkpoint=file).labels == ['class 0', 'class 1', 'class 2']
+
+
+def test_what_is_read_is_not_replaced(tmp_path, capsys, monkeypatch):
+    pytest.importorskip('matplotlib')
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (32, 32)).save('in.png')
+    files.save(build().state_dict(), tmp_path / 'mine.safetensors')
+    before = {name: (tmp_path / name).read_bytes() for name in ('in.png', 'mine.safetensors')}
+    (tmp_path / 'link.png').symlink_to('in.png')
+    for argv in (['--output', 'in.png'], ['--output', 'link.png'], ['--output', 'p.png', '--save', 'mine.safetensors']):
+        assert pvt_timm_main(['features', 'in.png', '--checkpoint', 'mine.safetensors', *argv]) == 2
+        assert 'would be replaced' in capsys.readouterr().err
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    convert('mine.safetensors', 'out', num_classes=0)
+    (tmp_path / 'out' / 'config.json').write_text(json.dumps([str(i) for i in range(10)]))
+    assert 'would be replaced' in refusal(convert, 'mine.safetensors', 'out', labels='out/config.json', force=True)
+
+
+def test_flags_before_the_command(tmp_path):
+    file = files.save(build().state_dict(), tmp_path / 'x.pth')
+    for argv in (['--quiet', 'inspect', file], ['inspect', '-q', file], ['-q', file, '-o', tmp_path / 'out']):
+        assert run(*argv) == (0, '', '')
+    code, out, _ = run('--json', '--debug', 'inspect', file)
+    assert code == 0 and json.loads(out)['variant'] == 'test_pvt'
+    assert run('--json', '--json')[0] == 2
