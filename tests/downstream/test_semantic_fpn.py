@@ -138,13 +138,13 @@ def test_names_and_colours_of_ade20k():
 
 @pytest.mark.parametrize('color', ['red', (0, 0), ('0', '0', '0'), 7])
 def test_colours_that_are_none(color):
-    with pytest.raises(ValueError, match='as palette in the checkpoint, got'):
+    with pytest.raises(ValueError, match='as palette in the checkpoint'):
         semantic_fpn_from_mmseg({'state_dict': segmenter_to_mmseg(build()), 'meta': {'PALETTE': [color] * 5}})
 
 
 @pytest.mark.parametrize('change, message', [
     (lambda d: d.pop('decode_head.scale_heads.3.2.bn.running_mean'), 'Missing .*scale_heads.3.2.bn.running_mean'),
-    (lambda d: d.update({'auxiliary_head.conv.weight': torch.ones(1)}), 'Not part of the model.*auxiliary_head'),
+    (lambda d: d.update({'other_head.conv.weight': torch.ones(1)}), 'Not part of the model.*other_head'),
     (lambda d: d.pop('decode_head.conv_seg.weight'),
      r'\(decode_head.conv_seg\), got a model with decode_head \(conv_seg, scale_heads\), neck \('),
 ])
@@ -153,3 +153,20 @@ def test_errors_name_what_is_wrong(change, message):
     change(state_dict)
     with pytest.raises(ValueError, match=message):
         semantic_fpn_from_mmseg(state_dict)
+
+
+def test_colours_are_bytes():
+    for color, fits in (((1, 2, 255), True), ((1, 2, 256), False), ((-1, 2, 3), False)):
+        checkpoint = {'state_dict': segmenter_to_mmseg(build()), 'meta': {'PALETTE': [color] * 5}}
+        if fits:
+            assert semantic_fpn_from_mmseg(checkpoint).palette == [color] * 5
+        else:
+            with pytest.raises(ValueError, match='0 to 255'):
+                semantic_fpn_from_mmseg(checkpoint)
+
+
+def test_one_class_and_a_threshold_are_refused():
+    """The class would be that of every pixel."""
+    binary = semantic_fpn('test_pvt', 1, out_channels=16, channels=8, model_args=dict(img_size=64))
+    with pytest.raises(ValueError, match='binary'):
+        semantic_fpn_from_mmseg({'state_dict': segmenter_to_mmseg(binary)})
