@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from .architecture import drop_parts
@@ -121,6 +120,8 @@ class Format:
 
     def notes_on_images(self, weights: 'Weights') -> List[str]:
         """Notes on what a format of weights alone has no place for: how images are prepared, and several labels."""
+        from timm.models import get_pretrained_cfg  # not at the top: timm itself may hold this file
+
         default: Any = get_pretrained_cfg(weights.variant)
         names = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
         others = [f'{name} {shown(weights.preprocessing[name])}' for name in names
