@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 
+from pvt_timm.detection import detector_to_mmdet, pvt_retinanet
 from pvt_timm.cli.predict import load_model, predict
 from pvt_timm.digits import write_digits
 
@@ -76,6 +77,7 @@ def test_snippets(trained, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr('timm.layers.config._USE_FUSED_ATTN', timm.layers.config._USE_FUSED_ATTN)
     space = {}
+    torch.save({'state_dict': detector_to_mmdet(pvt_retinanet('test_pvt', 80, out_channels=16))}, 'retinanet.pth')
     for code in (block for block in blocks('python') if not block.startswith('_base_')):  # OpenMMLab's config
         if all(map(importlib.util.find_spec, re.findall(r'^(?:from|import) (\w+)', code, re.MULTILINE))):
             exec(compile(code, 'recipes/README.md', 'exec'), space)
