@@ -109,6 +109,12 @@ _WIDTHS = {
 }
 
 
+def widths_of(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, int]:
+    """Widths of pyramid and heads, as arguments of the function that builds the model."""
+    return {argument: state_dict[name].shape[dim] for argument, (name, dim) in _WIDTHS.items()
+            if name in state_dict and state_dict[name].ndim > dim}
+
+
 def coco_categories() -> Dict[int, str]:
     """COCO's 80 categories, id in the annotation files to name, in the order of class indices."""
     names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta['categories']
@@ -192,9 +198,8 @@ def from_openmmlab(
     body = drop_parts(converted.state_dict, ('class_token', 'norm', 'head'), info.class_row)
     body, _ = from_timm(body, 'timm_features')
     ours, _, _ = to_ours(heads, table)
-    settings: Dict[str, Any] = {
-        k: ours[name].shape[dim] for k, (name, dim) in _WIDTHS.items()
-        if name in ours and ours[name].ndim > dim and ours[name].numel()}  # the others are refused below
+    # A tensor without elements says no width: such a checkpoint is refused below
+    settings: Dict[str, Any] = dict(widths_of({name: x for name, x in ours.items() if x.numel()}))
     meta = checkpoint.get('meta')
     said = read_settings(meta if isinstance(meta, Mapping) else {}, kind)
     for name in ('image_mean', 'image_std'):

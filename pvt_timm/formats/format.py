@@ -12,7 +12,7 @@ from .names import StateDict, Table, shown
 if TYPE_CHECKING:
     from ..weights import Weights
 
-__all__ = ['Format', 'NoReferenceError', 'Reference', 'Said', 'layer_norms']
+__all__ = ['Format', 'NoReferenceError', 'Reference', 'Said', 'layer_norms', 'tuple_of']
 
 
 @dataclass

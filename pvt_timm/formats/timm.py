@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
 
-from .format import Format, Said
+from .format import Format, Said, tuple_of
 from .names import Row, StateDict
 from .values import image_size, problem_type, read_preprocessing, shown
 from .writing import write_json, write_tensors
@@ -45,7 +45,7 @@ class TimmFormat(Format):
 
         said = Said('config.json')
         said.architecture = _text(config, 'architecture')
-        said.model_args = {name: _as_tuple(value) for name, value in _inner(config, 'model_args').items()}
+        said.model_args = {name: tuple_of(value) for name, value in _inner(config, 'model_args').items()}
         for name in ('global_pool', 'num_classes'):
             if config.get(name) is not None:
                 said.model_args.setdefault(name, config[name])
@@ -134,7 +134,3 @@ def _inner(config: Mapping[str, Any], name: str) -> Dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f'Expected an object for {name} in config.json, got {shown(value)}.')
     return {key: x for key, x in (value or {}).items() if x is not None}
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..detection import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet, detector_from_mmdet
+from ..detection.openmmlab import widths_of
 from ..files import read_checkpoint
 from ..formats.architecture import check_keys, describe
 from ..formats.mapping import map_to_timm
@@ -19,7 +20,7 @@ from ..pvt import VARIANTS, PyramidVisionTransformer, find_variant
 from ..segmentation import SemanticFpn, is_color, semantic_fpn, semantic_fpn_from_mmseg
 from ..version import __version__
 
-__all__ = ['KEY', 'KINDS', 'copy_weights', 'describe_model', 'is_own', 'load_any', 'load_trained', 'widths_of']
+__all__ = ['KEY', 'KINDS', 'copy_weights', 'describe_model', 'is_own', 'load_any', 'load_trained']
 
 KEY = 'pvt_timm'
 KINDS: Dict[str, Callable[..., Any]] = {
@@ -37,13 +38,6 @@ _HEADS = {
     'faster_rcnn': ('roi_heads.box_predictor.cls_score.weight', 1, 1),
     'semantic_fpn': ('head.classifier.weight', 1, 0),
 }
-# Argument of a kind -> the parameter and the dimension that have this width
-_WIDTHS = {
-    'out_channels': ('backbone.fpn.inner_blocks.0.0.weight', 0),
-    'box_channels': ('roi_heads.box_predictor.cls_score.weight', 1),
-    'mask_channels': ('roi_heads.mask_predictor.mask_fcn_logits.weight', 1),
-    'channels': ('head.classifier.weight', 1),
-}
 # Parameters whose rows are classes
 _OF_CLASSES = (
     'head.classification_head.cls_logits.', 'roi_heads.box_predictor.', 'roi_heads.mask_predictor.mask_fcn_logits.',
@@ -59,12 +53,6 @@ def kind_of(model: nn.Module) -> str:
         if kind in _CLASSES:
             return _CLASSES[kind]
     raise ValueError(f'Expected a detector or segmenter of this package, got {type(model).__name__}.')
-
-
-def widths_of(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, int]:
-    """Widths of pyramid and heads, as arguments of the function that builds the model."""
-    return {argument: state_dict[name].shape[dim] for argument, (name, dim) in _WIDTHS.items()
-            if name in state_dict and state_dict[name].ndim > dim}
 
 
 def describe_body(state_dict: Mapping[str, torch.Tensor]) -> Tuple[str, Dict[str, Any]]:

@@ -15,12 +15,13 @@ import torch.nn as nn
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from ..detection import retinanet_coco
+from ..detection.openmmlab import widths_of
 from ..files import read_checkpoint, save_atomically
 from ..labels import read_labels
 from ..pvt import VARIANTS
 from ..segmentation import ade20k_classes
 from .callbacks import LAST, Checkpoints, CompleteFiles, History
-from .checkpoints import KEY, KINDS, copy_weights, describe_body, is_own, kind_of, load_any, widths_of
+from .checkpoints import KEY, KINDS, copy_weights, describe_body, is_own, kind_of, load_any
 from .coco import CocoAnnotations, CocoDataset
 from .data import Augmented, Batches
 from .label_maps import LabelMapDataset
