@@ -10,9 +10,10 @@ import pytest
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # the tests run in parallel, their operators need not
 
+from tests.support import loopback  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tests' / 'support'))
-import loopback  # noqa: E402
+sys.path.append(str(ROOT / 'tests' / 'support'))  # some tests still import a helper by its bare name
 
 # huggingface_hub reads its settings when it is imported, so the server has to be there before that.
 assert 'huggingface_hub' not in sys.modules, 'run pytest without the plugin that imports huggingface_hub'

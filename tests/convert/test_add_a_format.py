@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_files as files
 from pvt_timm.files import read_checkpoint
+from tests.support import convert_files as files
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,7 +17,7 @@ from pvt_timm.formats.mapping import from_timm, map_to_timm
 from pvt_timm.formats.names import Row, to_ours, to_theirs
 from pvt_timm.formats.wrappers import training_settings, unwrap
 from pvt_timm.pvt import VARIANTS, find_variant, resample_pos_embed
-from reference import images, randomize
+from tests.support.reference import images, randomize
 
 SMALL = dict(img_size=32, embed_dims=(8, 16, 16, 24), depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 3),
              sr_ratios=(4, 2, 2, 1), mlp_ratios=(2, 2, 1, 1), num_classes=5)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import convert_files as files
 from pvt_timm.formats.mapping import map_to_timm
 from pvt_timm.files import read_checkpoint
 from weights_conversion import convert
+from tests.support import convert_files as files
 
 
 @pytest.fixture

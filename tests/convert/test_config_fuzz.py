@@ -15,9 +15,9 @@ import pytest
 import timm
 import torch
 
-import convert_files as files
 from pvt_timm.formats.mapping import from_timm
-from reference import images, randomize
+from tests.support import convert_files as files
+from tests.support.reference import images, randomize
 
 CASES = int(os.environ.get('PVT_FUZZ_CASES', 200)) // 2
 FIRST = int(os.environ.get('PVT_FUZZ_FIRST', 0))

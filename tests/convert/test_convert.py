@@ -17,15 +17,15 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 import safetensors.torch
 
-import convert_files as files
 import pvt_timm
-from convert_files import run
 from pvt_timm.formats.mapping import map_to_timm
 from pvt_timm.detection import detector_to_mmdet, pvt_retinanet
 from pvt_timm.files import read_checkpoint
 from pvt_timm import sources, weights as weights_module
 from pvt_timm.weights import Weights
 from weights_conversion import convert, inspect
+from tests.support import convert_files as files
+from tests.support.convert_files import run
 
 
 @pytest.fixture
@@ -478,7 +478,7 @@ def test_verify_without_a_reference(original, refused, tmp_path, monkeypatch):
 def test_verify_against_mmdetection(fmt, tmp_path):
     for name in ('mmdet', 'mmcv'):
         pytest.importorskip(name, reason='mmdetection (mmdet, mmengine, mmcv-lite) is not installed')
-    from mmdet_reference import do_without_compiled_parts
+    from tests.support.mmdet_reference import do_without_compiled_parts
     do_without_compiled_parts()
     source = files.wrap(files.make(fmt, 'pvt_tiny', img_size=64, fill=files.random_values), 'state_dict', 'backbone.')
     report = convert(files.save(source, tmp_path / 'x.pth'), tmp_path / 'out', verify=True)

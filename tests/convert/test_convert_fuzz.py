@@ -26,10 +26,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-import convert_files as files
 from pvt_timm.formats import FORMATS
 from pvt_timm.formats.mapping import from_timm
 from pvt_timm.files import read_checkpoint
+from tests.support import convert_files as files
 
 CASES = int(os.environ.get('PVT_FUZZ_CASES', 200))
 FIRST = int(os.environ.get('PVT_FUZZ_FIRST', 0))

@@ -4,12 +4,12 @@ import json
 import pytest
 import torch
 
-import convert_files as files
-from convert_files import run
 from pvt_timm.detection import detector_from_mmdet, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.segmentation import semantic_fpn, semantic_fpn_from_mmseg
 from pvt_timm.training.checkpoints import KEY, describe_model
-from reference import randomize
+from tests.support import convert_files as files
+from tests.support.convert_files import run
+from tests.support.reference import randomize
 
 SMALL = dict(model_name='test_pvt', num_classes=3, out_channels=16, model_args=dict(img_size=64))
 MODELS = dict(

@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-import convert_files as files
 import pvt_timm  # noqa: F401  registers the models
 from pvt_timm import files as reader
 from pvt_timm.cli.main import main as pvt_timm_main
@@ -31,6 +30,7 @@ from pvt_timm.files import CheckpointError, find_checkpoint, read_checkpoint, sa
 from pvt_timm.torch_files import BYTES_PER_ITEM, MAX_STEPS
 from weights_conversion import convert, inspect
 from weights_conversion.cli import main as pvt_convert_main
+from tests.support import convert_files as files
 
 
 def refusal(path, *matches, max_bytes=reader.MAX_BYTES):

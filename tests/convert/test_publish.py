@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 
-import convert_files as files
 from pvt_timm import pvt
 from pvt_timm.formats.mapping import map_to_timm
 from pvt_timm.detection import detector_to_mmdet, pvt_retinanet, retinanet_from_mmdet
@@ -19,6 +18,7 @@ from pvt_timm.files import read_checkpoint
 from pvt_timm import sources
 from weights_conversion import convert, push
 from weights_conversion.cli import main
+from tests.support import convert_files as files
 
 DEPTHS = {'pvt_tiny': (1, 1, 1, 1), 'pvt_small': (1, 2, 1, 1), 'pvt_medium': (1, 1, 2, 1), 'pvt_large': (2, 1, 1, 1)}
 

@@ -10,8 +10,6 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-import convert_files as files
-from convert_files import run
 from pvt_timm import create_from_checkpoint
 from pvt_timm.cli.main import main as pvt_timm_main
 from pvt_timm.cli.predict import load_model, predict
@@ -21,8 +19,10 @@ from pvt_timm.formats.format import Format, NoReferenceError, Said
 from pvt_timm.formats.mapping import from_timm
 from pvt_timm.formats.names import Row, to_ours, to_theirs
 from pvt_timm.weights import read_weights
-from reference import images, randomize
 from weights_conversion import convert, inspect
+from tests.support import convert_files as files
+from tests.support.convert_files import run
+from tests.support.reference import images, randomize
 
 
 def build(**kwargs):

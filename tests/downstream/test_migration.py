@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torchvision.models._utils import IntermediateLayerGetter
 
 import pvt_timm
-import reference
 from pvt_timm.formats.mapping import from_timm
 from pvt_timm.pvt import Block
-from reference import images, max_diff, randomize
+from tests.support import reference
+from tests.support.reference import images, max_diff, randomize
 
 X = images(2, 3, 224, 224)
 

@@ -12,8 +12,8 @@ from torchvision.models.detection.image_list import ImageList
 pytest.importorskip('mmdet', reason='needs mmdet 3.3.0, mmcv-lite 2.1.0, mmengine 0.10.7 and setuptools<80')
 pytest.importorskip('mmseg', reason='needs mmsegmentation 1.2.2')
 
-from mmdet_reference import build, predict  # noqa: E402
-from reference import max_diff, pvt_checkout  # noqa: E402
+from tests.support.mmdet_reference import build, predict  # noqa: E402
+from tests.support.reference import max_diff, pvt_checkout  # noqa: E402
 from pvt_timm.detection import (  # noqa: E402
     detector_to_mmdet, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, retinanet_from_mmdet)
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn_from_mmseg  # noqa: E402

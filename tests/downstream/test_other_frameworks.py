@@ -47,7 +47,7 @@ def openmmlab_model(tmp_path, package):
     """Built from recipes/README.md's config for mmsegmentation, or that with its changes for mmdetection."""
     pytest.importorskip('mmcv')
     pytest.importorskip('mmengine')
-    from mmdet_reference import do_without_compiled_parts
+    from tests.support.mmdet_reference import do_without_compiled_parts
     do_without_compiled_parts()
     pytest.importorskip('mmpretrain')
     # its multimodal models, imported where their packages are there, fail with transformers 5

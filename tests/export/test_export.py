@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import pvt_timm
-from forms import make_input, make_model
 from pvt_timm import export as export_module
 from pvt_timm.cli.main import _parser, main
 from pvt_timm.export import TARGETS, export, read_metadata
 from pvt_timm.int8 import find_images
+from tests.support.forms import make_input, make_model
 
 DENSE = dict(class_token=False, num_classes=0, global_pool='avg')
 

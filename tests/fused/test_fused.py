@@ -14,8 +14,8 @@ from timm.utils import reparameterize_model
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from forms import gradients, loss_of, make_input, make_model
 from pvt_timm import PyramidVisionTransformerStage, fuse, fused as fast, pvt
+from tests.support.forms import gradients, loss_of, make_input, make_model
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='PyTorch is built without oneDNN')
 needs_bf16 = pytest.mark.skipif(

@@ -9,10 +9,10 @@ from timm.layers import LayerScale
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from forms import make_input, make_model
 from pvt_timm import fuse, pvt, simplify, simplified
 from pvt_timm.segmentation import semantic_fpn
-from reference import randomize
+from tests.support.forms import make_input, make_model
+from tests.support.reference import randomize
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 SIZES = ((1, 32, 32), (3, 64, 96), (2, 75, 130), (1, 33, 255))

@@ -6,8 +6,8 @@ import timm
 import torch
 
 import pvt_timm
-from forms import KINDS, assert_equal_outputs, gradients, loss_of, make_input, make_model
 from pvt_timm.detection import pvt_retinanet
+from tests.support.forms import KINDS, assert_equal_outputs, gradients, loss_of, make_input, make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 SIZES = ((2, 224, 224), (1, 256, 352), (3, 97, 161))

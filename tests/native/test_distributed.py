@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from forms import gradients, loss_of, make_input, make_model
 from pvt_timm.pvt import Block
+from tests.support.forms import gradients, loss_of, make_input, make_model
 
 WORLD_SIZE = 2
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason='needs a torch with the gloo backend')

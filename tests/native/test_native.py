@@ -7,8 +7,8 @@ from timm.utils import AttentionExtract
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
-from forms import KINDS, SIZES, assert_equal_at, gradients, loss_of, make_input, make_model
-from reference import images, randomize
+from tests.support.forms import KINDS, SIZES, assert_equal_at, gradients, loss_of, make_input, make_model
+from tests.support.reference import images, randomize
 
 SIZE = (2, 256, 320)  # the forms are made with
 # Below 64 pixels the grid of the last stage is 1, which torch's symbolic shapes never generalise over.

@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import pvt_timm  # noqa: F401  registers the models
-from reference import images, randomize
+from tests.support.reference import images, randomize
 
 # (batch, height, width). The last one is never used for compiling or exporting.
 SIZES = ((1, 224, 224), (2, 256, 320), (3, 160, 288))

@@ -77,7 +77,7 @@ def build(kind: str, letter: str = 't', delta_std: float = 1., checkout=None):
     models = package.registry.MODELS
     theirs, originals = CONFIGS[kind]
     if checkout is not None:
-        from reference import load_original
+        from tests.support.reference import load_original
         original = load_original('segmentation' if segmenter else 'detection')
         name = f'pvt_{dict(t="tiny", s="small", m="medium", l="large")[letter]}'
         models.register_module(name=name, module=getattr(original, name), force=True)

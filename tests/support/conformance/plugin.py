@@ -1,8 +1,8 @@
 """ pytest plugin that points timm's own tests at the models of this package.
 
-Loaded by `runner.py` (`pytest -p conformance.plugin`) in the process that runs timm's tests. It imports `pvt_timm`,
-unless timm holds the family itself, keeps our models only in every list of model names, adds them to tests whose names
-are written out (`EXTENDED`), sends downloads from a url to the loopback server and writes the outcomes to
+Loaded by `runner.py` (`pytest -p tests.support.conformance.plugin`) in the process that runs timm's tests. It imports
+`pvt_timm`, unless timm holds the family itself, keeps our models only in every list of model names, adds them to tests
+whose names are written out (`EXTENDED`), sends downloads from a url to the loopback server and writes the outcomes to
 `PVT_CONFORMANCE_REPORT`.
 """
 import json

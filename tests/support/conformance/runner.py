@@ -17,14 +17,13 @@ from typing import Any, Dict, List
 
 import timm
 
-import loopback
-from convert_files import serve
+from tests.merge_into_timm import merge
+from tests.support import loopback
+from tests.support.convert_files import serve
 
 from .cases import FILES, FILTERS, MERGED, MODELS, NAME_ARGUMENTS
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path.append(str(ROOT / 'tests'))
-from merge_into_timm import merge  # noqa: E402
 
 
 def fetch_tests(folder: Path) -> Path:
@@ -78,12 +77,12 @@ def run(merged: bool) -> Dict[str, Any]:
         if merged:
             env[MERGED] = '1'
             family = merge(tmp / 'merged').parent
-        env['PYTHONPATH'] = os.pathsep.join((str(family), str(ROOT / 'tests' / 'support')))
+        env['PYTHONPATH'] = os.pathsep.join((str(family), str(ROOT)))
         for name in ('GITHUB_ACTIONS', 'TORCH_DEVICE', 'TORCH_BACKEND', 'PYTEST_ADDOPTS'):
             env.pop(name, None)  # they drop or change timm's tests
         done = subprocess.run(
             [
-                sys.executable, '-m', 'pytest', '-p', 'conformance.plugin', '-p', 'no:cacheprovider',
+                sys.executable, '-m', 'pytest', '-p', 'tests.support.conformance.plugin', '-p', 'no:cacheprovider',
                 '--rootdir', str(tmp), '-c', str(tmp / 'pytest.ini'), '-q', '--no-header', '--tb=short', '-W', 'ignore',
                 *[str(tests / f) for f in FILES if (tests / f).is_file()]],
             env=env, cwd=tmp, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -2,17 +2,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / 'benchmarks' / 'demos'))
+from tests.support.scripts import BENCHMARKS, import_script
 
 pytest.importorskip('pycocotools')
 
-import shapes  # noqa: E402
+shapes = import_script('demos', 'shapes')
 
 
 def test_samples_are_what_their_annotations_say():
@@ -53,7 +51,7 @@ def test_demo(tmp_path, kind, score):
     pytest.importorskip('matplotlib')
     pytest.importorskip('pytorch_lightning')
     subprocess.run(
-        [sys.executable, ROOT / 'benchmarks' / 'demos' / 'run_shapes.py', kind, '--images', '8', '--held-out', '8',
+        [sys.executable, BENCHMARKS / 'demos' / 'run_shapes.py', kind, '--images', '8', '--held-out', '8',
          '--work', tmp_path / 'work', '--results', tmp_path / 'results', '--steps', '4', '--eval-every', '2',
          '--images-per-step', '2', '--workers', '0', '--accelerator', 'cpu'], check=True, timeout=300)
     name = f'shapes_{kind}'

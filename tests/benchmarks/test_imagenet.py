@@ -1,17 +1,15 @@
 """ The ImageNet check, on the labelled digits: the same logic with the score that `test_pvt` is known for. """
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 from safetensors.torch import save_file
 
 from pvt_timm.digits import write_digits
+from tests.support.scripts import import_script
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmarks' / 'training'))
-import imagenet  # noqa: E402
+imagenet = import_script('training', 'imagenet')
 
 NAME = 'test_pvt.digits'
 

@@ -1,13 +1,12 @@
 """ The parts of the benchmark suite that do not take time: arithmetic, summaries, table and plots. """
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmarks' / 'speed'))
-import report  # noqa: E402
-import run  # noqa: E402
+from tests.support.scripts import import_script
+
+report = import_script('speed', 'report')
+run = import_script('speed', 'run')
 
 
 def test_summary():

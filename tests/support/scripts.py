@@ -1,0 +1,17 @@
+""" Imports scripts of benchmarks/. They are no package: a script finds the files beside it by Python's own rule. """
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / 'benchmarks'
+
+
+def import_script(folder: str, name: str) -> ModuleType:
+    """Return the module of `benchmarks/<folder>/<name>.py`. `sys.path` is afterwards as it was."""
+    before = list(sys.path)
+    sys.path.insert(0, str(BENCHMARKS / folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path[:] = before
