@@ -1,7 +1,8 @@
-""" The formats of PVT v1 checkpoints, a file each, and what they have in common.
+""" The formats of PVT v1 checkpoints: one file per format, and the files that all formats share.
 
-A file says all that the package knows about its format: how it is recognised, its names, what its configs say, what it
-has no place for, what it writes, its own model for comparisons, and how it is loaded.
+The file of a format holds all that the package knows about it: how to recognise it, the names of its parameters, how
+to read its configs, what it cannot store, how to write it, how to build the model of its own library (to compare
+outputs with), and how users load it.
 """
 from importlib import import_module
 from typing import Dict
@@ -10,7 +11,7 @@ from .format import Format
 
 __all__ = ['FORMATS']
 
-# The files of the formats, in the order in which they are asked
+# The files of the formats, in the order in which they are tried
 FILES = (
     'timm',
     'original',
