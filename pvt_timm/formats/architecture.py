@@ -25,8 +25,8 @@ class Architecture:
     in_chans: int
     num_classes: int  # 0 without head
     class_token: bool
-    class_row: bool  # the last position embedding starts with a row for the class token, whether or not that is there
-    norm: bool  # the final norm is there
+    class_row: bool  # the last position embedding starts with a row for a class token, even if there is no such token
+    norm: bool  # there is a final norm
     qkv_bias: bool
     grid_size: Grid  # of the first stage's position embedding
     dtype: torch.dtype  # of the first weight
@@ -50,16 +50,16 @@ def describe(
 ) -> Architecture:
     """Read the architecture off a state dict under timm's names.
 
-    The rows of the position embeddings do not tell height and width. Without `img_size` a square image is tried, and
-    `other_sizes` beside it.
+    The number of rows of a position embedding does not tell height and width. Without `img_size`, a square image and
+    `other_sizes` are tried.
 
     Args:
-        img_size: Image size of the position embeddings, where something says it.
-        other_sizes: Image sizes that they may be of. None stands for no size.
-        prefer_square: Take a square size if it fits, without a look at the others.
+        img_size: Height and width of the images that the position embeddings are for, where they are known.
+        other_sizes: More sizes to try. None is ignored.
+        prefer_square: Take a square size if it fits, without trying the others.
 
     Raises:
-        ValueError: Something is missing, or no size fits, or several do.
+        ValueError: A parameter is missing, or no size fits, or several do.
     """
     depths = _depths(state_dict)
     stages = range(len(depths))
@@ -129,7 +129,7 @@ def _depths(state_dict: Mapping[str, torch.Tensor]) -> Tuple[int, ...]:
 
 
 def _class_row(rows: Sequence[int], grid_size: Grid, class_token: bool) -> Optional[bool]:
-    """Whether position embeddings of `grid_size` have a row for the class token. None if `rows` are of another size."""
+    """Whether position embeddings with these `rows` have one for a class token. None if they do not fit `grid_size`."""
     *others, last = (height * width for height, width in stage_grids(grid_size, len(rows)))
     if last == 0 or list(rows[:-1]) != others:
         return None
@@ -167,7 +167,7 @@ def drop_parts(state_dict: Mapping[str, torch.Tensor], parts: Sequence[str], cla
 def check_keys(
         state_dict: Mapping[str, Any], reference: Mapping[str, torch.Tensor], ignore: Iterable[str] = (),
 ) -> None:
-    """Refuse a state dict that does not have the names and shapes of `reference`, but for the names in `ignore`."""
+    """Refuse a state dict whose names or shapes differ from those of `reference`, but for the names in `ignore`."""
     ignored = set(ignore)
     got = {key: list(getattr(value, 'shape', ())) for key, value in state_dict.items() if key not in ignored}
     want = {key: list(value.shape) for key, value in reference.items() if key not in ignored}
