@@ -1,4 +1,4 @@
-""" What a format of checkpoints is: the interface that every file of this folder fills. """
+""" The interface of a checkpoint format. Every format implements it, in a file of this folder. """
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,14 @@ __all__ = ['Format', 'NoReferenceError', 'Reference', 'Said', 'layer_norms', 'tu
 
 @dataclass
 class Said:
-    """What one place says about a model and its images. What it does not say is None or empty."""
+    """What one place, such as config.json, says about a model and its images.
+
+    A field is None or empty if the place says nothing about it.
+    """
     where: str  # the place, for messages: 'config.json' or the like
-    overrides: bool = False  # goes before other places without an error where they say something else
+    overrides: bool = False  # wins where other places say something else. Otherwise that is an error.
     architecture: Optional[str] = None  # name of a timm model
-    tag: Optional[str] = None  # of the published weights that it started from
+    tag: Optional[str] = None  # timm's name of the published weights that training started from, such as 'in1k'
     model_args: Dict[str, Any] = field(default_factory=dict)  # arguments of a timm model
     img_size: Optional[Tuple[int, int]] = None  # height and width of the images of training
     mean: Optional[Tuple[float, ...]] = None  # per channel, of images from 0 to 1
@@ -34,7 +37,7 @@ class Said:
     problem_type: Optional[str] = None  # transformers': 'multi_label_classification' and so on
     license: Optional[str] = None
     origin_url: Optional[str] = None
-    notes: List[str] = field(default_factory=list)  # what is left out of it, and why
+    notes: List[str] = field(default_factory=list)  # what this place says and is ignored, and why
 
 
 @dataclass
@@ -54,19 +57,19 @@ class NoReferenceError(ValueError):
 class Format:
     """All that is known about one format of checkpoints.
 
-    A subclass sets `name`, `table`, `first_weight` and `start`. Of the methods it overrides those for which the default
-    does not fit.
+    A subclass sets `name`, `table`, `first_weight` and `start`. It overrides the methods whose default does not fit.
     """
     name: str  # key of `FORMATS`
     table: Table  # names of the parameters: ours are timm's, theirs are the format's
-    # Names that the weight of the first convolution may have. A key that ends in one of them tells the format, and what
-    # stands before it is the prefix of all names.
+    # Names that the weight of the first convolution may have. If a key ends in one of them, the checkpoint has this
+    # format, and the part of the key before that name is the prefix of all names.
     first_weight: Tuple[str, ...]
-    start: 're.Pattern[str]'  # how the names of a PVT start. Keys that start otherwise stand beside it.
-    # Arguments of the timm model that the code of this format fixes, where they differ from the defaults
+    start: 're.Pattern[str]'  # how the names of a PVT's parameters start. Keys that start otherwise are not of the PVT.
+    # Arguments of the timm model that have another value than the default in all models of this format
     model_args: Mapping[str, Any] = {}
-    prefers_square: bool = False  # whether its position embeddings are of square images wherever that fits
-    is_target: bool = False  # whether checkpoints can be written in it
+    # Whether position embeddings are taken for those of square images wherever their number of rows allows it
+    prefers_square: bool = False
+    is_target: bool = False  # whether checkpoints can be written in this format
     library: Optional[str] = None  # `library_name` on the hub
 
     def __init__(self) -> None:
@@ -81,14 +84,14 @@ class Format:
                 raise TypeError(f'{named} is a target and needs `{method}`')
 
     def full_names(self, tensors: Dict[str, Any]) -> Dict[str, Any]:
-        """Add what some checkpoints of the format leave out of their names, such as 'pvt.' of transformers."""
+        """The tensors under their full names. Some checkpoints leave out a part, such as the 'pvt.' of transformers."""
         return tensors
 
     def read_config(self, config: Mapping[str, Any]) -> Optional[Said]:
         """What a config.json says. None if it has no key that only configs of this format have.
 
         Raises:
-            ValueError: It says something that is not supported. The message names it.
+            ValueError: The config asks for something that is not supported. The message names it.
         """
         return None
 
@@ -101,25 +104,26 @@ class Format:
         return None
 
     def check_parts(self, weights: 'Weights', drop: Sequence[str]) -> List[str]:
-        """Refuse what this format has no place for.
+        """Refuse weights that this format cannot store.
+
+        By default that is every argument that changes what the model computes (see `Weights.refuse_args`), but for the
+        image size.
 
         Args:
             weights: What is to be written, before anything is left out.
-            drop: The parts that are to be left out, of 'class_token', 'norm' and 'head'.
+            drop: The parts that will be left out, of 'class_token', 'norm' and 'head'.
 
         Returns:
             Notes for the report about what will be different.
 
         Raises:
-            ValueError: The message names what has no place, and what helps.
-
-        By default every argument that changes what the model computes is refused, see `Weights.refuse_args`.
+            ValueError: Something cannot be stored. The message names it and says what helps.
         """
         weights.refuse_args(self.name, but=('img_size',))
         return []
 
     def notes_on_images(self, weights: 'Weights') -> List[str]:
-        """Notes on what a format of weights alone has no place for: how images are prepared, and several labels."""
+        """Notes on what a format that holds weights alone loses: how images are prepared, and the problem type."""
         from timm.models import get_pretrained_cfg  # not at the top: timm itself may hold this file
 
         default: Any = get_pretrained_cfg(weights.variant)
@@ -134,13 +138,13 @@ class Format:
         return notes
 
     def check_eps(self, weights: 'Weights', eps: float) -> List[str]:
-        """Refuse an eps in patch embeddings and spatial reductions other than the usual ones, 1e-5 and 1e-6.
+        """Refuse weights whose norms in patch embeddings and spatial reductions have an eps other than 1e-5 and 1e-6.
 
         Args:
-            eps: The one that the code of this format uses. It has no setting for it.
+            eps: The eps of these norms in the code of this format, where it cannot be set.
 
         Returns:
-            A note if the weights are used to the other one, which changes outputs by about 1e-5.
+            A note if the weights were trained with the other eps. The outputs then differ by about 1e-5.
         """
         theirs = weights.embed_norm_eps
         if theirs not in (1e-5, 1e-6):
@@ -151,7 +155,7 @@ class Format:
                 f'the {self.name} format has {eps:g}: outputs will differ a little']
 
     def required_size(self, weights: 'Weights') -> Optional[Tuple[int, int]]:
-        """Image size that the position embeddings have to be resized to for this format, None to keep theirs."""
+        """Image size that the position embeddings have to be resized to for this format, None to keep their size."""
         return None
 
     def check_size(self, img_size: Tuple[int, int]) -> None:
@@ -162,14 +166,14 @@ class Format:
         return drop_parts(weights.state_dict, drop, weights.info.class_row), []
 
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
-        """Write `tensors`, which have the names of this format, and what goes with them into `folder`."""
+        """Write a checkpoint into `folder`: `tensors`, whose names are those of this format, and configs if any."""
         raise NotImplementedError
 
     def reference(self, weights: 'Weights') -> Reference:
-        """A model of the format's own code that takes such weights.
+        """The model of the format's own code that loads weights of this kind.
 
         Raises:
-            NoReferenceError: There is none.
+            NoReferenceError: That code is not installed, or has no such model.
         """
         raise NoReferenceError(f'--verify has no model of the {self.name} format to compare with.')
 
