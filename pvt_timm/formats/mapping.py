@@ -21,41 +21,41 @@ _logger = logging.getLogger(__name__)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _OTHER_FAMILIES = (
-    # what the keys of another family hold, and its name
+    # pattern that is found in the keys of another family of models, name of the family
     (r'dwconv|\.ffn\.layers\.1\.weight$', "PVT v2 or SegFormer: see timm's pvt_v2 models"),
     (r'relative_position_bias_table', 'Swin'),
     (r'\.attn\.qkv\.|attention\.attention\.query\.', 'ViT'),
     (r'pos_block\.', 'Twins'),
     (r'layer1\.0\.conv1\.', 'ResNet'),
 )
-# Prefixes that well-known packages put before the names of a backbone: nobody has to be warned of them
+# Prefixes that well-known packages put before the names of a backbone. They cause no warning.
 _USUAL_PREFIX = re.compile(
     r'(?:(?:module|_orig_mod|model|net|timm_model|encoder\.model|backbone|body|model_state_dict)\.)*')
 
 
 @dataclass
 class Converted:
-    """A state dict under timm's names, and an account of every key of its source."""
+    """A state dict under timm's names, and what became of every key of its source."""
     state_dict: StateDict
     raw: StateDict  # the same weights under the names of the format
-    beside: Dict[Any, Any]  # what stands beside them in the innermost dict, under its own names
+    beside: Dict[Any, Any]  # entries of the innermost dict that are not weights of the PVT, under their names there
     format: str  # key of `FORMATS`
     wrappers: Tuple[str, ...]  # keys that were opened to reach the weights, outermost first
-    prefix: str  # what stood before every name
-    mapped: NamePairs  # (timm names, source names) that hold the same numbers
-    dropped: Dict[str, str]  # key or group ('decoder.*') left out: how many or why
+    prefix: str  # the part before every name
+    mapped: NamePairs  # pairs of (timm names, source names) that hold the same numbers
+    dropped: Dict[str, str]  # for every key or group of keys ('decoder.*') that was left out: how many, or why
 
 
 def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Optional[str] = None) -> Converted:
     """Map any PVT v1 checkpoint to timm's names: of any format, wrapped or not, inside of any model.
 
-    What stands beside the PVT (neck, detection head, decoder, optimizer) is dropped and listed by group. A key inside
-    of it that is no PVT v1 parameter is an error.
+    Keys outside of the PVT (neck, detection head, decoder, optimizer) are dropped and listed by group. A key inside of
+    the PVT that is no parameter of PVT v1 is an error.
 
     Args:
         checkpoint: What a checkpoint file holds.
         use_ema: As in timm, prefer averaged weights where both are there.
-        prefix: What stands before the names, needed where there are several PVTs.
+        prefix: The part before the names of the PVT. It is needed where there are several PVTs.
 
     Raises:
         ValueError: Not a PVT v1 checkpoint, or its weights are no floating point numbers. The message names what is
@@ -76,8 +76,8 @@ def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Opt
     groups = sorted(Counter(_group(str(key), before) for key in beside).items())
     dropped.update({'.'.join((*wrappers, group)): f'{n} beside the PVT' for group, n in groups})
 
-    # Nobody has to be warned who gave the prefix, or where nothing was left out, or where the prefix is a usual one and
-    # all that is under it is the PVT.
+    # No warning if the caller gave the prefix, if nothing was left out, or if the prefix is a usual one and nothing but
+    # the PVT has it.
     usual = bool(_USUAL_PREFIX.fullmatch(before)) and not others_inside
     no_warning = prefix is not None or not groups or usual
     _logger.log(logging.INFO if no_warning else logging.WARNING, _account(fmt, before, groups))
@@ -96,7 +96,7 @@ def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Opt
 def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDict, NamePairs]:
     """Map a state dict under timm's names to format `fmt`, with pairs of (source names, timm names).
 
-    What the format has no place for is refused. `drop_parts` leaves it out.
+    Parameters that the format cannot store are refused. `drop_parts` leaves them out before.
     """
     out, pairs, unknown = to_theirs(state_dict, FORMATS[fmt].table)
     if unknown:
@@ -105,10 +105,11 @@ def from_timm(state_dict: Mapping[str, torch.Tensor], fmt: str) -> Tuple[StateDi
 
 
 def fit_to_model(checkpoint: Mapping[str, Any], model: Any) -> Tuple[StateDict, Architecture, str]:
-    """Map any PVT v1 checkpoint to the names of a `PyramidVisionTransformer`, without the parts that it does not have.
+    """Map any PVT v1 checkpoint to the names of a `PyramidVisionTransformer`, without the parts that the model lacks.
 
     Returns:
-        The state dict, its position embeddings on their own grid, what it says about its model, and its format.
+        The state dict (its position embeddings are not resized), the architecture that it describes, and the name of
+        the checkpoint's format.
     """
     converted = map_to_timm(checkpoint)
     state_dict = converted.state_dict
@@ -121,7 +122,7 @@ def fit_to_model(checkpoint: Mapping[str, Any], model: Any) -> Tuple[StateDict, 
         other_sizes=[(height, width)],
         prefer_square=FORMATS[converted.format].prefers_square,
     )
-    all_stages = len(info.depths) == len(model.depths)  # else it is refused for that
+    all_stages = len(info.depths) == len(model.depths)  # otherwise the caller compares the depths and names them
     if all_stages and model.class_token and not info.class_token:
         raise ValueError(
             'Expected a checkpoint with class token, got the one of a dense backbone (detector, segmenter): '
@@ -133,7 +134,11 @@ def fit_to_model(checkpoint: Mapping[str, Any], model: Any) -> Tuple[StateDict, 
 
 
 def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[Format, str]:
-    """Format and prefix of the one PVT among the keys, or of the one under `prefix`. Else what there is, is named."""
+    """Format and prefix of the only PVT among the keys, or of the one under `prefix`.
+
+    Raises:
+        ValueError: There is none, or there are several. The message lists what was found.
+    """
     names = [key for key in keys if isinstance(key, str)]
     found: List[Tuple[str, str]] = sorted({at for at in map(_recognise, names) if at})
     if not found:
@@ -153,19 +158,19 @@ def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[Format, str]:
 
 
 def _recognise(key: str) -> Optional[Tuple[str, str]]:
-    """(prefix, format) if the key is the first weight of a format, after whatever stands before it."""
+    """(prefix, format) if the key is a prefix and the name of the first weight of a format, else None."""
     found: List[Tuple[str, str]] = []
     for fmt in FORMATS.values():
         for weight in fmt.first_weight:
             before = key[:len(key) - len(weight)]
             if key.endswith(weight) and (not before or before.endswith('.')):
                 found.append((before, fmt.name))
-    # Several names may end the key. The longest one leaves the shortest prefix.
+    # The key may end in several of these names. The longest one counts: it leaves the shortest prefix.
     return min(found, key=lambda at: len(at[0]), default=None)
 
 
 def _group(key: str, prefix: str) -> str:
-    """The first part of a key that is not in the prefix, as 'net.decoder.*'."""
+    """The group of a key outside of the PVT, such as 'net.decoder.*': its parts up to the first one not in `prefix`."""
     while not key.startswith(prefix):
         prefix = prefix[:prefix.rstrip('.').rfind('.') + 1]
     part, dot, _ = key[len(prefix):].partition('.')
