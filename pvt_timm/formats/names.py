@@ -1,4 +1,4 @@
-""" Tables of parameter names, and the two ways through them.
+""" Tables of parameter names, and the functions that rename tensors by them, in both directions.
 
 A table is a tuple of rows. A row says which parameters of ours and which of theirs hold the same numbers, so one table
 serves both directions. Names are templates with these placeholders:
@@ -37,21 +37,21 @@ _PLACEHOLDERS = {
 class Row:
     """Parameters that hold the same numbers on both sides.
 
-    If a side has several names, their tensors are joined along dimension 0, in this order, or cut out of the tensor of
-    the other side. `our_pieces=(2,)` means that one tensor of ours holds two pieces. The first row that fits a name
-    counts.
+    Where one side has several names and the other side one, the several tensors are joined along dimension 0, in the
+    order of the names, and the one tensor is cut into pieces on the way back. `our_pieces=(2,)` means that one tensor
+    of ours holds two pieces. If a name fits several rows, the first of these rows is used.
 
-    `to_ours` and `to_theirs` change values, such as a transposed weight. Both work on single tensors of theirs:
-    `to_ours` gets each one as it is in the file, before anything is joined, and `to_theirs` makes it that way again.
-    A damaged file may hold any shape, so a shape that is not expected should be returned unchanged: it is refused
-    later, by its name.
+    `to_ours` and `to_theirs` change values, for example transpose a weight. Both work on single tensors of theirs:
+    `to_ours` gets each tensor as it is in the file, before anything is joined, and `to_theirs` undoes the change.
+    A damaged file may hold any shape, so these functions return a tensor of an unexpected shape unchanged. It is
+    refused later, in a message with its name.
     """
     ours: Tuple[str, ...]
     theirs: Tuple[str, ...]
     our_pieces: Tuple[int, ...]
     their_pieces: Tuple[int, ...]
-    to_ours: Optional[TensorFn]  # changes each tensor of theirs on the way to us, None for nothing
-    to_theirs: Optional[TensorFn]  # and on the way back
+    to_ours: Optional[TensorFn]  # changes each tensor of theirs on the way to ours, None for no change
+    to_theirs: Optional[TensorFn]  # the same for the way back
 
     def __init__(
             self,
@@ -62,7 +62,7 @@ class Row:
             to_ours: Optional[TensorFn] = None,
             to_theirs: Optional[TensorFn] = None,
     ):
-        """A single name may be given as a string. Without `our_pieces` and `their_pieces` every parameter is one."""
+        """A single name may be given as a string. `our_pieces` and `their_pieces` default to one piece per tensor."""
         ours = (ours,) if isinstance(ours, str) else tuple(ours)
         theirs = (theirs,) if isinstance(theirs, str) else tuple(theirs)
         object.__setattr__(self, 'ours', ours)
@@ -118,7 +118,7 @@ def shown(value: Any, limit: int = 60) -> str:
 
 @dataclass
 class _Step:
-    """A row in the direction in which it is used: from the old names, which are read, to the new ones."""
+    """A row in one direction: from the old names, whose tensors are read, to the new names."""
     old: Tuple[str, ...]
     old_pieces: Tuple[int, ...]
     new: Tuple[str, ...]
@@ -177,12 +177,12 @@ def _pattern(template: str) -> 're.Pattern[str]':
         name = match[1]
         if name not in _PLACEHOLDERS:
             raise ValueError(f'Expected placeholders in {tuple(_PLACEHOLDERS)}, got {name!r} in {template!r}.')
-        if name in seen:  # the second time it stands for the same
+        if name in seen:  # it has to match the same text again
             return f'(?P={name})'
         seen.add(name)
         return f'(?P<{name}>{_PLACEHOLDERS[name]})'
 
-    return re.compile(re.sub(r'\\\{(\w+)\\\}', group, re.escape(template)))  # which makes '{i}' into '\{i\}'
+    return re.compile(re.sub(r'\\\{(\w+)\\\}', group, re.escape(template)))  # `re.escape` turns '{i}' into '\{i\}'
 
 
 def _fill(template: str, match: 're.Match[str]') -> str:
@@ -209,7 +209,7 @@ def _take(state_dict: Mapping[str, Any], names: Tuple[str, ...]) -> List[torch.T
 
 
 def _restack(tensors: List[torch.Tensor], names: Tuple[str, ...], step: _Step) -> List[torch.Tensor]:
-    """Cut stacks into their pieces, which have to be alike, and join these to the stacks of the other side."""
+    """Cut the tensors of one side into pieces of one shape and type, and join these to tensors of the other side."""
     if len(step.old) == len(step.new) == 1:
         return tensors
     pieces: List[torch.Tensor] = []
