@@ -24,7 +24,10 @@ EPS = 1e-6
 
 
 def _to_linear(x: torch.Tensor) -> torch.Tensor:
-    """The weight of a 1x1 convolution as that of a linear layer. Other kernels stay, to be refused by their shape."""
+    """The weight of a 1x1 convolution as that of a linear layer.
+
+    Other kernels are returned unchanged, and refused later because of their shape.
+    """
     return x[:, :, 0, 0] if x.shape[2:] == (1, 1) else x
 
 
@@ -93,7 +96,7 @@ class OpenMMLabFormat(Format):
         try:
             import mmdet
             from mmdet.models.backbones.pvt import PyramidVisionTransformer
-        except Exception as e:  # whatever an unfitting set of packages raises
+        except Exception as e:  # versions of packages that do not fit together raise all kinds of errors
             raise NoReferenceError(
                 '--verify of a dense backbone needs mmdetection (mmdet, mmengine, mmcv), its import failed: '
                 f'{" ".join(str(e).split())[:200]}') from e
@@ -137,8 +140,8 @@ def read_config_text(meta: Mapping[str, Any]) -> Dict[str, Any]:
         meta: What stands under 'meta' in the checkpoint.
 
     Returns:
-        Names at the top of the config and their values: dicts, lists, tuples, numbers, texts and None. What is anything
-        else is `Unknown`. Empty without a config.
+        Names at the top of the config and their values: dicts, lists, tuples, numbers, texts and None. Any other value
+        becomes an `Unknown`. Empty without a config.
 
     Raises:
         ValueError: The text is too long, or no Python.
@@ -183,17 +186,17 @@ def _value(node: ast.expr) -> Any:
     return Unknown()
 
 
-# Settings of mmdetection's backbone that have one value here
+# Settings of mmdetection's backbone for which only one value is supported
 _BACKBONE = {
     'patch_norm': True, 'use_abs_pos_embed': True, 'use_conv_ffn': False, 'norm_after_stage': False,
     'patch_sizes': (4, 2, 2, 2), 'strides': (4, 2, 2, 2), 'paddings': (0, 0, 0, 0)}
 
 
 def read_backbone(config: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments of the timm model that the config of a PyramidVisionTransformer says.
+    """Arguments of the timm model that the config of a PyramidVisionTransformer gives.
 
     Raises:
-        ValueError: It says something that the timm model has no argument for. The message names it.
+        ValueError: The config has a setting that the timm model has no argument for. The message names it.
     """
     model = config.get('model')
     backbone = model.get('backbone') if isinstance(model, dict) else None
@@ -228,10 +231,10 @@ def find_dicts(config: Any, wanted: str) -> Iterator[Dict[str, Any]]:
 
 
 def normalisation(config: Dict[str, Any]) -> Optional[Tuple[Tuple[float, ...], Tuple[float, ...]]]:
-    """Mean and std of images from 0 to 1 that a config says, None if it does not.
+    """Mean and std, for images from 0 to 1, that a config gives. None if it gives none.
 
     Raises:
-        ValueError: It says several, or that images are BGR.
+        ValueError: The config gives different ones, or says that images are BGR.
     """
     found = sorted(set(_normalisations(config)))
     if len(found) > 1:
@@ -247,10 +250,10 @@ def normalisation(config: Dict[str, Any]) -> Optional[Tuple[Tuple[float, ...], T
 
 
 def _normalisations(config: Dict[str, Any]) -> Iterator[Tuple[Tuple[float, ...], Tuple[float, ...], bool]]:
-    """(mean, std, whether in RGB) wherever a config says them: mmdetection 3 and 2."""
+    """(mean, std, whether images are RGB) at every place where a config of mmdetection 3 or 2 gives them."""
     model = config.get('model')
     preprocessor = model.get('data_preprocessor') if isinstance(model, dict) else None
-    places: List[Tuple[Any, str, bool]] = [  # a dict, its key for the order of channels and what goes without
+    places: List[Tuple[Any, str, bool]] = [  # a dict, its key that says whether images are RGB, the default of that key
         (preprocessor or config.get('data_preprocessor'), 'bgr_to_rgb', False),
         (config.get('img_norm_cfg'), 'to_rgb', True),
     ]
