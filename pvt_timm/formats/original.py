@@ -1,7 +1,8 @@
 """ The format of the original code, https://github.com/whai362/PVT.
 
-A checkpoint is a bare state dict of classification/pvt.py, or of the dense models in detection/ and segmentation/. The
-dense models have no class token, but keep its row in `pos_embed4` and cut it away when they run.
+A checkpoint is a bare state dict of classification/pvt.py, or of the dense models in detection/ and segmentation/
+(dense: they give feature maps, for detectors and segmenters). The dense models have no class token, but still keep the
+row of `pos_embed4` that belongs to it, and cut that row away when they run.
 """
 import os
 import re
@@ -69,7 +70,7 @@ class OriginalFormat(Format):
             return state_dict, [
                 'pos_embed4 has a row of zeros at the place of the class token: the original format wants the row, '
                 'this checkpoint has none, and the dense models of the original cut it away unread']
-        if 'class_token' in drop:  # its row stays, as in the original's dense checkpoints
+        if 'class_token' in drop:  # its row of pos_embed4 stays, as in the original's dense checkpoints
             state_dict.pop(CLASS_TOKEN, None)
         return state_dict, []
 
@@ -107,7 +108,10 @@ FORMATS = [OriginalFormat()]
 
 
 def import_original(checkout: Path) -> Any:
-    """What classification/pvt.py of a checkout of whai362/PVT defines. Its models stay out of timm's registry."""
+    """Run classification/pvt.py of a checkout of whai362/PVT and return what it defines.
+
+    Its models are not added to timm's registry.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # it imports from timm's old places
         with mock.patch('timm.models.registry.register_model', lambda fn: fn):
