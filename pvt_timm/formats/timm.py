@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ['CLASS_ROW', 'CLASS_ROW_FILE', 'FORMATS']
 
-# The original's dense checkpoints keep a row for the class token in the last position embedding. No timm model has a
-# place for it, so it is kept in a file of its own, under this name.
+# The original's dense checkpoints keep a row for the class token in the last position embedding. No timm model uses
+# that row, so it is kept in a file of its own, under this name.
 CLASS_ROW_FILE = 'class_row.safetensors'
 CLASS_ROW = 'pos_embed4.class_row'
 POS_EMBED = 'stages.3.pos_embed'
@@ -85,7 +85,7 @@ class TimmFormat(Format):
             **weights.origin,
             'num_classes': info.num_classes,
             'min_input_size': [info.in_chans, 32, 32],
-            # of feature maps, which a model with class token does not give
+            # size of the last feature map. A model with class token returns tokens instead.
             'pool_size': None if has_tokens else [n // 32 for n in weights.preprocessing['input_size'][1:]],
             'first_conv': 'stages.0.patch_embed.proj',
             'classifier': 'head',
@@ -129,7 +129,7 @@ def _text(config: Mapping[str, Any], name: str) -> Optional[str]:
 
 
 def _inner(config: Mapping[str, Any], name: str) -> Dict[str, Any]:
-    """An object inside of a config, without what is null in it."""
+    """An object inside of a config, without its entries that are null."""
     value = config.get(name)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f'Expected an object for {name} in config.json, got {shown(value)}.')
