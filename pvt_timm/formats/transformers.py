@@ -123,7 +123,8 @@ class TransformersFormat(Format):
             args['qkv_bias'] = bool(config['qkv_bias'])
         if config.get('layer_norm_eps') is not None:
             eps = _number(config, 'layer_norm_eps')
-            # transformers has one eps where the original code has two. With the usual one, the model is the original.
+            # transformers has one eps, the original code has two (1e-6, and 1e-5 in some norms). With 1e-6 the weights
+            # are taken for those of the original code, with its two.
             if eps != 1e-6:
                 args['norm_eps'] = args['embed_norm_eps'] = eps
         for theirs, ours_names in _RATES.items():
@@ -140,7 +141,10 @@ class TransformersFormat(Format):
         return said
 
     def read_processor(self, config: Mapping[str, Any]) -> Optional[Said]:
-        """Images are resized to a fixed size, or resized by their shorter side and cropped, as the processors do."""
+        """What preprocessor_config.json says about images.
+
+        They are resized to a fixed size, or their shorter side is resized and the rest is cropped.
+        """
         if not config:
             return None
         said = Said('preprocessor_config.json')
@@ -176,7 +180,8 @@ class TransformersFormat(Format):
         pool = weights.args.get('global_pool', 'token')
         if pool != 'token' and 'head' in keep:
             raise ValueError(f'The head takes global_pool={pool!r}, transformers always the class token: --drop head.')
-        weights.refuse_args(self.name, but=(  # not patch_size: its position embeddings are for 4
+        # patch_size is not in the list: transformers sizes its position embeddings for patches of 4 pixels
+        weights.refuse_args(self.name, but=(
             'img_size', 'in_chans', 'num_heads', 'sr_ratios', 'mlp_ratios', 'qkv_bias', 'global_pool', 'act_layer',
             'norm_eps', 'embed_norm_eps'))
         if any(ratio != int(ratio) for ratio in weights.info.mlp_ratios):
@@ -194,7 +199,10 @@ class TransformersFormat(Format):
         return []
 
     def required_size(self, weights: 'Weights') -> Optional[Tuple[int, int]]:
-        """Its models take images of the size of their position embeddings only."""
+        """The image size of training, if the position embeddings have another one.
+
+        The models of transformers take images of the size of their position embeddings only.
+        """
         trained = weights.preprocessing['input_size'][1:]
         patch_size = weights.info.patch_size
         stored = weights.info.grid_size
@@ -256,7 +264,7 @@ def _number(config: Mapping[str, Any], name: str) -> float:
 
 
 def _patch_size(config: Mapping[str, Any]) -> int:
-    """Patch size of the first stage. Those of the others are 2, and the patches do not overlap."""
+    """Patch size of the first stage. In the other stages it has to be 2, and patches may not overlap."""
     sizes = _integers(config, 'patch_sizes')
     strides = _integers(config, 'strides') if config.get('strides') is not None else sizes
     if strides != sizes or any(size != 2 for size in sizes[1:]):
@@ -270,7 +278,7 @@ def _config(weights: 'Weights') -> Dict[str, Any]:
     info, args = weights.info, weights.args
     labels = weights.label_names or [f'LABEL_{i}' for i in range(info.num_classes)]
     dtype = str(info.dtype).removeprefix('torch.')
-    # Two of their names may mean one of ours: the first one is written.
+    # Two names of transformers may stand for one of timm: the first of them is written.
     activations = {timm: theirs for theirs, timm in reversed(_ACTIVATIONS.items())}
     config = {
         'architectures': ['PvtForImageClassification'],
@@ -305,9 +313,9 @@ def _config(weights: 'Weights') -> Dict[str, Any]:
 # ---- preprocessor_config.json ----------------------------------------------------------------------------------------
 
 def _read_size(said: Said, config: Mapping[str, Any]) -> None:
-    """Image size, crop_pct and crop_mode from `size` and `crop_size`.
+    """Read the image size, crop_pct and crop_mode from `size` and `crop_size`, and put them into `said`.
 
-    Without a crop, a shorter side alone tells no image size.
+    If `size` gives the shorter side only and there is no crop, the image size stays unknown.
     """
     size = _sides(config['size'])
     crop = _sides(config.get('crop_size')) if config.get('do_center_crop') else None
