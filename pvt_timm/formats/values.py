@@ -1,4 +1,7 @@
-""" Values from configs and training settings, which may be anything: each as what it should be, or None. """
+""" Readers of values from configs and training settings, where anything may stand.
+
+Each reader returns the value in the type that is expected, or None if it is something else.
+"""
 import math
 from typing import Any, List, Mapping, Optional, Tuple
 
@@ -13,8 +16,8 @@ MAX_CHANNELS = 16
 MAX_SIDE = 2 ** 16
 MAX_NAME = 1000  # characters of the name of a class
 PROBLEM_TYPES = ('single_label_classification', 'multi_label_classification', 'regression')
-MIN_CROP_PCT = 0.1  # below, an image is enlarged until it fills the memory
-# What timm resizes images with for evaluation. Its 'random' is for training only.
+MIN_CROP_PCT = 0.1  # with less, images are enlarged until they fill the memory
+# timm's interpolations for evaluation. It also has 'random', for training only.
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
 
@@ -84,7 +87,7 @@ def problem_type(value: Any) -> Optional[str]:
 
 
 def read_preprocessing(said: Said, config: Mapping[Any, Any]) -> None:
-    """Put what a config in timm's words says about images into `said`, and what makes no sense into its notes."""
+    """Copy what a config with timm's keys says about images into `said`. Invalid values are left out and noted."""
     readers = dict(
         mean=lambda x: numbers(x, low=0),
         std=lambda x: numbers(x, low=1e-9),
