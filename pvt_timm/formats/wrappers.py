@@ -18,11 +18,11 @@ _MODEL_ARGS = ('act_layer', 'norm_layer', 'norm_eps', 'embed_norm_eps', 'num_hea
 def unwrap(
         checkpoint: Mapping[str, Any], use_ema: bool = True,
 ) -> Tuple[Mapping[str, Any], Tuple[str, ...], Dict[str, str]]:
-    """Open the wrappers of training checkpoints, with `use_ema` to averaged weights where both are there.
+    """The state dict inside of a training checkpoint. Where there are averaged weights too, `use_ema` prefers these.
 
     Returns:
-        The state dict, the opened keys (outermost first), and for each key that was left out the reason. Dicts in the
-        state dict become '{name}.{key}'.
+        The state dict, the opened keys (outermost first), and for each key that was left out the reason. A dict inside
+        of the state dict is flattened: its entries get the names '{name}.{key}'.
 
     Raises:
         ValueError: There is no state dict, or one key twice.
@@ -54,7 +54,8 @@ def unwrap(
 def training_settings(checkpoint: Mapping[str, Any]) -> Said:
     """What a checkpoint of timm's train.py ('args') or of Lightning ('hyper_parameters') says about its training.
 
-    Settings may stand in groups, dicts or `argparse.Namespace` inside of these. Those outside of a group go first.
+    Settings may stand in groups: dicts or `argparse.Namespace` objects inside of 'args' or 'hyper_parameters'. A
+    setting outside of a group wins over one of the same name inside of a group.
     """
     said = Said("the training settings in the checkpoint ('args' or 'hyper_parameters')")
     settings: Dict[Any, Any] = {}
