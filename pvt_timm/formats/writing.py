@@ -1,4 +1,4 @@
-""" What the formats have in common when they write. """
+""" Functions that all formats write their files with. """
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -15,7 +15,8 @@ def write_tensors(tensors: StateDict, file: Path) -> None:
     """Write a safetensors or torch file, as its name says."""
     from safetensors.torch import save
 
-    # Each in memory of its own: safetensors refuses parts of other tensors, torch.save would write the whole.
+    # Each tensor gets memory of its own. safetensors refuses tensors that share memory, and of a tensor that is a part
+    # of a larger one torch.save would write the larger one.
     own = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     if file.suffix == '.safetensors':
         file.write_bytes(save(own, metadata={'format': 'pt'}))  # a file of `save_file` is readable by its owner alone
