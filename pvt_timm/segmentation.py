@@ -20,8 +20,9 @@ from torchvision.transforms.functional import normalize
 
 from .detection.checks import check_image
 from .detection.fpn import PvtFpnBackbone, pvt_fpn_backbone, usual_normalisation
-from .detection.openmmlab import FPN, Checkpoint, from_openmmlab, to_openmmlab
+from .detection.openmmlab import FPN, from_openmmlab, to_openmmlab
 from .detection.parts import resized
+from .detection.trained import Checkpoint, is_color, is_own, load_own, open_checkpoint
 from .formats.names import Row
 
 __all__ = ['SemanticFpn', 'ade20k_classes', 'semantic_fpn', 'semantic_fpn_from_mmseg', 'segmenter_to_mmseg']
@@ -76,6 +77,7 @@ class SemanticFpn(nn.Module):
     num_classes, H, W). Classes count from 0. `segment` takes one image of any size from 0 to 1.
 
     Attributes:
+        kind: 'semantic_fpn', also of subclasses.
         num_classes: Number of classes.
         categories: Names of the classes, empty if not known.
         palette: Their colours (red, green, blue), empty if not known.
@@ -83,6 +85,7 @@ class SemanticFpn(nn.Module):
         mean: Mean per channel of images from 0 to 1, timm's for ImageNet (their average where there are not three).
         std: Standard deviation per channel.
     """
+    kind = 'semantic_fpn'
 
     def __init__(
             self,
@@ -164,15 +167,19 @@ def segmenter_to_mmseg(model: SemanticFpn, fmt: str = 'mmdet') -> Dict[str, torc
 
 
 def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> SemanticFpn:
-    """Whole Semantic FPN checkpoint of mmsegmentation, or of the original PVT code.
+    """The Semantic FPN in a whole checkpoint of mmsegmentation, of the original PVT code or of this package.
 
     Arguments and errors as in `pvt_timm.detection.retinanet_from_mmdet`, with `neck.*` and `decode_head.*` beside
-    `backbone.*`, and 512 as the shorter side if no config says it.
+    `backbone.*`, and 512 as the shorter side if the file does not say it. Of this package a checkpoint of
+    `pvt-timm segmenter fit`, or the state dict of a segmenter.
 
     Returns:
         The model in evaluation mode. Variant, number of classes and widths are read off the weights. Names and colours
-        of classes are those in the file, or ADE20K's where there are 150 classes.
+        of classes are those in the file, or ADE20K's where a file of the others says none for 150 classes.
     """
+    checkpoint = open_checkpoint(checkpoint)
+    if is_own(checkpoint):
+        return load_own(checkpoint, {'semantic_fpn': semantic_fpn}, prefix, **kwargs)
     model, said = from_openmmlab(checkpoint, {'Semantic FPN': (semantic_fpn, _TABLE)}, prefix, **kwargs)
     if model.num_classes == 1:  # the class would be that of every pixel
         raise ValueError('Expected a segmenter with a score per class, got one output and a threshold (binary '
@@ -184,10 +191,3 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
         raise ValueError('Expected red, green and blue from 0 to 255 per class as palette in the checkpoint.')
     model.palette = [tuple(color) for color in colors]
     return model
-
-
-def is_color(value: Any) -> bool:
-    """Whether a value from a checkpoint is red, green and blue."""
-    if not isinstance(value, (list, tuple)) or len(value) != 3:
-        return False
-    return all(isinstance(x, int) and 0 <= x <= 255 for x in value)

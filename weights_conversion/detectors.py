@@ -6,11 +6,12 @@ import torch
 
 from pvt_timm.detection import detector_to_mmdet
 from pvt_timm.detection.openmmlab import describe_heads, heads_of
+from pvt_timm.detection.trained import describe_model, is_own
 from pvt_timm.files import MAX_BYTES, PathLike, read_checkpoint
 from pvt_timm.formats.mapping import map_to_timm
 from pvt_timm.segmentation import SemanticFpn, segmenter_to_mmseg
 from pvt_timm.sources import open_source
-from pvt_timm.training.checkpoints import describe_model, is_own, load_any, load_trained
+from pvt_timm.training.checkpoints import load_any, load_trained
 
 from .output import check_output, new_files
 
@@ -39,7 +40,7 @@ def convert_whole(
             fit` or `segmenter fit`, the weights of a model of this package, or a file of OpenMMLab or the original.
         output: Folder to write.
         to: 'mmdet' (also for mmsegmentation) or 'original', which differ in the backbone.
-        prefix: What stands before the names of the backbone, needed where there are several.
+        prefix: What stands before the names of the model, or of its backbone, needed where there are several.
         force: Replace a file of the same name.
         max_bytes: Refuse a file that is larger.
 
@@ -70,7 +71,7 @@ def convert_whole(
 def _load(checkpoint: Dict[str, Any], prefix: Optional[str]) -> Tuple[Any, str]:
     """The model in a checkpoint, and 'detector' or 'segmenter'."""
     if is_own(checkpoint):
-        model = load_trained(checkpoint)
+        model = load_trained(checkpoint, prefix=prefix)
     else:
         kind = describe_heads(heads_of(map_to_timm(checkpoint, prefix=prefix)))
         is_segmenter = kind is not None and kind[0] == 'Semantic FPN'

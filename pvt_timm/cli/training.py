@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Dict, List, Type
 
+from ..detection.trained import KEY
 from ..files import read_checkpoint
-from ..training.checkpoints import KEY
 from ..training.published import ALLOWED, compare
 from ..training.settings import DetectorSettings, SegmenterSettings, Settings, add_options, read_settings
 from .errors import Parser, clean

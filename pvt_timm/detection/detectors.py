@@ -36,6 +36,7 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
 
     Labels count from 0 to `num_classes - 1`, in targets and in what is found. There is no background class.
     """
+    kind = 'retinanet'
     levels = dict(out_indices=(1, 2, 3), extra_levels='p6p7_on_input')
     detections_per_img: Any
     proposal_matcher: Any
@@ -76,6 +77,7 @@ class PvtFasterRCNN(PublishedDetector, FasterRCNN):
     Labels count from 1 to `num_classes`, in targets and in what is found. `num_classes` does not count the background,
     label 0, which torchvision's own argument of that name does.
     """
+    kind = 'faster_rcnn'
     first_label = 1
 
     def __init__(self, backbone: PvtFpnBackbone, num_classes: int, box_channels: int = 1024, **kwargs: Any):
@@ -100,6 +102,7 @@ class PvtMaskRCNN(PvtFasterRCNN, MaskRCNN):
 
     What it returns has 'masks' (N, 1, H, W) from 0 to 1 too. Targets need 'masks' (N, H, W) of 0 and 1, uint8 or bool.
     """
+    kind = 'mask_rcnn'
     needs_masks = True
 
     def __init__(

@@ -4,7 +4,6 @@ mmdetection 2 and 3 and the original code (which is mmdetection 2.13 with a back
 alike. A row of a table says which parameters hold the same numbers, see `formats/names.py`.
 """
 import logging
-from os import PathLike
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Set, Tuple, Union
 
 import torch
@@ -12,7 +11,6 @@ import torch.nn as nn
 from torch.hub import load_state_dict_from_url
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
-from ..files import read_checkpoint
 from ..formats import FORMATS
 from ..formats.architecture import check_keys, describe, drop_parts
 from ..formats.mapping import Converted, from_timm, map_to_timm
@@ -20,11 +18,11 @@ from ..formats.names import Row, Table, to_ours, to_theirs
 from ..pvt import default_cfgs, find_variant
 from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet
 from .settings import read_settings
+from .trained import Checkpoint, is_own, load_own, open_checkpoint, widths_of, with_new_classes
 
 _logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, torch.Tensor]
-Checkpoint = Union[str, 'PathLike[str]', Mapping[str, Any]]
 
 # The background is the last class in OpenMMLab and the first in torchvision, where its boxes and masks are 0.
 
@@ -100,19 +98,6 @@ _DETECTORS: Dict[str, Tuple[Any, Table]] = {
 }
 # Arguments of `on_pvt` that loading takes beside those of the class
 _FOR_ON_PVT = ('num_classes', 'model_args', 'frozen_stages')
-# Argument of a model -> the parameter, under our names, and the dimension that have this width
-_WIDTHS = {
-    'out_channels': ('backbone.fpn.inner_blocks.0.0.weight', 0),
-    'box_channels': ('roi_heads.box_predictor.cls_score.weight', 1),
-    'mask_channels': ('roi_heads.mask_predictor.mask_fcn_logits.weight', 1),
-    'channels': ('head.classifier.weight', 1),
-}
-
-
-def widths_of(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, int]:
-    """Widths of pyramid and heads, as arguments of the function that builds the model."""
-    return {argument: state_dict[name].shape[dim] for argument, (name, dim) in _WIDTHS.items()
-            if name in state_dict and state_dict[name].ndim > dim}
 
 
 def coco_categories() -> Dict[int, str]:
@@ -172,8 +157,7 @@ def from_openmmlab(
         The model in evaluation mode, and 'label_names' and 'palette' in the file, where there is one per class. Both
         are empty for new classes.
     """
-    if isinstance(checkpoint, (str, PathLike)):
-        checkpoint = read_checkpoint(checkpoint)
+    checkpoint = open_checkpoint(checkpoint)
     if prefix is not None and prefix.rstrip('.').rpartition('.')[2] != 'backbone':
         prefix = f'{prefix.rstrip(".")}.backbone'.lstrip('.')  # of the whole model, not of its backbone
     converted = map_to_timm(checkpoint, prefix=prefix)
@@ -225,7 +209,7 @@ def from_openmmlab(
     model.load_state_dict(weights)
     if num_classes not in (None, classes):
         fresh = _build(build, variant, num_classes, settings, normalisation)
-        model = _with_new_classes(fresh, model.state_dict(), f'{kind} for {classes} classes')
+        model = with_new_classes(fresh, model.state_dict(), f'{kind} for {classes} classes')
     if model.num_classes != classes:
         return model.eval(), {'label_names': [], 'palette': []}
     names = FORMATS['mmdet'].read_meta(checkpoint)
@@ -261,16 +245,6 @@ def _without_leftovers(heads: Dict[str, Any]) -> Dict[str, Any]:
     return {key: value for key, value in heads.items() if not key.startswith(_LEFTOVERS)}
 
 
-def _with_new_classes(model: Any, state_dict: StateDict, name: str) -> Any:
-    """`model` with those weights of `name`, a model of another number of classes, that do not depend on the number."""
-    own = model.state_dict()
-    kept = {k: v for k, v in state_dict.items() if v.shape == own[k].shape}
-    new = sorted(k.removesuffix('.weight') for k in own if k not in kept and k.endswith('.weight'))
-    _logger.warning(f'Taken from a {name}: all but {", ".join(new)}, which are new for {model.num_classes} classes.')
-    model.load_state_dict({**own, **kept})
-    return model
-
-
 def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
     """Weights as OpenMMLab names and stacks them, with a backbone in format 'mmdet' or 'original'."""
     state_dict = model.state_dict()
@@ -299,32 +273,39 @@ def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fm
 def detector_from_mmdet(
         checkpoint: Checkpoint, prefix: Optional[str] = None, kinds: Iterable[str] = tuple(_DETECTORS),
         **kwargs: Any) -> Any:
-    """Whole checkpoint of any of these `kinds` of detectors, otherwise as `retinanet_from_mmdet`."""
-    wanted = ((kind, *_DETECTORS[kind]) for kind in kinds)
+    """The detector in a whole checkpoint of any of these `kinds`, otherwise as `retinanet_from_mmdet`."""
+    checkpoint = open_checkpoint(checkpoint)
+    wanted = {kind: _DETECTORS[kind] for kind in kinds}
+    if is_own(checkpoint):
+        builders = {detector.kind: detector.on_pvt for detector, _ in wanted.values()}
+        return load_own(checkpoint, builders, prefix, **kwargs)
     model, said = from_openmmlab(
-        checkpoint, {kind: (detector.on_pvt, table) for kind, detector, table in wanted}, prefix, **kwargs)
+        checkpoint, {kind: (detector.on_pvt, table) for kind, (detector, table) in wanted.items()}, prefix, **kwargs)
     coco = list(coco_categories().values()) if model.num_classes == 80 else []
     model.categories = said.get('label_names', coco)
     return model
 
 
 def retinanet_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtRetinaNet:
-    """Whole RetinaNet checkpoint of mmdetection, or of the original PVT code, as a torchvision model.
+    """The RetinaNet in a whole checkpoint of mmdetection, of the original PVT code or of this package.
 
     Args:
         checkpoint: File, of which nothing is executed, or what it holds, bare or under 'state_dict': `backbone.*`,
             `neck.*` and `bbox_head.*`, in a two-stage detector `rpn_head.*` and `roi_head.*` instead of the last.
+            Of this package a checkpoint of `pvt-timm detector fit`, or the state dict of a detector.
         prefix: What stands before the names of the model, or of its backbone, needed where there are several.
         kwargs: Arguments as those of `pvt_retinanet`: for the class of the model, such as `min_size` (by default that
-            of the config in the file, or 800), `num_classes` (with another number than in the file the layers that
-            depend on it are new, to be trained, which a warning says), `model_args` (such as
-            `dict(drop_path_rate=0.1)`) and `frozen_stages`.
+            of the file, or 800), `num_classes` (with another number than in the file the layers that depend on it are
+            new, to be trained, which a warning says), `model_args` (such as `dict(drop_path_rate=0.1)`) and
+            `frozen_stages`.
 
     Returns:
-        The model in evaluation mode. Variant, number of classes and widths are read off the weights.
+        A torchvision model in evaluation mode. Variant, number of classes and widths are read off the weights. Names
+        of classes, sizes and normalisation of images are those that the file says.
 
     Raises:
         ValueError: Not such a checkpoint. The message names what is wrong.
+        TypeError: A keyword is not known.
     """
     return detector_from_mmdet(checkpoint, prefix, ['RetinaNet'], **kwargs)
 

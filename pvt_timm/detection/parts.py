@@ -243,10 +243,12 @@ class PublishedDetector(nn.Module):
     they would be wrong on in silence raise ValueError, keywords that torchvision would swallow TypeError.
 
     Attributes:
+        kind: 'retinanet', 'faster_rcnn' or 'mask_rcnn', also of subclasses.
         num_classes: Number of classes, the background not counted. (torchvision counts it in Faster and Mask R-CNN.)
         first_label: Label of the first class, in targets and in what is found: 0, or 1 where label 0 is the background.
         categories: Names of the classes, the first is that of `first_label`. Empty if not known.
     """
+    kind = ''
     first_label = 0
     needs_masks = False  # in targets
     levels: Dict[str, Any] = {}  # of the pyramid, arguments for `PvtFpnBackbone`

@@ -8,7 +8,7 @@
     metrics.py       COCO's twelve figures, and the mean of IoU
     modules.py       losses, optimizer and schedule, for Lightning
     callbacks.py     checkpoints, history and curve
-    checkpoints.py   what a checkpoint says about its model, and the model that it holds. Does not need the extra
+    checkpoints.py   the model in any checkpoint, and models as a start for others. Does not need the extra
     published.py     the published figures. Does not need the extra
     run.py           `fit` and `validate`
 """

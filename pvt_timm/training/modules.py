@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.functional import normalize
 
-from .checkpoints import KEY, describe_model
+from ..detection.trained import KEY, describe_model
 from .label_maps import IGNORED
 from .metrics import CocoEvaluation, coco_rows, iou_figures
 from .settings import DetectorSettings, SegmenterSettings, Settings

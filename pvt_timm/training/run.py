@@ -15,13 +15,13 @@ import torch.nn as nn
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from ..detection import retinanet_coco
-from ..detection.openmmlab import widths_of
+from ..detection.trained import KEY, describe_body, is_own, kind_of, widths_of
 from ..files import read_checkpoint, save_atomically
 from ..labels import read_labels
 from ..pvt import VARIANTS
 from ..segmentation import ade20k_classes
 from .callbacks import LAST, Checkpoints, CompleteFiles, History
-from .checkpoints import KEY, KINDS, copy_weights, describe_body, is_own, kind_of, load_any
+from .checkpoints import BUILDERS, copy_weights, load_any
 from .coco import CocoAnnotations, CocoDataset
 from .data import Augmented, Batches
 from .label_maps import LabelMapDataset
@@ -257,7 +257,7 @@ def _build(settings: AnySettings, num_classes: int, categories: Sequence[str], *
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # new layers are the same in all processes, and another time
         try:
-            model = KINDS[settings.kind](
+            model = BUILDERS[settings.kind](
                 name, num_classes, pretrained_backbone=pretrained, model_args=model_args,
                 **{**widths, **sizes, **settings.head_args})
         except TypeError as e:  # an argument that is not known

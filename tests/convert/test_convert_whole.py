@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pvt_timm.detection import detector_from_mmdet, pvt_mask_rcnn, pvt_retinanet
+from pvt_timm.detection.trained import KEY, describe_model
 from pvt_timm.segmentation import semantic_fpn, semantic_fpn_from_mmseg
-from pvt_timm.training.checkpoints import KEY, describe_model
 from tests.support import convert_files as files
 from tests.support.convert_files import run
 from tests.support.reference import randomize

@@ -172,7 +172,9 @@ def test_commands_read_it(cli, trained, shapes_folder, tmp_path, name, task):
     cli(task, image, '--checkpoint', tmp_path / 'weights.pth', *more)
     other = 'segment' if task == 'detect' else 'detect'
     error = cli(other, image, '--checkpoint', trained / name / 'best.ckpt', code=2)
-    assert 'Expected a segmenter, got a ' in error or 'Expected a detector, got a SemanticFpn' in error
+    there = {'retinanet': 'RetinaNet', 'mask_rcnn': 'Mask R-CNN', 'semantic_fpn': 'Semantic FPN'}[name]
+    asked = 'Semantic FPN' if other == 'segment' else 'RetinaNet or Faster R-CNN or Mask R-CNN'
+    assert f'Expected a {asked}, got a {there}.' in error
 
 
 @pytest.mark.parametrize('name', ['retinanet', 'mask_rcnn', 'semantic_fpn'])

@@ -2,10 +2,13 @@
 import pytest
 import torch
 
-from pvt_timm.detection import pvt_faster_rcnn, pvt_mask_rcnn, pvt_retinanet
-from pvt_timm.segmentation import semantic_fpn
+from pvt_timm.detection import (
+    PvtRetinaNet, detector_from_mmdet, faster_rcnn_from_mmdet, mask_rcnn_from_mmdet, pvt_faster_rcnn, pvt_mask_rcnn,
+    pvt_retinanet, retinanet_from_mmdet)
+from pvt_timm.detection.trained import KEY, describe_model, is_own, kind_of
+from pvt_timm.segmentation import semantic_fpn, semantic_fpn_from_mmseg
 from pvt_timm.training import load_trained
-from pvt_timm.training.checkpoints import KEY, copy_weights, describe_model, is_own
+from pvt_timm.training.checkpoints import copy_weights, load_any
 
 SMALL = dict(out_channels=16, model_args=dict(img_size=64))
 MODELS = {
@@ -13,6 +16,14 @@ MODELS = {
     'faster_rcnn': lambda **kw: pvt_faster_rcnn('test_pvt', 3, box_channels=24, **SMALL, **kw),
     'mask_rcnn': lambda **kw: pvt_mask_rcnn('test_pvt', 3, box_channels=24, mask_channels=12, **SMALL, **kw),
     'semantic_fpn': lambda **kw: semantic_fpn('test_pvt', 3, channels=20, **SMALL, **kw),
+}
+
+# What reads weights of each kind. The first also reads those of OpenMMLab and of the original code
+LOADERS = {
+    'retinanet': (retinanet_from_mmdet, detector_from_mmdet, load_trained),
+    'faster_rcnn': (faster_rcnn_from_mmdet, detector_from_mmdet, load_trained),
+    'mask_rcnn': (mask_rcnn_from_mmdet, detector_from_mmdet, load_trained),
+    'semantic_fpn': (semantic_fpn_from_mmseg, load_trained),
 }
 
 
@@ -57,6 +68,105 @@ def test_a_model_comes_back_from_its_checkpoint_and_from_its_weights(tmp_path, k
         assert is_own(weights)
         bare = load_trained(file, min_size=70)
         assert equal(bare, model) and type(bare) is type(model) and bare.categories == []
+
+
+def checkpoint_of(model, start='model.', **more):
+    """As `fit` writes it."""
+    weights = {f'{start}{name}': value for name, value in model.state_dict().items()}
+    return {KEY: describe_model(model), 'state_dict': weights, 'optimizer_states': [], **more}
+
+
+def sizes_of(model):
+    return getattr(model, 'transform', model)
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_one_checkpoint_for_every_loader(tmp_path, kind):
+    """Names of classes, sizes and normalisation of images are those of the file, unless somebody asks for others."""
+    torch.manual_seed(0)
+    model = MODELS[kind](min_size=96, max_size=160)
+    model.categories = ['ant', 'bee', 'cat']
+    mean, std = ('mean', 'std') if kind == 'semantic_fpn' else ('image_mean', 'image_std')
+    setattr(sizes_of(model), mean, (0.1, 0.2, 0.3))
+    setattr(sizes_of(model), std, (0.4, 0.5, 0.6))
+    file = tmp_path / 'last.ckpt'
+    torch.save(checkpoint_of(model), file)
+    for load in LOADERS[kind]:
+        for source in (file, str(file), torch.load(file, weights_only=True)):
+            again = load(source)
+            assert type(again) is type(model) and equal(again, model) and not again.training
+            assert again.categories == ['ant', 'bee', 'cat']
+            sizes = sizes_of(again)
+            assert (sizes.min_size, sizes.max_size) == (sizes_of(model).min_size, 160)
+            assert (*getattr(sizes, mean), *getattr(sizes, std)) == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+        assert sizes_of(load(file, min_size=70)).min_size in (70, (70,))
+        frozen = load(file, frozen_stages=1, model_args=dict(drop_path_rate=0.5))
+        assert not any(p.requires_grad for p in frozen.backbone.body.stages_0.parameters()) and equal(frozen, model)
+        assert any(getattr(m, 'drop_prob', 0) > 0.3 for m in frozen.modules())
+        with pytest.raises(TypeError, match='colour'):
+            load(file, colour=1)
+        bare = load(model.state_dict())
+        assert type(bare) is type(model) and equal(bare, model) and bare.categories == []
+        for key in ('model', 'state_dict_ema'):  # as others wrap them
+            assert equal(load({key: model.state_dict(), 'epoch': 3}), model)
+    other = [name for name in MODELS if name != kind]
+    for name in other:
+        with pytest.raises(ValueError, match='^Expected a .*, got a (RetinaNet|Faster R-CNN|Mask R-CNN|Semantic FPN)'):
+            LOADERS[name][0](file)
+
+
+def test_normalisation_that_is_asked_for_replaces_that_of_the_file():
+    checkpoint = checkpoint_of(MODELS['retinanet']())
+    assert load_trained(checkpoint, image_mean=[0.5, 0.6, 0.7]).transform.image_mean == [0.5, 0.6, 0.7]
+    assert retinanet_from_mmdet(checkpoint, image_std=[0.5, 0.6, 0.7]).transform.image_std == [0.5, 0.6, 0.7]
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_other_classes_are_new_ones(kind, caplog):
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    model.categories = ['ant', 'bee', 'cat']
+    for load in LOADERS[kind]:
+        caplog.clear()
+        new = load(checkpoint_of(model), num_classes=5)
+        assert new.num_classes == 5 and new.categories == [] and 'new for 5 classes' in caplog.text
+        own = model.state_dict()
+        shapes = {name: value.shape for name, value in new.state_dict().items()}
+        same = [name for name, value in own.items() if value.shape == shapes[name]]
+        assert len(own) - len(same) in (2, 4, 6)  # weights and biases of the layers of classes
+        assert all(torch.equal(own[name], new.state_dict()[name]) for name in same)
+        assert load(checkpoint_of(model), num_classes=3).categories == ['ant', 'bee', 'cat']
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_two_models_in_a_file_need_a_prefix(kind):
+    """Somebody's averages beside the weights, for example. Neither is taken in silence."""
+    torch.manual_seed(0)
+    one, two = MODELS[kind](), MODELS[kind]()
+    both = checkpoint_of(one, 'model.')
+    both['state_dict'].update(checkpoint_of(two, 'teacher.net.')['state_dict'])
+    for load in LOADERS[kind]:
+        with pytest.raises(ValueError, match=r"Expected one model, got those under \['model.', 'teacher.net.'\]"):
+            load(both)
+        for prefix in ('teacher.net', 'teacher.net.', 'teacher.net.backbone', 'teacher.net.backbone.body.'):
+            assert equal(load(both, prefix=prefix), two)
+        assert equal(load(both, prefix='model'), one)
+        with pytest.raises(ValueError, match="Expected a prefix of .*, got 'net'"):
+            load(both, prefix='net')
+        assert equal(load(one.state_dict(), prefix='backbone'), one)
+    task = 'segmenter' if kind == 'semantic_fpn' else 'detector'
+    assert equal(load_any(both, task, 'model.'), one)
+
+
+def test_a_subclass_is_of_its_kind():
+    class Mine(PvtRetinaNet):
+        pass
+
+    model = Mine.on_pvt('test_pvt', 3, **SMALL)
+    assert describe_model(model)['kind'] == 'retinanet'
+    assert type(load_trained(checkpoint_of(model))) is PvtRetinaNet
+    with pytest.raises(ValueError, match='Expected a detector or segmenter of this package, got Linear'):
+        kind_of(torch.nn.Linear(1, 1))
 
 
 def test_stochastic_depth_is_for_training_only():

@@ -1,0 +1,307 @@
+""" Checkpoints of this package's own detectors and segmenters: what they say about a model, and the model.
+
+`pvt-timm detector fit` and `segmenter fit` write plain values under the key 'pvt_timm' beside the weights: all that is
+needed to build the model, its classes and the sizes of its images. Weights alone, as of
+`torch.save(model.state_dict())`, are read too: variant, kind, number of classes and widths follow from their names and
+shapes.
+"""
+import inspect
+import logging
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+
+from ..files import read_checkpoint
+from ..formats.architecture import check_keys, describe
+from ..formats.mapping import map_to_timm
+from ..formats.wrappers import unwrap
+from ..pvt import VARIANTS, PyramidVisionTransformer, find_variant
+from ..version import __version__
+
+__all__ = [
+    'KEY', 'KINDS', 'OF_CLASSES', 'describe_body', 'describe_model', 'is_color', 'is_own', 'kind_of', 'load_own',
+    'open_checkpoint', 'widths_of', 'with_new_classes']
+
+_logger = logging.getLogger(__name__)
+
+Checkpoint = Union[str, 'PathLike[str]', Mapping[str, Any]]
+Builder = Callable[..., Any]  # name of a PVT, number of classes and keywords to a model
+
+KEY = 'pvt_timm'
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the weights of a kind of model are told from those of the others, and what they say.
+
+    Attributes:
+        name: As messages say it.
+        head: A parameter whose rows are classes.
+        rows_per_class: How many of its rows are for one class.
+        background: Rows for the background.
+    """
+    name: str
+    head: str
+    rows_per_class: int = 1
+    background: int = 0
+
+
+# Attribute `kind` of a model -> the kind. The first one whose parameter is there counts
+KINDS = {
+    'retinanet': Kind('RetinaNet', 'head.classification_head.cls_logits.weight', 9),  # 3 scales x 3 aspect ratios
+    'mask_rcnn': Kind('Mask R-CNN', 'roi_heads.mask_predictor.mask_fcn_logits.weight', background=1),
+    'faster_rcnn': Kind('Faster R-CNN', 'roi_heads.box_predictor.cls_score.weight', background=1),
+    'semantic_fpn': Kind('Semantic FPN', 'head.classifier.weight'),
+}
+# How the names of parameters start whose rows are classes
+OF_CLASSES = (
+    'head.classification_head.cls_logits.', 'roi_heads.box_predictor.', 'roi_heads.mask_predictor.mask_fcn_logits.',
+    'head.classifier.')
+# Argument of a model -> the parameter and the dimension that have this width
+_WIDTHS = {
+    'out_channels': ('backbone.fpn.inner_blocks.0.0.weight', 0),
+    'box_channels': ('roi_heads.box_predictor.cls_score.weight', 1),
+    'mask_channels': ('roi_heads.mask_predictor.mask_fcn_logits.weight', 1),
+    'channels': ('head.classifier.weight', 1),
+}
+_MODEL_ARGS = set(inspect.signature(PyramidVisionTransformer.__init__).parameters) - {'self', 'num_classes'}
+_BODY = 'backbone.body.'
+_STAGES = _BODY + 'stages_'
+
+
+def open_checkpoint(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What a file holds, of which nothing is executed. What is no path is given back."""
+    if isinstance(checkpoint, (str, PathLike)):
+        return read_checkpoint(checkpoint)
+    return checkpoint
+
+
+def is_own(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of this package: written by `fit`, or with the weights of one of its models."""
+    return KEY in checkpoint or bool(_roots(unwrap(checkpoint)[0]))
+
+
+# ---- what is said about a model --------------------------------------------------------------------------------------
+
+def kind_of(model: nn.Module) -> str:
+    """'retinanet', 'faster_rcnn', 'mask_rcnn' or 'semantic_fpn'."""
+    kind = getattr(model, 'kind', None)
+    if kind not in KINDS:
+        raise ValueError(f'Expected a detector or segmenter of this package, got {type(model).__name__}.')
+    return kind
+
+
+def widths_of(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, int]:
+    """Widths of pyramid and heads, as arguments of the function that builds the model."""
+    return {argument: state_dict[name].shape[dim] for argument, (name, dim) in _WIDTHS.items()
+            if name in state_dict and state_dict[name].ndim > dim}
+
+
+def describe_body(state_dict: Mapping[str, torch.Tensor]) -> Tuple[str, Dict[str, Any]]:
+    """Name and arguments of the PVT in the state dict of a detector or segmenter."""
+    info = describe(map_to_timm(state_dict).state_dict)
+    variant = find_variant(info.depths, info.embed_dims)
+    if variant is None:
+        raise ValueError(f'Expected a PVT v1 variant, got depths {info.depths} and channels {info.embed_dims}.')
+    return variant, dict(img_size=list(info.img_size), in_chans=info.in_chans)
+
+
+def describe_model(
+        model: nn.Module, model_args: Optional[Mapping[str, Any]] = None, head_args: Optional[Mapping[str, Any]] = None,
+        ) -> Dict[str, Any]:
+    """Plain values that `load_own` builds the model from again.
+
+    Args:
+        model: A detector or segmenter of this package.
+        model_args: Arguments that its PVT was made with, as far as they do not follow from the weights.
+        head_args: The same for its class.
+
+    Returns:
+        What belongs under the key 'pvt_timm' of a checkpoint, beside the weights.
+    """
+    any_model: Any = model
+    state_dict = model.state_dict()
+    variant, seen = describe_body(state_dict)
+    kept = {name: value for name, value in (model_args or {}).items() if name in _MODEL_ARGS}
+    kept.pop('drop_path_rate', None)  # only for training
+    sizes = any_model.transform if hasattr(any_model, 'transform') else any_model
+    shorter = sizes.min_size
+    norms = [m for name, m in any_model.backbone.body.named_modules() if name.endswith('patch_embed.norm')]
+    seen['embed_norm_eps'] = norms[0].eps
+    described = dict(
+        version=__version__, kind=kind_of(model), model=variant, model_args={**kept, **seen},
+        num_classes=any_model.num_classes, categories=list(any_model.categories),
+        palette=[list(color) for color in getattr(any_model, 'palette', [])],
+        head_args={**(head_args or {}), **widths_of(state_dict)},
+        min_size=list(shorter) if isinstance(shorter, (list, tuple)) else shorter, max_size=sizes.max_size)
+    described['mean'] = list(sizes.image_mean if hasattr(sizes, 'image_mean') else sizes.mean)
+    described['std'] = list(sizes.image_std if hasattr(sizes, 'image_std') else sizes.std)
+    return described
+
+
+def _described_by(weights: Mapping[str, torch.Tensor]) -> Dict[str, Any]:
+    """What weights alone say about their model."""
+    for kind, about in KINDS.items():
+        if about.head in weights and weights[about.head].ndim:
+            variant, model_args = describe_body(weights)
+            rows = weights[about.head].shape[0]
+            return dict(
+                kind=kind, model=variant, model_args=model_args, head_args=widths_of(weights),
+                num_classes=rows // about.rows_per_class - about.background)
+    raise ValueError('Expected a RetinaNet, Faster R-CNN, Mask R-CNN or Semantic FPN, its head is none of these.')
+
+
+def _check_described(said: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a description that makes no sense, or of another model than the weights, before anything is built."""
+    if not isinstance(said, Mapping) or not all(isinstance(said.get(name), str) for name in ('kind', 'model')) or (
+            said['kind'] not in KINDS or said['model'] not in VARIANTS):
+        raise ValueError(f"Expected a known kind and model under '{KEY}' in the checkpoint.")
+    for name in ('model_args', 'head_args'):
+        if not isinstance(said.get(name, {}), Mapping):
+            raise ValueError(f"Expected a dict for {name} under '{KEY}' in the checkpoint.")
+    unknown = [name for name in said.get('model_args', {}) if name not in _MODEL_ARGS]
+    if unknown:
+        raise ValueError(f'Expected arguments of a PVT in the checkpoint, got {", ".join(map(str, unknown))}.')
+    about = KINDS[said['kind']]
+    rows = weights[about.head].shape[0] if about.head in weights and weights[about.head].ndim else 0
+    count = said.get('num_classes')
+    if type(count) is not int or (count + about.background) * about.rows_per_class != rows:
+        raise ValueError(f'Expected as many classes as {about.head} is for, which has {rows} rows.')
+    for argument, width in widths_of(weights).items():
+        if said.get('head_args', {}).get(argument, width) != width:
+            raise ValueError(f'Expected {argument} {width}, which the weights have.')
+    categories, palette = said.get('categories', ()), said.get('palette', ())
+    if not isinstance(categories, (list, tuple)) or len(categories) not in (0, count):
+        raise ValueError(f'Expected {count} names of classes or none, got {_len_of(categories)}.')
+    if not isinstance(palette, (list, tuple)) or len(palette) not in (0, count) or not all(map(is_color, palette)):
+        raise ValueError(f'Expected {count} colours (red, green and blue from 0 to 255) as palette, or none.')
+
+
+def _len_of(value: Any) -> Any:
+    return len(value) if isinstance(value, (list, tuple)) else type(value).__name__
+
+
+def is_color(value: Any) -> bool:
+    """Whether a value from a checkpoint is red, green and blue."""
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        return False
+    return all(isinstance(x, int) and 0 <= x <= 255 for x in value)
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+def load_own(
+        checkpoint: Checkpoint, builders: Mapping[str, Builder], prefix: Optional[str] = None,
+        num_classes: Optional[int] = None, model_args: Optional[Mapping[str, Any]] = None, **kwargs: Any) -> Any:
+    """The detector or segmenter in a checkpoint of this package.
+
+    Args:
+        checkpoint: File, of which nothing is executed, or what it holds.
+        builders: Kind, as 'retinanet', to the function that makes such a model. Other kinds are refused.
+        prefix: What stands before the names of the model, or of its backbone, needed where there are several.
+        num_classes: With another number than in the checkpoint the layers that depend on it are new.
+        model_args: Arguments of the PVT that replace those in the checkpoint, such as `dict(drop_path_rate=0.1)`.
+        kwargs: Arguments for the builder that replace those in the checkpoint, such as `min_size`.
+
+    Returns:
+        The model in evaluation mode. `categories` names its classes, if the checkpoint does and they are the same.
+
+    Raises:
+        ValueError: Not such a checkpoint. The message says what is wrong.
+        TypeError: A keyword is not known.
+    """
+    checkpoint = open_checkpoint(checkpoint)
+    weights = _weights(checkpoint, prefix)
+    said = checkpoint.get(KEY)
+    if said is None:
+        said = _described_by(weights)
+    _check_described(said, weights)
+    name = KINDS[said['kind']].name
+    if said['kind'] not in builders:
+        raise ValueError(f'Expected a {" or ".join(KINDS[kind].name for kind in builders)}, got a {name}.')
+    build = builders[said['kind']]
+    classes = said['num_classes']
+    model = _build(build, said, classes, model_args, kwargs)
+    check_keys(weights, model.state_dict())
+    model.load_state_dict(weights)
+    if num_classes not in (None, classes):
+        fresh = _build(build, said, num_classes, model_args, kwargs)
+        return with_new_classes(fresh, model.state_dict(), f'{name} for {classes} classes').eval()
+    model.categories = [str(category) for category in said.get('categories', ())]
+    if hasattr(model, 'palette'):
+        model.palette = [tuple(int(x) for x in color) for color in said.get('palette', ())]
+    return model.eval()
+
+
+def with_new_classes(model: Any, state_dict: Mapping[str, torch.Tensor], name: str) -> Any:
+    """`model` with those weights of `name`, a model of another number of classes, that do not depend on the number."""
+    own = model.state_dict()
+    kept = {k: v for k, v in state_dict.items() if v.shape == own[k].shape}
+    new = sorted(k.removesuffix('.weight') for k in own if k not in kept and k.endswith('.weight'))
+    _logger.warning(f'Taken from a {name}: all but {", ".join(new)}, which are new for {model.num_classes} classes.')
+    model.load_state_dict({**own, **kept})
+    return model
+
+
+def _build(
+        build: Builder, said: Mapping[str, Any], num_classes: Optional[int], model_args: Optional[Mapping[str, Any]],
+        kwargs: Mapping[str, Any]) -> Any:
+    """The model that a description is of, with arguments that replace what it says."""
+    pvt_args = {name: tuple(value) if isinstance(value, list) else value
+                for name, value in said.get('model_args', {}).items()}
+    sizes = {name: said[name] for name in ('min_size', 'max_size') if said.get(name) is not None}
+    if isinstance(sizes.get('min_size'), list):
+        sizes['min_size'] = tuple(sizes['min_size'])
+    settings = {**sizes, **said.get('head_args', {}), **kwargs, 'model_args': {**pvt_args, **(model_args or {})}}
+    try:
+        model = build(said['model'], num_classes, **settings)
+    except (TypeError, AssertionError) as e:
+        if model_args or kwargs:
+            _build(build, said, said['num_classes'], None, {})  # raises what is wrong with the checkpoint, if it is
+            raise
+        raise ValueError(f"What stands under '{KEY}' in the checkpoint does not fit together: {e}") from e
+    where, names = (model.transform, ('image_mean', 'image_std')) if hasattr(model, 'transform') else (
+        model, ('mean', 'std'))
+    for name, key in zip(names, ('mean', 'std')):
+        if said.get(key) is not None and name not in kwargs:
+            setattr(where, name, type(getattr(where, name))(float(x) for x in said[key]))
+    return model
+
+
+def _roots(state_dict: Mapping[str, Any]) -> List[str]:
+    """What stands before the names of each such model's parameters, as 'model.', in the order of the weights."""
+    roots: Dict[str, None] = {}
+    for name in state_dict:
+        root, found, _ = str(name).partition(_STAGES)
+        if found and (not root or root.endswith('.')):
+            roots[root] = None
+    return list(roots)
+
+
+def _weights(checkpoint: Mapping[str, Any], prefix: Optional[str]) -> Dict[str, torch.Tensor]:
+    """The weights, without what stands before their names."""
+    state_dict = unwrap(checkpoint)[0]
+    roots = _roots(state_dict)
+    if not roots:
+        raise ValueError(f"Expected a detector or segmenter of this package (keys '{_BODY}*'), "
+                         f"got keys {', '.join(list(map(str, state_dict))[:3]) or 'none'}.")
+    if prefix is not None:
+        asked = f'{prefix.rstrip(".")}.'.lstrip('.')
+        for end in (_BODY, 'backbone.'):
+            if f'.{asked}'.endswith(f'.{end}'):
+                asked = asked[:-len(end)]
+                break
+        if asked not in roots:
+            raise ValueError(f'Expected a prefix of {roots}, got {prefix!r}.')
+        roots = [asked]
+    if len(roots) > 1:
+        raise ValueError(f'Expected one model, got those under {roots}: choose with the prefix.')
+    root = roots[0]
+    weights = {name[len(root):]: x for name, x in state_dict.items() if isinstance(name, str) and name.startswith(root)}
+    for name, x in weights.items():
+        if not isinstance(x, torch.Tensor) or not x.isfinite().all():
+            raise ValueError(f'Expected finite numbers as weights, {name} has NaN, infinity or no numbers at all.')
+    return weights
