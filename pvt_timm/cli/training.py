@@ -1,6 +1,7 @@
 """ The commands `detector` and `segmenter`: train on one's own data, and measure what is published. """
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, Dict, List, Type
 
@@ -40,6 +41,8 @@ def add_training(subparsers: Any) -> None:
                 parser.add_argument(
                     '--allowed', type=float, default=ALLOWED, metavar='X',
                     help=f'difference from them in percent (default {ALLOWED})')
+                parser.add_argument(
+                    '--json', action='store_true', help='print the figures as JSON, from 0 to 1 with all their digits')
             add_options(parser, kind)
 
 
@@ -88,7 +91,11 @@ def run_validate(args: argparse.Namespace) -> int:
         raise ValueError(f'No figures are published for this {found.kind}')
     lines, near = compare(_percent(found.figures), published, args.allowed)
     if is_first_process():
-        _print(lines)
+        if args.json:
+            shares = {name: round(value / 100, 6) for name, value in published.items()}
+            print(json.dumps(dict(kind=found.kind, figures=found.figures, published=shares), indent=2))
+        else:
+            _print(lines)
     return 0 if near else 1
 
 

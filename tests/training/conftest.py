@@ -16,18 +16,15 @@ sys.path.insert(0, str(ROOT / 'benchmarks' / 'demos'))
 CATEGORY_IDS = {1: 30, 2: 7, 3: 18}
 
 
-@pytest.fixture(scope='session')
-def shapes_folder(tmp_path_factory):
-    """12 images to train on and 5 to evaluate on, with annotations as COCO has them and label maps."""
-    pytest.importorskip('pycocotools')
+def make_folder(root, train, val):
+    """Write images to train and to evaluate on, with annotations as COCO has them and label maps."""
     import shapes
 
-    root = tmp_path_factory.mktemp('shapes')
-    for split, count, seed in (('train', 12, 1), ('val', 5, 2)):
+    for split, count, seed in (('train', train, 1), ('val', val, 2)):
         samples = shapes.make_samples(count, seed, low=60, high=80)
         content = shapes.coco_annotations(samples)
         for folder in (split, f'{split}_labels'):
-            (root / folder).mkdir()
+            (root / folder).mkdir(parents=True)
         for entry, sample in zip(content['images'], samples):
             Image.fromarray(sample.image).save(root / split / entry['file_name'])
             Image.fromarray(sample.semantic.astype(np.uint8)).save(root / f'{split}_labels' / entry['file_name'])
@@ -37,6 +34,19 @@ def shapes_folder(tmp_path_factory):
             annotation['category_id'] = CATEGORY_IDS[annotation['category_id']]
         (root / f'{split}.json').write_text(json.dumps(content))
     return root
+
+
+@pytest.fixture(scope='session')
+def write_shapes():
+    """`make_folder`, where pycocotools is there."""
+    pytest.importorskip('pycocotools')
+    return make_folder
+
+
+@pytest.fixture(scope='session')
+def shapes_folder(write_shapes, tmp_path_factory):
+    """12 images to train on and 5 to evaluate on."""
+    return write_shapes(tmp_path_factory.mktemp('shapes'), train=12, val=5)
 
 
 @pytest.fixture

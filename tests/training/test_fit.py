@@ -104,19 +104,9 @@ def test_stopped_after_an_epoch_it_goes_on_as_if_it_had_not(
     assert "begun with lr=0.002, now it is 1.0" in error
 
 
-@pytest.mark.parametrize('name, kinds', [('retinanet', ('box',)), ('mask_rcnn', ('box', 'mask'))])
-def test_validate_is_pycocotools_on_the_predictions(cli, trained, shapes_folder, tmp_path, name, kinds):
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    argv = ['detector', 'validate', '--weights', trained / name / 'last.ckpt', '--accelerator', 'cpu', '--predictions']
-    first = cli(*argv, tmp_path / 'first')
-    figures = last(trained / name)['pvt_timm']['figures']
-    assert [float(line.split()[1]) for line in first.splitlines()] == pytest.approx(
-        [100 * value if value >= 0 else -1 for value in figures.values()], abs=0.005)  # as in training
-    # A model of four steps finds next to nothing: make annotations of what it finds, moved by some pixels
+def moved(rows, shapes_folder, file):
+    """Write annotations of what is found, moved by some pixels, as a model of four steps finds next to nothing."""
     content = json.loads((shapes_folder / 'val.json').read_text())
-    rows = json.loads((tmp_path / 'first' / 'boxes.json').read_text())
     content['annotations'] = []
     for n, row in enumerate(rows[::3]):
         x, y, w, h = row['bbox']
@@ -124,27 +114,49 @@ def test_validate_is_pycocotools_on_the_predictions(cli, trained, shapes_folder,
         polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
         content['annotations'].append(dict(
             row, id=n + 1, bbox=[x, y, w, h], area=w * h, iscrowd=int(n % 9 == 8), segmentation=[polygon]))
-    (tmp_path / 'truth.json').write_text(json.dumps(content))
-    printed = cli(*argv, tmp_path, '--val-annotations', tmp_path / 'truth.json')
+    file.write_text(json.dumps(content))
+
+
+def coco_by_hand(truth_file, predictions, kinds):
+    """The figures that pycocotools alone has for two files, in its order."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     by_hand = []
     for kind in kinds:
-        file = tmp_path / {'box': 'boxes.json', 'mask': 'masks.json'}[kind]
+        file = predictions / {'box': 'boxes.json', 'mask': 'masks.json'}[kind]
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(str(tmp_path / 'truth.json'))
+            truth = COCO(str(truth_file))
             evaluation = COCOeval(truth, truth.loadRes(str(file)), {'box': 'bbox', 'mask': 'segm'}[kind])
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         by_hand += evaluation.stats.tolist()
-    shown = [float(line.split()[1]) for line in printed.splitlines()]
-    assert shown == [float(f'{100 * value if value >= 0 else value:.2f}') for value in by_hand]
-    assert len(shown) == 12 * len(kinds) and 0 < by_hand[0] < 1
+    return by_hand
+
+
+KINDS = {'retinanet': ('box',), 'mask_rcnn': ('box', 'mask')}
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_validate_is_pycocotools_on_the_predictions(cli, trained, shapes_folder, tmp_path, name):
+    argv = ['detector', 'validate', '--weights', trained / name / 'last.ckpt', '--accelerator', 'cpu', '--predictions']
+    first = json.loads(cli(*argv, tmp_path / 'first', '--json'))
+    assert first == dict(kind=name, figures=last(trained / name)['pvt_timm']['figures'], published={})  # as in training
+    rows = json.loads((tmp_path / 'first' / 'boxes.json').read_text())
     assert {row['category_id'] for row in rows} <= {7, 18, 30}
+    moved(rows, shapes_folder, tmp_path / 'truth.json')
+    argv += [tmp_path, '--val-annotations', tmp_path / 'truth.json']
+    figures = json.loads(cli(*argv, '--json'))['figures']
+    by_hand = coco_by_hand(tmp_path / 'truth.json', tmp_path, KINDS[name])
+    assert list(figures.values()) == by_hand  # to the last digit
+    assert len(figures) == 12 * len(KINDS[name]) and 0 < by_hand[0] < 1
+    shown = [float(line.split()[1]) for line in cli(*argv).splitlines()]
+    assert shown == [float(f'{100 * value if value >= 0 else value:.2f}') for value in by_hand]
 
 
-def test_validate_is_the_confusion_of_all_pixels(cli, trained, shapes_folder):
-    printed = cli('segmenter', 'validate', '--weights', trained / 'semantic_fpn' / 'last.ckpt', '--accelerator', 'cpu')
-    model = load_trained(trained / 'semantic_fpn' / 'last.ckpt')
+def iou_by_hand(model, shapes_folder):
+    """The mean IoU and that of every class, from a confusion matrix of all pixels."""
     confusion = np.zeros((4, 4), dtype=np.int64)
     for file in sorted((shapes_folder / 'val').iterdir()):
         image = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float() / 255
@@ -152,9 +164,16 @@ def test_validate_is_the_confusion_of_all_pixels(cli, trained, shapes_folder):
         np.add.at(confusion, (truth, model.segment(image).numpy()), 1)
     both = confusion.diagonal()
     iou = both / (confusion.sum(0) + confusion.sum(1) - both)
-    figures = last(trained / 'semantic_fpn')['pvt_timm']['figures']
-    assert figures['mIoU'] == iou.mean() and [figures[f'IoU/{n}'] for n in model.categories] == iou.tolist()
-    assert f'{100 * iou.mean():.2f}' in printed
+    return {'mIoU': iou.mean(), 'accuracy': both.sum() / confusion.sum(),
+            **{f'IoU/{name}': value for name, value in zip(model.categories, iou)}}
+
+
+def test_validate_is_the_confusion_of_all_pixels(cli, trained, shapes_folder):
+    argv = ['segmenter', 'validate', '--weights', trained / 'semantic_fpn' / 'last.ckpt', '--accelerator', 'cpu']
+    by_hand = iou_by_hand(load_trained(trained / 'semantic_fpn' / 'last.ckpt'), shapes_folder)
+    assert json.loads(cli(*argv, '--json')) == dict(kind='semantic_fpn', figures=by_hand, published={})
+    assert last(trained / 'semantic_fpn')['pvt_timm']['figures'] == by_hand
+    assert f'{100 * by_hand["mIoU"]:.2f}' in cli(*argv)
 
 
 @pytest.mark.parametrize('name, task', [('retinanet', 'detect'), ('mask_rcnn', 'detect'), ('semantic_fpn', 'segment')])
@@ -408,6 +427,11 @@ def finish(process):
     return out
 
 
+def figures_in(out):
+    """Of `validate --json`. Gloo prints lines of its own before."""
+    return json.loads(out[out.index('{'):])['figures']
+
+
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2')
 
 
@@ -415,11 +439,22 @@ TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2')
 @pytest.mark.parametrize('launcher, more', [((), ('--devices', '2')), (TORCHRUN, ())])
 @pytest.mark.parametrize('name, task', [('mask_rcnn', 'detector'), ('semantic_fpn', 'segmenter')])
 def test_two_processes(command, trained, shapes_folder, tmp_path, name, task, launcher, more):
-    """They measure what one does, to the last digit, though there are five images; and train together."""
-    argv = [task, 'validate', '--weights', trained / name / 'last.ckpt', '--accelerator', 'cpu', '--workers', '0']
-    alone, both = finish(command(argv)), finish(command([*argv, *more], launcher))
-    lines = [line for line in both.splitlines() if '/' in line or line.startswith(('mIoU', 'accuracy'))]
-    assert lines == alone.splitlines()
+    """They measure what somebody does by hand, to the last digit, though there are five images; and train together."""
+    argv = [task, 'validate', '--weights', trained / name / 'last.ckpt', '--accelerator', 'cpu', '--workers', '0',
+            '--json']
+    if task == 'detector':
+        finish(command([*argv, '--predictions', tmp_path / 'one']))
+        moved(json.loads((tmp_path / 'one' / 'boxes.json').read_text()), shapes_folder, tmp_path / 'truth.json')
+        argv += ['--val-annotations', tmp_path / 'truth.json', '--predictions', tmp_path / 'two']
+    found = figures_in(finish(command([*argv, *more], launcher)))
+    if task == 'detector':
+        for file in ('boxes.json', 'masks.json'):
+            one, two = (json.loads((tmp_path / folder / file).read_text()) for folder in ('one', 'two'))
+            assert one == two and len(one) > 5
+        assert list(found.values()) == coco_by_hand(tmp_path / 'truth.json', tmp_path / 'two', KINDS[name])
+        assert 0 < found['box/AP'] < 1 and 0 < found['mask/AP'] < 1
+    else:
+        assert found == iou_by_hand(load_trained(trained / name / 'last.ckpt'), shapes_folder)
     kind = MASKS if name == 'mask_rcnn' else ()
     argv = fit_args(task, shapes_folder, tmp_path / 'out', '--epochs', '2', '--eval-every', '1', *kind)
     finish(command([*argv, *more], launcher))
@@ -427,16 +462,6 @@ def test_two_processes(command, trained, shapes_folder, tmp_path, name, task, la
     assert end['global_step'] == 4 and len(end['callbacks']['History']['losses']) == 4
     finish(command([task, 'validate', '--weights', tmp_path / 'out' / 'last.ckpt', '--accelerator', 'cpu',
                     '--workers', '0']))
-
-
-@pytest.mark.slow
-def test_predictions_of_two_processes_are_those_of_one(command, trained, tmp_path):
-    for folder, more in (('one', ()), ('two', ('--devices', '2'))):
-        finish(command(['detector', 'validate', '--weights', trained / 'mask_rcnn' / 'last.ckpt', '--workers', '0',
-                        '--accelerator', 'cpu', '--predictions', tmp_path / folder, *more]))
-    for name in ('boxes.json', 'masks.json'):
-        one, two = (json.loads((tmp_path / folder / name).read_text()) for folder in ('one', 'two'))
-        assert one == two and len(one) > 5
 
 
 @pytest.mark.slow
