@@ -5,8 +5,8 @@ from typing import Any
 __all__ = ['import_extra']
 
 
-def import_extra(package: str) -> Any:
-    """A package of the extra `export`.
+def import_extra(package: str, extra: str = 'export') -> Any:
+    """A package of an extra.
 
     Raises:
         ImportError: It is not there. The message says how to install it.
@@ -16,4 +16,4 @@ def import_extra(package: str) -> Any:
     except ModuleNotFoundError as e:
         if e.name != package.split('.')[0]:
             raise
-        raise ImportError(f"{package} is not installed, it comes with pip install 'pvt-timm[export]'") from e
+        raise ImportError(f"{package} is not installed, it comes with pip install 'pvt-timm[{extra}]'") from e

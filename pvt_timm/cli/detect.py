@@ -1,23 +1,45 @@
 """ The commands `detect` and `segment`: objects and regions of images, printed, as JSON and drawn. """
 import argparse
 import json
-import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.functional import to_tensor
+from timm.models import get_pretrained_cfg
 
 from ..detection import coco_categories, retinanet_coco
 from ..training.checkpoints import load_any
-from .errors import clean
+from .classifiers import check_finite, check_in_chans, refusing_overflow
+from .errors import clean, one_line
+from .many import ImageFile, Loaded, Stream, as_pixels, checked_images, output_file
+from .network import check_pretrained, hint
 from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
-from .predict import check_finite, check_in_chans, open_image, refusing_overflow
+from .processes import Processes
+from .results import RECORD_SUFFIXES, Column, Table, fingerprint
 
 __all__ = ['coco_results', 'run_detect', 'run_segment']
 
 Rows = List[Dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in an image."""
+    rows: Rows
+    areas: Any  # masks (H, W) of the objects, or the class of each pixel (H, W), to draw
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the two commands."""
+    key: str  # of the JSON, for the rows of an image
+    load: Callable[[argparse.Namespace], Any]
+    find: Callable[[Any, torch.Tensor, argparse.Namespace], List[Found]]
+    draw: Callable[[Image.Image, Found, Any, Path], None]
+    table: Table
 
 
 def run_detect(args: argparse.Namespace) -> None:
@@ -25,40 +47,91 @@ def run_detect(args: argparse.Namespace) -> None:
         raise ValueError('Expected --checkpoint with --prefix, the models of --model have one detector each')
     if args.format == 'coco' and not args.json:
         raise ValueError('Expected --json with --format coco')
-    _run(args, _load_detector, _detect, 'objects')
+    with Processes() as processes:
+        _run(args, DETECT, processes)
 
 
 def run_segment(args: argparse.Namespace) -> None:
     args.format = 'plain'
-    _run(args, lambda args: load_any(args.checkpoint, 'segmenter', args.prefix), _segment, 'classes')
+    with Processes() as processes:
+        _run(args, SEGMENT, processes)
 
 
-def _run(args: argparse.Namespace, load: Callable[..., Any], find: Callable[..., Rows], key: str) -> None:
-    for path in args.images:  # before weights are read or downloaded
-        os.stat(path)
-    pictures = {path: args.output / f'{Path(path).stem}_{args.command}.png' for path in args.images if args.output}
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        if len(set(pictures.values())) < len(args.images):
-            raise ValueError('Expected images of different names, as their pictures are called after them')
-    model = load(args)
+def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
+    pictures_folder, args.output = _split_outputs(args.output or [])
+    results = output_file(args, task.table, processes)
+    files = processes.from_first(lambda: checked_images(args, results))  # before weights are read or downloaded
+    pictures = _pictures(files, pictures_folder, args.command)
+    stream = Stream(args, processes)
+    model = task.load(args)
     name = Path(args.checkpoint).name if args.checkpoint else args.model
     check_in_chans(model.in_chans, name)
     check_finite(model, name)
-    results = []
-    for path in args.images:
-        image = open_image(path, model.in_chans)
+    settings: Dict[str, Any] = {}
+    if results is not None:
+        settings = dict(
+            command=args.command, model=type(model).__name__, weights=fingerprint(model), dtype=args.dtype,
+            classes=list(model.categories), threshold=getattr(args, 'threshold', None), pictures=bool(pictures))
+    stream.place(model)
+
+    def compute(images: List[Loaded], pixels: torch.Tensor) -> List[Dict[str, Any]]:
         with refusing_overflow(model, name):
-            rows = find(model, image, args, pictures.get(path))
-        results.append({'image': path, 'width': image.width, 'height': image.height, key: rows})
-        if not args.json:
-            _print(path, rows, key, pictures)
+            found = task.find(model, pixels.to(torch.float32).div(255).to(stream.dtype), args)
+        records = []
+        for loaded, one in zip(images, found):
+            if pictures:
+                picture = pictures[loaded.file.path]
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                task.draw(_as_image(loaded.pixels), one, model, picture)
+            rows = one.rows if args.format == 'coco' else [_rounded(row) for row in one.rows]
+            records.append(
+                {'image': loaded.file.path, 'width': loaded.width, 'height': loaded.height, task.key: rows})
+        return records
+
+    if results is not None:
+        count = stream.write(
+            files, model.in_chans, as_pixels, compute, results, settings, info=dict(model=name))
+        if processes.is_first:
+            print(f'{clean(args.output, 4096)}: {task.key} of {count:,} images')
+        stream.say()
+        return
+    records = []
+    for loaded, record in stream.results(files, model.in_chans, as_pixels, compute):
+        if args.json:
+            records.append(record)
+        else:
+            _print(loaded.file.path, record[task.key], task.key, pictures)
     if args.json:
-        out: Any = dict(model=type(model).__name__.removeprefix('Pvt'), images=[
-            {**result, key: [_rounded(row) for row in result[key]]} for result in results])
+        out: Any = dict(model=type(model).__name__.removeprefix('Pvt'), images=records)
         if args.format == 'coco':
-            out = coco_results(results, model.categories)
+            out = coco_results(records, model.categories)
         print(json.dumps(out, indent=2, allow_nan=False))
+    stream.say()
+
+
+def _split_outputs(outputs: Sequence[Path]) -> Tuple[Optional[Path], Optional[Path]]:
+    """The folder for pictures and the file for results among the values of --output, told by their names."""
+    files = [path for path in outputs if path.suffix.lower() in RECORD_SUFFIXES]
+    folders = [path for path in outputs if path not in files]
+    if len(files) > 1 or len(folders) > 1:
+        raise ValueError('Expected one folder for pictures and one file for results at most as --output')
+    return folders[0] if folders else None, files[0] if files else None
+
+
+def _pictures(files: Sequence[ImageFile], folder: Optional[Path], command: str) -> Dict[str, Path]:
+    """The picture of each image, by the image's path."""
+    if folder is None:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {file.path: folder / Path(file.name).parent / f'{Path(file.name).stem}_{command}.png' for file in files}
+    if len(set(pictures.values())) < len(files):
+        raise ValueError('Expected images of different names, as their pictures are called after them')
+    return pictures
+
+
+def _as_image(pixels: np.ndarray) -> Image.Image:
+    """An image of its pixels (C, H, W)."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def _print(path: str, rows: Rows, key: str, pictures: Dict[str, Path]) -> None:
@@ -83,18 +156,33 @@ def _rounded(row: Dict[str, Any]) -> Dict[str, Any]:
     return row
 
 
+_IMAGE = (
+    Column('image', 'string'), Column('width', 'int64'), Column('height', 'int64'), Column('label', 'int64'),
+    Column('name', 'string'))
+
+
 # ---- detect ----------------------------------------------------------------------------------------------------------
 
 def _load_detector(args: argparse.Namespace) -> Any:
     if args.checkpoint is None:
-        return retinanet_coco(args.model.removesuffix('.retinanet_coco'))
+        name = args.model.removesuffix('.retinanet_coco')
+        check_pretrained(f'{name}.retinanet_coco')
+        try:
+            return retinanet_coco(name)
+        except OSError as e:
+            cfg: Any = get_pretrained_cfg(f'{name}.retinanet_coco')
+            raise ValueError(f'Cannot load {name}.retinanet_coco: {one_line(e, 500)}{hint(cfg.url)}') from e
     return load_any(args.checkpoint, 'detector', args.prefix)
 
 
-def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
-    with torch.inference_mode():
-        found = model([to_tensor(image)])[0]
-    keep = found['scores'] >= args.threshold
+def _detect(model: Any, images: torch.Tensor, args: argparse.Namespace) -> List[Found]:
+    """Objects of images (B, C, H, W), from 0 to 1."""
+    return [_objects(model, found, args.threshold) for found in model(list(images))]
+
+
+def _objects(model: Any, found: Dict[str, torch.Tensor], threshold: float) -> Found:
+    found = {name: value.cpu() for name, value in found.items()}
+    keep = found['scores'] >= threshold
     found = {k: v[keep] for k, v in found.items()}
     labels = (found['labels'] - model.first_label).tolist()
     rows: Rows = [
@@ -103,9 +191,22 @@ def _detect(model: Any, image: Image.Image, args: argparse.Namespace, picture: O
     masks = [mask[0] >= 0.5 for mask in found.get('masks', ())]
     for row, mask in zip(rows, masks):
         row['mask'] = run_lengths(mask)
-    if picture:
-        draw_detections(image, rows, masks, picture)
-    return rows
+    return Found(rows, masks)
+
+
+def _object_rows(record: Dict[str, Any]) -> List[Tuple[Any, ...]]:
+    """A row for each object of an image."""
+    image = record['image'], record['width'], record['height']
+    return [(*image, row['label'], row['name'], row['score'], *row['box']) for row in record['objects']]
+
+
+DETECT = Task(
+    key='objects',
+    load=_load_detector,
+    find=_detect,
+    draw=lambda image, found, model, picture: draw_detections(image, found.rows, found.areas, picture),
+    table=Table((*_IMAGE, Column('score', 'float64'), *(Column(x, 'float64') for x in ('x1', 'y1', 'x2', 'y2'))),
+                _object_rows))
 
 
 def run_lengths(mask: torch.Tensor) -> Dict[str, Any]:
@@ -163,13 +264,33 @@ def coco_results(results: Sequence[Dict[str, Any]], categories: Sequence[str]) -
 
 # ---- segment ---------------------------------------------------------------------------------------------------------
 
-def _segment(model: Any, image: Image.Image, args: argparse.Namespace, picture: Optional[Path]) -> Rows:
-    labels = model.segment(to_tensor(image))
+def _load_segmenter(args: argparse.Namespace) -> Any:
+    return load_any(args.checkpoint, 'segmenter', args.prefix)
+
+
+def _segment(model: Any, images: torch.Tensor, args: argparse.Namespace) -> List[Found]:
+    """Regions of images (B, C, H, W), from 0 to 1."""
+    return [_regions(model, model.segment(image).cpu()) for image in images]
+
+
+def _regions(model: Any, labels: torch.Tensor) -> Found:
     counts = labels.flatten().bincount()
     names = model.categories or [f'class {i}' for i in range(model.num_classes)]
     rows: Rows = [
         dict(label=i, name=names[i], share=counts[i].item() / labels.numel())
         for i in counts.argsort(descending=True, stable=True).tolist() if counts[i]]
-    if picture:
-        draw_segments(image, labels, rows, model.palette, picture)
-    return rows
+    return Found(rows, labels)
+
+
+def _region_rows(record: Dict[str, Any]) -> List[Tuple[Any, ...]]:
+    """A row for each class of an image."""
+    image = record['image'], record['width'], record['height']
+    return [(*image, row['label'], row['name'], row['share']) for row in record['classes']]
+
+
+SEGMENT = Task(
+    key='classes',
+    load=_load_segmenter,
+    find=_segment,
+    draw=lambda image, found, model, picture: draw_segments(image, found.areas, found.rows, model.palette, picture),
+    table=Table((*_IMAGE, Column('share', 'float64')), _region_rows))

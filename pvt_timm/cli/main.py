@@ -9,10 +9,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from ..digits import write_digits
 from ..recipes import RECIPES
 from ..version import __version__
+from .classifiers import DEFAULT_MODEL
 from .detect import run_detect, run_segment
+from .embed import add_embed_options, run_embed
 from .errors import Parser, clean, filled, run_command
 from .export import add_export_options, run_export
-from .predict import DEFAULT_MODEL, run_demo, run_features, run_list, run_predict
+from .features import add_features_options, run_features
+from .many import add_images, add_many_options, add_output_options
+from .predict import run_demo, run_list, run_predict
 from .train import run_run, run_train
 from .training import add_training
 
@@ -59,8 +63,8 @@ def _parser() -> Parser:
         return command
 
     images = Parser(add_help=False)
-    images.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
-    images.add_argument('--json', action='store_true', help='for machines')
+    add_images(images)
+    images.add_argument('--json', action='store_true', help='print one JSON document at the end')
     model = Parser(add_help=False)
     model.add_argument(
         '--model', type=filled, help='name with or without tag, see `list`, or hf-hub:OWNER/REPO '
@@ -73,7 +77,9 @@ def _parser() -> Parser:
         '--img-size', type=image_size, metavar='N | H W', help='size that the model sees (default that of training)')
     drawn = Parser(add_help=False)
     drawn.add_argument('--prefix', help='what stands before the names of the backbone, if the file has several')
-    drawn.add_argument('--output', type=folder, metavar='DIR', help='folder for pictures, one per image')
+    add_output_options(
+        drawn, 'a folder for pictures, one per image, or a file for results, or both (give --output twice)',
+        action='append')
 
     demo = add('demo', run_demo, 'classify handwritten digits and draw their features, without network')
     demo.add_argument(
@@ -87,11 +93,10 @@ def _parser() -> Parser:
         '--labels', type=filled, metavar='FILE', help='names of the classes: one a line, or JSON (default those that '
         'the weights come with)')
     predict.add_argument('--topk', type=count, default=5, metavar='K', help='classes to show (default 5)')
-    features = add('features', run_features, 'draw the feature pyramid of an image', parents=[model])
-    features.add_argument('image', metavar='IMAGE', help='image file')
-    features.add_argument(
-        '--output', type=filled, required=True, metavar='FILE', help='picture to write (.png, .pdf, .svg ...)')
-    features.add_argument('--save', type=filled, metavar='FILE', help='also write the features (.safetensors)')
+    add_output_options(predict, 'a file for the predictions in place of printing them')
+    add_many_options(predict)
+    add_features_options(add('features', run_features, 'feature maps of images, drawn and as tensors', parents=[model]))
+    add_embed_options(add('embed', run_embed, 'one vector per image, of many images', parents=[model]))
     add_export_options(add('export', run_export, 'write a model as a file for another runtime', parents=[model]))
     detect = add('detect', run_detect, 'find the objects in images', parents=[images, drawn])
     which = detect.add_mutually_exclusive_group()
@@ -106,12 +111,15 @@ def _parser() -> Parser:
         help="of --json: plain (default), with labels that count from 0, or COCO's results. Those have COCO's ids for "
         'its 80 classes, else 1 for the first class and so on, and as ids of images the numbers that they are called '
         'after, else 1 for the first one and so on')
+    add_many_options(
+        detect, 1, '. Images of different sizes always go one by one, as padding them to one size would change results')
     detect.add_argument(
         '--threshold', type=score, default=0.5, help='lowest score of an object, 0 to 1 (default 0.5)')
     segment = add('segment', run_segment, 'assign a class to every pixel of images', parents=[images, drawn])
     segment.add_argument(
         '--checkpoint', type=filled, required=True, metavar='FILE',
         help='a Semantic FPN: of `segmenter fit`, of mmsegmentation or of the original code')
+    add_many_options(segment, batch_size=None)
     add_training(subparsers)
     train = add(
         'train', run_train, "run timm's train.py, with recovery", usage='%(prog)s [-h] SCRIPT [ARGS ...]',

@@ -1,238 +1,109 @@
-""" The commands `predict`, `features`, `demo` and `list`, and their models: with weights, labels and preprocessing. """
+""" The commands `predict`, `demo` and `list`. """
 import argparse
-import contextlib
 import importlib.util
 import json
-import logging
-import math
-import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
-from timm.models import get_pretrained_cfg, split_model_name_tag
+from timm.models import get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..files import refuse_same_file, save_atomically
-from ..images import as_seen
-from ..labels import labels_in, read_labels
-from ..pvt import TOP1, VARIANTS, PyramidVisionTransformer, PyramidVisionTransformerStage
-from ..weights import read_weights
-from .errors import EXPECTED, clean, one_line
+from ..pvt import TOP1, VARIANTS
+from .classifiers import (
+    DEFAULT_MODEL, Classifier, check_output, extract, load_model, open_image, predict, probabilities)
+from .errors import clean
+from .many import Loaded, Stream, Transformed, checked_images, normalise, output_file
 from .pictures import draw_pyramid
+from .processes import Processes
+from .results import Column, Table, fingerprint
 
-__all__ = ['extract', 'load_model', 'open_image', 'predict', 'run_demo', 'run_features', 'run_list', 'run_predict']
+__all__ = [
+    'Classifier', 'extract', 'load_model', 'open_image', 'predict', 'run_demo', 'run_list', 'run_predict']
 
-_logger = logging.getLogger(__name__)
-
-DEFAULT_MODEL = 'pvt_small'
-_NO_HEAD = 'is a backbone without a classifier: use `features`, or weights with a head'
 DIGITS = Path(__file__).resolve().parents[1] / 'data' / 'digits'
 
 
-@dataclass
-class Classifier:
-    """A model with weights and what belongs to it."""
-    model: PyramidVisionTransformer  # in evaluation mode
-    name: str  # model and tag, or model and name of the file or folder
-    data: Dict[str, Any]  # timm's data config (input_size, mean, std, interpolation, crop_pct...)
-    labels: List[str]  # name of every class, none for a backbone without a head
-    multi_label: bool = False  # whether every class has a probability of its own
+# ---- predict ---------------------------------------------------------------------------------------------------------
+
+def _rows(record: Dict[str, Any]) -> List[Tuple[Any, ...]]:
+    """A row for each class that is shown of an image."""
+    rows = []
+    for rank, item in enumerate(record['predictions'], start=1):
+        rows.append((record['image'], rank, item['index'], item['label'], item['probability']))
+    return rows
 
 
-def load_model(
-        model: Optional[str] = None, checkpoint: Optional[Union[str, Path]] = None, dense: bool = False,
-        img_size: Optional[Tuple[int, int]] = None, labels: Optional[Union[str, Path]] = None,
-        prefix: Optional[str] = None) -> Classifier:
-    """A model with its weights, never with random ones. Arguments are the options of `pvt-timm predict`.
+PREDICTIONS = Table((
+    Column('image', 'string'),
+    Column('rank', 'int64'),
+    Column('index', 'int64'),
+    Column('label', 'string'),
+    Column('probability', 'float64'),
+), _rows)
 
-    Args:
-        dense: For features: without class token, final norm and head.
-
-    Raises:
-        ValueError: The model is not known, or has no (fitting) weights, or `img_size` has more pixels than Pillow's
-            limit for images. What the libraries raise where weights cannot be had or read is left alone.
-    """
-    if img_size and math.prod(img_size) > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f'Expected a size of {Image.MAX_IMAGE_PIXELS} pixels at most, got {img_size}')
-    if checkpoint is None and model is not None and model.startswith('hf-hub:'):
-        model, checkpoint = None, model
-    if prefix is not None and checkpoint is None:
-        raise ValueError('Expected --checkpoint with --prefix, the published weights hold one model each')
-    variant = split_model_name_tag(model)[0] if model else None
-    if variant not in (None, *VARIANTS):
-        raise ValueError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
-    kwargs: Dict[str, Any] = dict(class_token=False, num_classes=0, global_pool='avg') if dense else {}
-    notes: List[str] = []
-    multi_label = False
-    if checkpoint is None:
-        name, network = _load_published(model or DEFAULT_MODEL, kwargs)
-    else:
-        with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
-            if not dense and weights.problem_type == 'regression':
-                raise ValueError(f'Expected weights of a classifier, {Path(weights.source.name).name} predicts numbers')
-            network = weights.create_model(**kwargs)
-            name, notes = f'{weights.variant} from {Path(weights.source.name).name}', weights.notes
-            multi_label = weights.multi_label
-    if not dense and not network.num_classes:
-        raise ValueError(f'{name} {_NO_HEAD}')
-    if not dense and network.global_pool == '':
-        raise ValueError(f"Expected a model that gives one prediction for an image, {name} has global_pool=''")
-    check_in_chans(network.in_chans, name)
-    check_finite(network, name)
-
-    data = resolve_model_data_config(network)
-    data['input_size'] = (network.in_chans, *(img_size or data['input_size'][1:]))
-    count = network.num_classes
-    names = read_labels(labels, count) if labels else labels_in(network.pretrained_cfg)
-    if names is None or len(names) != count:
-        names = list(ImageNetInfo().label_descriptions()) if count == 1000 else [f'class {i}' for i in range(count)]
-    for note in notes:
-        _logger.warning(f'{name}: {note}')
-    return Classifier(network.eval(), name, data, names, multi_label)
-
-
-def check_in_chans(in_chans: int, name: str) -> None:
-    """Refuse a model that no image file is for."""
-    if in_chans not in (1, 3):
-        raise ValueError(f'Expected a model for images with 1 or 3 channels, {name} takes {in_chans}')
-
-
-def check_finite(model: torch.nn.Module, name: str) -> None:
-    """Refuse a model with NaN or infinity among its weights."""
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise ValueError(f'{name} has weights that are not finite, it is damaged')
-
-
-@contextlib.contextmanager
-def refusing_overflow(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """Inside of it the model raises ValueError where a layer after its PVT, whose NaN or infinity reach that layer,
-    gives NaN or infinity. They would pass for a result: no objects, or the first class."""
-    def check(layer: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-        _check_output(output, name)
-
-    stages = [m for m in model.modules() if isinstance(m, PyramidVisionTransformerStage)]
-    inside = {m for stage in stages for m in stage.modules()}
-    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) and m not in inside]
-    handles = [layer.register_forward_hook(check) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check_output(output: torch.Tensor, name: str) -> None:
-    if not output.isfinite().all():
-        raise ValueError(f'{name} computes numbers that are not finite, its weights are too large or damaged')
-
-
-def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
-    cfg: Any = get_pretrained_cfg(name)
-    name = f'{split_model_name_tag(name)[0]}.{cfg.tag}'
-    if not kwargs and cfg.num_classes == 0:  # before it is downloaded
-        raise ValueError(f'{name} {_NO_HEAD}')
-    if not cfg.has_weights:  # before a large model is built
-        raise ValueError(f'{split_model_name_tag(name)[0]} has no published weights: give some with --checkpoint')
-    try:
-        return name, timm.create_model(name, pretrained=True, **kwargs)
-    except EXPECTED as e:
-        cure = f' (--checkpoint FILE takes a download of {cfg.url}, `pvt-timm demo` and --model test_pvt need none)'
-        raise ValueError(f'Cannot load {name}: {one_line(e, 500)}{cure if cfg.url else ""}') from e
-
-
-def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
-    """Open an image upright, as RGB or grey levels.
-
-    Raises:
-        ValueError: There is no such file, or it is not an image, or damaged, or too thin to be resized.
-    """
-    try:
-        with Image.open(path) as image:
-            if max(image.size) > 100 * min(image.size):  # with 224 pixels for the shorter one it would fill the memory
-                raise ValueError(f'its sides, {image.width}x{image.height} pixels, differ by more than a factor of 100')
-            image.load()
-            return as_seen(image, channels)
-    except Exception as e:  # the readers of damaged files raise all sorts
-        raise ValueError(f'Cannot read the image {path}: {one_line(e)}') from e
-
-
-@torch.inference_mode()
-def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[Tuple[int, float]]:
-    """Most likely classes of an image with their probabilities, which add up to 1 unless there are several labels."""
-    transform = create_transform(**classifier.data, is_training=False)
-    logits = classifier.model(transform(image)[None])[0].float()
-    _check_output(logits, classifier.name)
-    probabilities = logits.sigmoid() if classifier.multi_label else logits.softmax(-1)
-    values, indices = probabilities.topk(min(topk, logits.numel()))
-    return list(zip(indices.tolist(), values.tolist()))
-
-
-@torch.inference_mode()
-def extract(
-        classifier: Classifier, image: Image.Image, img_size: Optional[Tuple[int, int]] = None,
-) -> Tuple[List[torch.Tensor], Tuple[int, int]]:
-    """Feature maps (C, H, W) of a whole image, from a dense model, and the height and width that it was resized to.
-
-    That is `img_size`. By default the shorter side gets the training size, and the aspect stays to within 32 pixels.
-    """
-    model, data = classifier.model, classifier.data
-    if img_size is None:
-        stride, scale = model.reductions[-1], min(data['input_size'][1:]) / min(image.size)
-        h, w = (max(1, round(n * scale / stride)) * stride for n in (image.height, image.width))
-        img_size = h, w
-    squash = dict(data, input_size=(data['input_size'][0], *img_size), crop_pct=1., crop_mode='squash')
-    x = create_transform(**squash, is_training=False)(image)
-    features = [f[0].contiguous() for f in model.forward_intermediates(x[None], intermediates_only=True)]
-    for feature in features:
-        _check_output(feature, classifier.name)
-    return features, img_size
-
-
-# the commands ---------------------------------------------------------------------------------------------------------
 
 def run_predict(args: argparse.Namespace) -> None:
-    for path in args.images:  # before weights are downloaded
-        os.stat(path)
+    with Processes() as processes:
+        _predict_all(args, processes)
+
+
+def _predict_all(args: argparse.Namespace, processes: Processes) -> None:
+    results = output_file(args, PREDICTIONS, processes)
+    files = processes.from_first(lambda: checked_images(args, results))  # before weights are downloaded
+    stream = Stream(args, processes)
     classifier = load_model(args.model, args.checkpoint, img_size=args.img_size, labels=args.labels, prefix=args.prefix)
-    results = []
-    for path in args.images:
-        image = open_image(path, classifier.data['input_size'][0])
-        top = [
-            dict(index=index, label=classifier.labels[index], probability=round(probability, 6))
-            for index, probability in predict(classifier, image, args.topk)]
-        results.append(dict(image=str(path), predictions=top))
-        if not args.json:
-            print(clean(path, 4096))
-            for item in top:
-                print(f'  {item["probability"]:7.2%}  {clean(item["label"])}', flush=True)
+    settings: Dict[str, Any] = {}
+    if results is not None:
+        settings = dict(
+            command='predict', model=classifier.name, weights=fingerprint(classifier.model), dtype=args.dtype,
+            preprocessing=classifier.data, labels=classifier.labels, topk=args.topk)
+    classifier.model = stream.place(classifier.model)
+
+    def compute(images: List[Loaded], pixels: torch.Tensor) -> List[Dict[str, Any]]:
+        logits = classifier.model(normalise(pixels, classifier.data).to(stream.dtype)).float()
+        check_output(logits, classifier.name)
+        values, indices = probabilities(classifier, logits).topk(min(args.topk, logits.shape[1]))
+        return [
+            _record(classifier, loaded, found, shares)
+            for loaded, found, shares in zip(images, indices.tolist(), values.tolist())]
+
+    channels, prepare = classifier.data['input_size'][0], Transformed(classifier.data)
+    if results is not None:
+        count = stream.write(
+            files, channels, prepare, compute, results, settings, info=dict(model=classifier.name))
+        if processes.is_first:
+            print(f'{clean(args.output, 4096)}: predictions of {count:,} images')
+        stream.say()
+        return
+    records = []
+    for loaded, record in stream.results(files, channels, prepare, compute):
+        if args.json:
+            records.append(record)
+            continue
+        print(clean(loaded.file.path, 4096))
+        for item in record['predictions']:
+            print(f'  {item["probability"]:7.2%}  {clean(item["label"])}', flush=True)
     if args.json:
         print(json.dumps(dict(
-            model=classifier.name, img_size=classifier.data['input_size'][1:], images=results),
+            model=classifier.name, img_size=classifier.data['input_size'][1:], images=records),
             indent=2, allow_nan=False))
+    stream.say()
 
 
-def run_features(args: argparse.Namespace) -> None:
-    for path in (args.image, *(Path(p).absolute().parent for p in (args.output, args.save) if p)):
-        os.stat(path)  # before weights are downloaded
-    for path in filter(None, (args.output, args.save)):
-        refuse_same_file(path, args.image, args.checkpoint)
-    classifier = load_model(args.model, args.checkpoint, dense=True, img_size=args.img_size, prefix=args.prefix)
-    image = open_image(args.image, classifier.data['input_size'][0])
-    features, size = extract(classifier, image, args.img_size)
-    draw_pyramid(image, features, size, args.output, classifier.name)
-    print(f'{clean(args.output, 4096)}: {", ".join("x".join(map(str, f.shape)) for f in features)}')
-    if args.save:
-        content = save({f'stage{i}': f for i, f in enumerate(features)}, metadata={'model': classifier.name})
-        save_atomically(args.save, lambda f: f.write(content))
-        print(f'{clean(args.save, 4096)}: {", ".join(f"stage{i}" for i in range(len(features)))}')
+def _record(
+        classifier: Classifier, loaded: Loaded, indices: Sequence[int], shares: Sequence[float]) -> Dict[str, Any]:
+    """What is said about an image."""
+    top = [
+        dict(index=index, label=classifier.labels[index], probability=round(probability, 6))
+        for index, probability in zip(indices, shares)]
+    return dict(image=loaded.file.path, predictions=top)
 
+
+# ---- demo and list ---------------------------------------------------------------------------------------------------
 
 def run_demo(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)

@@ -7,27 +7,54 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import timm.data
 import torch
 import yaml
 from timm.models import get_pretrained_cfg
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import natural_key
 
 from ..files import read_checkpoint, save_atomically
 from ..labels import LABELS_FILE, labels_text
 from ..recipes import RECIPES
 from .errors import Parser, clean, one_line
+from .network import check_pretrained
 
 __all__ = ['latest_checkpoint', 'machine_settings', 'run_run', 'run_train']
 
 # Settings of train.py that are read here
 _TEXT = ('experiment', 'output', 'resume', 'device', 'amp_dtype', 'model')
 _NUMBERS = ('num_classes', 'in_chans', 'img_size')
+# What says how long a run is
+_SCHEDULE = {
+    '--epochs': int, '--sched': str, '--warmup-epochs': int, '--cooldown-epochs': int, '--lr-cycle-limit': int,
+    '--lr-cycle-mul': float}
 
 
 def run_run(args: argparse.Namespace) -> List[str]:
+    command = _script(args)
+    model = _value_of(args.script_args, '--model', '-m')
+    # validate.py loads pretrained weights whenever it has no others
+    pretrained = '--pretrained' in args.script_args or Path(args.script).name == 'validate.py'
+    if model and pretrained and not _value_of(args.script_args, '--checkpoint', '--pretrained-path'):
+        check_pretrained(model)
+    return command
+
+
+def _value_of(script_args: Sequence[str], *names: str) -> Optional[str]:
+    """The value of an option of a script, whose other options are not known. None if it has none."""
+    for i, arg in enumerate(script_args):
+        name, equals, value = arg.partition('=')
+        if name in names:
+            following = script_args[i + 1] if i + 1 < len(script_args) else None
+            return value if equals else following
+    return None
+
+
+def _script(args: argparse.Namespace) -> List[str]:
+    """The command line of a script."""
     if not Path(args.script).is_file():
         raise ValueError(f'No such script: {args.script}')
     return [args.script, *args.script_args]
@@ -38,14 +65,19 @@ def run_train(args: argparse.Namespace) -> List[str]:
 
     What it says on stderr comes at the end, as an error is one line with nothing before it.
     """
-    command = run_run(args)
+    command = _script(args)
     parser = Parser(prog='pvt-timm train', add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument('-c', '--config')
     for name in _TEXT:
         parser.add_argument(f'--{name.replace("_", "-")}')
     for name in _NUMBERS:
         parser.add_argument(f'--{name.replace("_", "-")}', type=int)
-    parser.add_argument('--amp', action='store_true')
+    for option, kind in _SCHEDULE.items():
+        parser.add_argument(option, type=kind)
+    for name in ('pretrained-path', 'initial-checkpoint'):
+        parser.add_argument(f'--{name}')
+    for name in ('amp', 'pretrained', 'warmup-prefix'):
+        parser.add_argument(f'--{name}', action='store_true')
     given = vars(parser.parse_known_args(args.script_args)[0])
     settings = _read_config(given['config']) if 'config' in given else {}
     lines: List[str] = []
@@ -62,7 +94,13 @@ def run_train(args: argparse.Namespace) -> List[str]:
         lines.append('on this machine ' + ', '.join(f'{name}: {value}' for name, value in machine.items()))
     latest = None if now.get('resume') else latest_checkpoint(folder, lines.append, now)
     if latest is not None:
+        end = _finished(latest, now)
+        if end is not None:  # train.py would print an empty list of results
+            _say(end)
+            return []
         command += ['--resume', str(latest)]
+    elif now.get('pretrained') and not (now.get('pretrained_path') or now.get('initial_checkpoint')):
+        check_pretrained(now.get('model') or '', '--pretrained-path')
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(settings, sort_keys=False).encode()
     save_atomically(folder / 'settings.yaml', lambda f: f.write(text))
@@ -175,6 +213,33 @@ def _check_same_model(file: Path, trained: Any, settings: Dict[str, Any]) -> Non
                 f'{clean(now[name], 60)} (--experiment NAME to start anew)')
 
 
+def _finished(latest: Path, now: Dict[str, Any]) -> Optional[str]:
+    """What to say of a run whose last epoch is in its latest checkpoint, None of one that has more to do.
+
+    Args:
+        latest: The checkpoint.
+        now: Settings of the command and its config. Where they say nothing, what train.py kept of its own counts.
+    """
+    state = read_checkpoint(latest)
+    before = state.get('args')
+    settings = {**(before if isinstance(before, dict) else {}), **now}
+    epoch = state.get('epoch')
+    if type(epoch) is not int or not {'epochs', 'sched'} <= settings.keys():
+        return None
+    # on updates, the number of epochs is the same
+    settings['sched_on_updates'] = False
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    try:
+        epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(argparse.Namespace(**settings)))[1]
+    except (AttributeError, TypeError, ValueError, AssertionError):  # train.py says what is wrong with them
+        return None
+    if epoch + 1 < epochs:
+        return None
+    best = latest.with_name('model_best.pth.tar')
+    weights = f'{best} (best epoch), {latest}' if best.is_file() else str(latest)
+    return f'the run is finished, all {epochs} epochs are done: {weights}. --epochs N with a larger N goes on'
+
+
 def _model_settings(said: Dict[str, Any]) -> Dict[str, Any]:
     """What a model's weights depend on, as far as it is said. The number of classes is the model's own by default."""
     found: Dict[str, Any] = {}
@@ -208,4 +273,10 @@ def _allow_cpu_processes() -> None:
     """timm gives DistributedDataParallel the device of the process, which it refuses if that is a CPU."""
     ddp: Any = torch.nn.parallel.DistributedDataParallel
     init = ddp.__init__
-    ddp.__init__ = lambda self, module, device_ids=None, **kwargs: init(self, module, **kwargs)
+
+    def without_devices(self: Any, module: Any, device_ids: Any = None, **kwargs: Any) -> None:
+        if kwargs.get('broadcast_buffers'):
+            del kwargs['broadcast_buffers']  # True is the default, and newer versions of torch warn of the argument
+        init(self, module, **kwargs)
+
+    ddp.__init__ = without_devices

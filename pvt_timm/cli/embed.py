@@ -1,0 +1,97 @@
+""" The command `embed`: one vector per image, of many images, as one file. """
+import argparse
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+
+from ..files import refuse_same_file
+from .classifiers import check_output, load_model
+from .errors import clean
+from .many import ImageFile, Loaded, Stream, Transformed, add_images, add_many_options, find_images, normalise
+from .processes import Processes
+from .results import VECTOR_SUFFIXES, Results, fingerprint
+
+__all__ = ['LAYERS', 'add_embed_options', 'embed', 'run_embed']
+
+LAYERS = ('token', 'patches', 'stage0', 'stage1', 'stage2', 'stage3')
+
+
+def add_embed_options(command: argparse.ArgumentParser) -> None:
+    add_images(command)
+    command.add_argument(
+        '--output', required=True, type=Path, metavar='FILE',
+        help=f'file to write, {", ".join(VECTOR_SUFFIXES)} by its name: `file` (as found) and `embedding`. '
+        'Unfinished results are in FILE.parts, and the same command goes on from there')
+    command.add_argument(
+        '--overwrite', action='store_true', help='replace FILE if it is there, once all vectors are there')
+    command.add_argument(
+        '--layer', choices=LAYERS,
+        help='token: the class token, patches: the mean of the others, both after the final norm; stage0 to stage3: '
+        "the mean over a stage's map (default what the model's classifier takes)")
+    add_many_options(command)
+
+
+def embed(model: Any, x: torch.Tensor, layer: str) -> torch.Tensor:
+    """Vectors (B, length) of images (B, C, H, W).
+
+    Args:
+        layer: One of `LAYERS`, 'token' for a model that has a class token.
+
+    """
+    if layer.startswith('stage'):
+        maps = model.forward_intermediates(
+            x, indices=[int(layer.removeprefix('stage'))], stop_early=True, intermediates_only=True)
+        return maps[0].mean((2, 3))
+    tokens = model.forward_features(x)
+    if model.output_nchw:
+        tokens = tokens.flatten(2).transpose(1, 2)
+    if layer == 'patches':
+        return tokens[:, model.num_prefix_tokens:].mean(1)
+    return tokens[:, 0]
+
+
+def choose_layer(model: Any, layer: Optional[str]) -> str:
+    """The layer that was asked for, or the one that the model's own head takes."""
+    if layer is not None:
+        return layer
+    return 'token' if model.num_prefix_tokens and model.global_pool != 'avg' else 'patches'
+
+
+def run_embed(args: argparse.Namespace) -> None:
+    with Processes() as processes:
+        _embed_all(args, processes)
+
+
+def _embed_all(args: argparse.Namespace, processes: Processes) -> None:
+    results = Results(args.output, overwrite=args.overwrite)
+
+    def checked() -> List[ImageFile]:
+        results.check()
+        refuse_same_file(args.output, args.checkpoint)
+        return find_images(args.images)
+
+    files = processes.from_first(checked)  # before weights are downloaded
+    stream = Stream(args, processes)
+    classifier = load_model(args.model, args.checkpoint, img_size=args.img_size, prefix=args.prefix, headless=True)
+    layer = choose_layer(classifier.model, args.layer)
+    if layer == 'token' and not classifier.model.num_prefix_tokens:
+        raise ValueError(f'Expected a model with a class token for --layer token, {classifier.name} has none')
+
+    settings: Dict[str, Any] = dict(
+        command='embed', model=classifier.name, weights=fingerprint(classifier.model), layer=layer, dtype=args.dtype,
+        preprocessing=classifier.data)
+
+    def compute(images: List[Loaded], pixels: torch.Tensor) -> List[np.ndarray]:
+        vectors = embed(classifier.model, normalise(pixels, classifier.data).to(stream.dtype), layer).float()
+        check_output(vectors, classifier.name)
+        return list(vectors.cpu().numpy())
+
+    classifier.model = stream.place(classifier.model)
+    count = stream.write(
+        files, classifier.data['input_size'][0], Transformed(classifier.data), compute, results, settings,
+        info=dict(model=classifier.name, layer=layer))
+    if processes.is_first:
+        print(f'{clean(args.output, 4096)}: {count:,} vectors, {layer} of {clean(classifier.name)}')
+    stream.say()

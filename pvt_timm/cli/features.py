@@ -1,0 +1,138 @@
+""" The command `features`: the feature maps of images, drawn and as tensors. """
+import argparse
+import os
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from ..files import refuse_same_file, save_atomically
+from .classifiers import Classifier, check_output, load_model, open_image
+from .errors import clean
+from .many import (
+    ImageFile, Loaded, Stream, Transformed, Whole, add_images, add_many_options, find_images, normalise)
+from .pictures import draw_pyramid
+from .processes import Processes
+
+__all__ = ['add_features_options', 'run_features']
+
+_FILE_SUFFIXES = ('.png', '.pdf', '.svg', '.jpg', '.jpeg', '.safetensors')
+_MAPS_OF_A_BATCH = 4  # the maps of one image of 800x1344 pixels take 30 MB, and the model many times that
+
+
+def add_features_options(command: argparse.ArgumentParser) -> None:
+    add_images(command)
+    command.add_argument(
+        '--output', metavar='FILE|DIR', help='picture to write (.png, .pdf, .svg ...). For several images a folder, '
+        'with a .png for each')
+    command.add_argument(
+        '--save', metavar='FILE|DIR', help='features to write (.safetensors: stage0 to stage3). For several images a '
+        'folder, with a file for each, called after the image')
+    command.add_argument(
+        '--crop', action='store_true', help="take the image's centre, as in training and in `predict`. By default all "
+        'of the image is squashed to sides that are multiples of 32, the shorter one as long as in training, or to '
+        '--img-size')
+    add_many_options(
+        command, _MAPS_OF_A_BATCH, '. Images of different sizes go one by one, unless --crop or --img-size gives them '
+        'the same')
+
+
+class _Targets:
+    """Where the picture and the features of each image go."""
+
+    def __init__(self, args: argparse.Namespace, files: List[ImageFile]):
+        """
+        Raises:
+            ValueError: Two images would be written to one file.
+            OSError: The folder of an output is not there.
+        """
+        alone = len(args.images) == 1 and not os.path.isdir(args.images[0])
+        self.pictures = _outputs(args.output, files, '.png', alone)
+        self.features = _outputs(args.save, files, '.safetensors', alone)
+        for paths in (self.pictures, self.features):
+            if len(set(paths.values())) < len(paths):
+                raise ValueError('Expected images of different names, or the folder that they are in: what is written '
+                                 'is called after them')
+
+
+def _outputs(option: Optional[str], files: List[ImageFile], suffix: str, alone: bool) -> Dict[str, Path]:
+    """The file to write of each image, by its path: that of the option, or one in that folder."""
+    if option is None:
+        return {}
+    is_folder = os.path.isdir(option) or option.endswith(('/', os.sep))
+    if alone and not is_folder:
+        os.stat(Path(option).absolute().parent)
+        return {files[0].path: Path(option)}
+    if not is_folder and Path(option).suffix.lower() in _FILE_SUFFIXES:
+        raise ValueError(f'Expected a folder for what is written of several images, got {option}')
+    return {file.path: Path(option, file.name + suffix) for file in files}
+
+
+def run_features(args: argparse.Namespace) -> None:
+    with Processes() as processes:
+        _extract_all(args, processes)
+
+
+def _extract_all(args: argparse.Namespace, processes: Processes) -> None:
+    if not (args.output or args.save):
+        raise ValueError('Expected --output for pictures, --save for tensors, or both')
+    files, targets = processes.from_first(lambda: _checked(args))  # before weights are downloaded
+    stream = Stream(args, processes)
+    classifier = load_model(args.model, args.checkpoint, dense=True, img_size=args.img_size, prefix=args.prefix)
+    data, model = classifier.data, classifier.model
+    prepare = Transformed(data) if args.crop else Whole(data, args.img_size, model.reductions[-1])
+    classifier.model = model = stream.place(model)
+
+    def compute(images: List[Loaded], pixels: torch.Tensor) -> List[List[torch.Tensor]]:
+        x = normalise(pixels, data).to(stream.dtype)
+        maps = [level.float() for level in model.forward_intermediates(x, intermediates_only=True)]
+        for level in maps:
+            check_output(level, classifier.name)
+        return [[level[i].cpu().contiguous() for level in maps] for i in range(len(images))]
+
+    for loaded, maps in stream.results(processes.share(files), data['input_size'][0], prepare, compute):
+        size = loaded.pixels.shape[1:]
+        how = 'centre, ' if args.crop else ''
+        shapes = ', '.join('x'.join(map(str, level.shape)) for level in maps)
+        picture, tensors = targets.pictures.get(loaded.file.path), targets.features.get(loaded.file.path)
+        if picture:
+            _draw(loaded, maps, size, picture, classifier, args.crop)
+            print(f'{clean(picture, 4096)}: {shapes} ({how}{size[0]}x{size[1]})', flush=True)
+        if tensors:
+            _save(maps, tensors, classifier.name)
+            names = ', '.join(f'stage{i}' for i in range(len(maps)))
+            print(f'{clean(tensors, 4096)}: {names} ({how}{size[0]}x{size[1]})', flush=True)
+    if not stream.done and stream.skipped and processes.count == 1:
+        raise ValueError('None of the images could be read')
+    stream.say()
+
+
+def _checked(args: argparse.Namespace) -> Tuple[List[ImageFile], _Targets]:
+    files = find_images(args.images)
+    targets = _Targets(args, files)
+    inputs = {os.path.realpath(file.path) for file in files}
+    for path in (*targets.pictures.values(), *targets.features.values()):
+        refuse_same_file(path, args.checkpoint)
+        if os.path.realpath(path) in inputs:
+            raise ValueError(f'{path} is read and would be replaced: choose another name for the output.')
+    return files, targets
+
+
+def _save(maps: List[torch.Tensor], path: Path, name: str) -> None:
+    content = save({f'stage{i}': level for i, level in enumerate(maps)}, metadata={'model': name})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_atomically(path, lambda f: f.write(content))
+
+
+def _draw(
+        loaded: Loaded, maps: List[torch.Tensor], size: Tuple[int, int], picture: Path, classifier: Classifier,
+        crop: bool) -> None:
+    channels = classifier.data['input_size'][0]
+    if crop:  # what the model saw
+        image = Image.fromarray(loaded.pixels[0] if channels == 1 else loaded.pixels.transpose(1, 2, 0))
+    else:
+        image = open_image(loaded.file.path, channels)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw_pyramid(image, maps, size, picture, classifier.name)

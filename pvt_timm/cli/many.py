@@ -1,0 +1,428 @@
+""" Many images through a model: found in folders, read by workers, batched, on any device.
+
+A command makes a `Stream` of its options and iterates over `Stream.results`. An image that cannot be read ends the
+command, or is named and counted with `--skip-errors`.
+"""
+import argparse
+import itertools
+import logging
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, get_img_extensions
+from timm.utils import natural_key
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm  # type: ignore[import-untyped]  # comes with huggingface_hub
+
+from ..files import refuse_same_file
+from ..fused import fuse
+from .classifiers import open_image, whole_image, whole_size
+from .errors import clean, filled, one_line
+from .processes import Processes
+from .results import Results, Table
+
+__all__ = [
+    'ImageFile', 'Loaded', 'Stream', 'Transformed', 'UnreadableImage', 'Whole', 'add_device_options', 'add_images',
+    'add_many_options', 'add_output_options', 'as_pixels', 'checked_images', 'find_images', 'normalise',
+    'output_file', 'place', 'same_shapes',
+]
+
+_logger = logging.getLogger(__name__)
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+BATCH_SIZE = 16  # on a CPU more is not faster
+_MOST_WORKERS = 8  # by default
+
+Prepare = Callable[[Image.Image], np.ndarray]  # an upright image to pixels (C, H, W) of 8 bits
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        'images', nargs='+', metavar='IMAGE', help='image files, and folders: all images in them and in the folders '
+        'inside of them')
+
+
+def add_output_options(parser: argparse.ArgumentParser, what: str, **kwargs: Any) -> None:
+    """`--output` for results as a file."""
+    parser.add_argument(
+        '--output', type=_path, metavar='FILE', help=f'{what}: .jsonl (a line per image), .csv or .parquet (a row '
+        'per result) by its name. It is written as a whole in the end. Until then the results are in the folder '
+        'FILE.parts, from which the same command goes on after a crash, also with torchrun', **kwargs)
+    parser.add_argument('--overwrite', action='store_true', help='replace FILE if it is there')
+
+
+def _path(text: str) -> Path:
+    return Path(filled(text))
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--device', metavar='NAME', help='where the model runs: cpu, cuda, cuda:1, mps, xpu (default the accelerator '
+        'of the machine, or its CPU)')
+    parser.add_argument(
+        '--dtype', choices=list(DTYPES), default='float32', help='numbers that the model computes with (default '
+        'float32). The others are faster on GPUs and on CPUs made for them, and less exact')
+
+
+def add_many_options(parser: argparse.ArgumentParser, batch_size: Optional[int] = BATCH_SIZE, how: str = '') -> None:
+    """The options of commands that take many images.
+
+    Args:
+        batch_size: The default, None for a command whose images go one by one.
+        how: More about the batches, for the help.
+    """
+    add_device_options(parser)
+    if batch_size is not None:
+        parser.add_argument(
+            '--batch-size', type=_one_or_more, default=batch_size, metavar='N',
+            help=f'images that go through the model together (default {batch_size}){how}')
+    parser.add_argument(
+        '--workers', type=_none_or_more, metavar='N', help='processes that read images while the model computes '
+        f'(default: one per core, {_MOST_WORKERS} at most, and none for a few images)')
+    parser.add_argument(
+        '--skip-errors', action='store_true', help='go on after an image that cannot be read: it is named and counted '
+        'at the end (default: the command ends there)')
+
+
+def _one_or_more(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected 1 or more, got {text}')
+    return int(text)
+
+
+def _none_or_more(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f'expected 0 or more, got {text}')
+    return int(text)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image that was given, or found in a folder that was given."""
+    path: str  # as given, or the folder as given and the path in it
+    name: str  # path in the folder that was given, or the name of the file: what is written for it is called after this
+
+
+def find_images(paths: Sequence[str]) -> List[ImageFile]:
+    """The images that `paths` mean: files as they stand, and all images in folders and the folders inside of them.
+
+    The images of a folder come in their natural order (2 before 10). What an image is, is told there by the extensions
+    that timm knows. Links to folders are followed, each folder once.
+
+    Raises:
+        OSError: A file or folder is not there or cannot be read.
+        ValueError: There is no image in a folder.
+    """
+    found: List[ImageFile] = []
+    for path in paths:
+        os.stat(path)  # raises with the name
+        if not os.path.isdir(path):
+            found.append(ImageFile(path, os.path.basename(path)))
+            continue
+        inside = sorted(_walk(path), key=natural_key)
+        if not inside:
+            raise ValueError(f'Expected images in {path}, found none')
+        found.extend(ImageFile(file, os.path.relpath(file, path)) for file in inside)
+    return found
+
+
+def _walk(folder: str) -> Iterator[str]:
+    def fail(error: OSError) -> None:  # os.walk would leave out a folder that cannot be read
+        raise error
+
+    extensions = get_img_extensions(as_set=True)
+    seen = {os.path.realpath(folder)}
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        for name in list(folders):
+            real = os.path.realpath(os.path.join(root, name))
+            if real in seen:  # a link to a folder that is above it, or was walked already
+                folders.remove(name)
+            seen.add(real)
+        for name in files:
+            if os.path.splitext(name)[1].lower() in extensions:
+                yield os.path.join(root, name)
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+def output_file(args: argparse.Namespace, table: Table, processes: Processes) -> Optional[Results]:
+    """Where the results of a command go that has `--output FILE`, None if they are printed.
+
+    Raises:
+        ValueError: They would be printed by several processes, or both printed as JSON and written.
+    """
+    if args.output is None:
+        if processes.count > 1:
+            raise ValueError('Expected --output FILE with several processes, each of them has a part of the images')
+        return None
+    if args.json:
+        raise ValueError('Expected --json or --output FILE, which holds the same: FILE.jsonl')
+    return Results(args.output, table, args.overwrite)
+
+
+def checked_images(args: argparse.Namespace, results: Optional[Results]) -> List[ImageFile]:
+    """The images of a command, after a look at its output."""
+    if results is not None:
+        results.check()
+        refuse_same_file(results.output, args.checkpoint)
+    return find_images(args.images)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Transformed:
+    """Image to pixels by timm's evaluation transform for a data config: resized, its centre cropped."""
+    data: Dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # without normalisation, as for timm's prefetcher: a quarter of the bytes goes from the workers to the model
+        self.transform: Any = create_transform(**self.data, is_training=False, use_prefetcher=True)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(self.transform(image))
+
+
+@dataclass
+class Whole:
+    """Image to pixels of all of it, squashed to `img_size` (height, width) or to what `whole_size` says."""
+    data: Dict[str, Any]
+    img_size: Optional[Tuple[int, int]]
+    stride: int
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        size = self.img_size or whole_size(image.size, min(self.data['input_size'][1:]), self.stride)
+        return Transformed(whole_image(self.data, size))(image)
+
+
+def as_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels (C, H, W) of an image as it is."""
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def normalise(pixels: torch.Tensor, data: Dict[str, Any]) -> torch.Tensor:
+    """Pixels (B, C, H, W) of 8 bits as the model of a data config takes them, in float32.
+
+    The operations are those of `ToTensor` and `Normalize`, so the numbers are those of timm's transform.
+    """
+    mean, std = (torch.tensor(data[name], device=pixels.device).view(-1, 1, 1) for name in ('mean', 'std'))
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+@dataclass
+class Loaded:
+    """An image that was read, or why it was not."""
+    file: ImageFile
+    pixels: np.ndarray  # (C, H, W) of 8 bits, without any where there is an error
+    width: int = 0  # of the upright image
+    height: int = 0
+    error: str = ''
+
+
+class _Images(Dataset):
+    def __init__(self, files: Sequence[ImageFile], channels: int, prepare: Prepare):
+        self.files, self.channels, self.prepare = files, channels, prepare
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Loaded:
+        file = self.files[index]
+        try:
+            image = open_image(file.path, self.channels)
+            try:
+                pixels = np.ascontiguousarray(self.prepare(image))
+            except Exception as e:  # an image that no transform takes is one that cannot be read
+                raise ValueError(f'Cannot read the image {file.path}: {one_line(e)}') from e
+        except ValueError as e:
+            return Loaded(file, np.empty(0, np.uint8), error=str(e))
+        return Loaded(file, pixels, image.width, image.height)
+
+
+def same_shapes(batch: Sequence[Loaded]) -> Iterator[Tuple[List[Loaded], torch.Tensor]]:
+    """A batch in groups of neighbours with pixels of one shape, and the pixels (B, C, H, W) of each group."""
+    for _, group in itertools.groupby(batch, key=lambda loaded: loaded.pixels.shape):
+        images = list(group)
+        yield images, torch.from_numpy(np.stack([loaded.pixels for loaded in images]))
+
+
+# ---- device ----------------------------------------------------------------------------------------------------------
+
+def choose_device(name: Optional[str], local_rank: int = 0) -> torch.device:
+    """The device of that name, or the one that the machine has. Of several GPUs, each process takes its own.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = accelerator.type if accelerator is not None else 'cpu'
+    try:
+        device = torch.device(name)
+        if device.type == 'cuda' and device.index is None and local_rank:
+            device = torch.device('cuda', local_rank)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"Expected a device that this machine has, got --device '{name}': {one_line(e, 300)}") from e
+    if device.type == 'meta':
+        raise ValueError("Expected a device that computes, got --device 'meta'")
+    return device
+
+
+def place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model on a device, with the fast path where that is a CPU. It is the same object, not a copy."""
+    model = model.to(device=device, dtype=dtype).eval()
+    return fuse(model, inplace=True) if device.type == 'cpu' else model
+
+
+def _cores() -> int:
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---- the stream ------------------------------------------------------------------------------------------------------
+
+class UnreadableImage(ValueError):
+    """An image cannot be read, and errors are not skipped."""
+
+
+class Stream:
+    """Images on their way through a model.
+
+    Attributes:
+        device: Where the model belongs.
+        dtype: What its parameters belong in.
+        done: Number of images with a result.
+        skipped: Number of images that could not be read.
+    """
+
+    def __init__(self, args: argparse.Namespace, processes: Optional[Processes] = None):
+        self.processes = processes or Processes()
+        self.device = choose_device(args.device, self.processes.local_rank)
+        self.dtype = DTYPES[args.dtype]
+        self.done = self.skipped = 0
+        self._command: str = args.command
+        self._batch_size: int = getattr(args, 'batch_size', 1)
+        self._workers: Optional[int] = args.workers
+        self._skip_errors: bool = args.skip_errors
+        self._seconds = 0.
+
+    def place(self, model: Any) -> Any:
+        """The model on the device of the stream."""
+        return place(model, self.device, self.dtype)
+
+    def results(
+            self, files: Sequence[ImageFile], channels: int, prepare: Prepare,
+            compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]]) -> Iterator[Tuple[Loaded, Any]]:
+        """Yield every image that can be read with its result, in the order of `files`.
+
+        Args:
+            files: Images to read.
+            channels: Of the pixels, 1 or 3.
+            prepare: What makes pixels of an image, in a process that reads images.
+            compute: Results for images, of their pixels (B, C, H, W) with 8 bits on the device.
+
+        Raises:
+            UnreadableImage: An image cannot be read, and errors are not skipped.
+        """
+        start = time.perf_counter()
+        loader: Any = DataLoader(
+            _Images(files, channels, prepare), batch_size=self._batch_size, num_workers=self._worker_count(len(files)),
+            collate_fn=list)
+        hidden = not sys.stderr.isatty() or not self.processes.is_first
+        text = f'{self._command} on {self.device}'
+        with tqdm(total=len(files), desc=text, unit='image', disable=hidden, leave=False, file=sys.stderr) as bar:
+            for batch in loader:
+                readable = list(self._readable(batch))
+                for images, pixels in same_shapes(readable):
+                    with torch.inference_mode():
+                        found = compute(images, pixels.to(self.device))
+                    for loaded, result in zip(images, found):
+                        yield loaded, result
+                        self.done += 1
+                error = next((loaded.error for loaded in batch if loaded.error), '')
+                if error and not self._skip_errors:
+                    raise UnreadableImage(error)
+                bar.update(len(batch))
+        self._seconds += time.perf_counter() - start
+
+    def write(
+            self, files: Sequence[ImageFile], channels: int, prepare: Prepare,
+            compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]],
+            results: Results, settings: Dict[str, Any], info: Dict[str, str]) -> int:
+        """Write the results of images as one file, each process its share. Returns how many there are.
+
+        Args:
+            files, channels, prepare, compute: As for `results`.
+            results: Where they go.
+            settings: As for its `prepare`.
+            info: As for its `finish`.
+        """
+        by_path = {file.path: file for file in files}
+        todo = self.processes.from_first(lambda: results.prepare(list(by_path), settings))
+        try:
+            share = [by_path[path] for path in self.processes.share(todo)]
+            for loaded, result in self.results(share, channels, prepare, compute):
+                results.add(loaded.file.path, result)
+            results.flush()
+        except UnreadableImage as e:
+            results.close_early(self.processes.is_first)
+            kept = f', from {results.folder}' if results.folder.is_dir() else ''
+            raise UnreadableImage(f'{e} (--skip-errors goes on without such images{kept})') from e
+        except BaseException:
+            results.close_early(self.processes.is_first)
+            raise
+        self.processes.gather(None)  # everything is written
+        return self.processes.from_first(lambda: results.finish(list(by_path), info))
+
+    def _readable(self, batch: Sequence[Loaded]) -> Iterator[Loaded]:
+        """The images of a batch that could be read, up to the first one that could not unless errors are skipped."""
+        for loaded in batch:
+            if not loaded.error:
+                yield loaded
+            elif self._skip_errors:
+                self.skipped += 1
+                _logger.warning(loaded.error)
+            else:
+                return
+
+    def _worker_count(self, images: int) -> int:
+        if self._workers is not None:
+            return self._workers
+        batches = math.ceil(images / self._batch_size)
+        if batches < 3:  # starting processes would take longer than reading the images
+            return 0
+        return max(1, min(_MOST_WORKERS, batches, _cores() // self.processes.local_count))
+
+    def say(self) -> None:
+        """One line on stderr: how many images, where and how fast. The numbers are those of all processes."""
+        counts = self.processes.gather((self.done, self.skipped, self._seconds))
+        done, skipped = (sum(count[i] for count in counts) for i in (0, 1))
+        seconds = max(count[2] for count in counts)
+        if not self.processes.is_first:
+            return
+        how = str(self.dtype).removeprefix('torch.')
+        if self.device.type == 'cpu':
+            how += f', {torch.get_num_threads()} threads'
+        elif self.device.type == 'cuda':
+            how += f', {clean(torch.cuda.get_device_name(self.device), 60)}'
+        if self.processes.count > 1:
+            how += f', {self.processes.count} processes'
+        speed = f' in {seconds:.1f} s, {done / seconds:.1f} a second' if done > 1 else ''
+        missing = f'; {skipped:,} could not be read' if skipped else ''
+        images = '1 image' if done == 1 else f'{done:,} images'
+        print(f'pvt-timm: {images} on {self.device} ({how}){speed}{missing}', file=sys.stderr, flush=True)
