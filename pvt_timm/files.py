@@ -26,7 +26,8 @@ _FILES = ('model.safetensors', 'pytorch_model.bin', 'model.pth', 'model.pt')
 _SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.tar')
 
 
-# what the readers of pickles, archives and safetensors raise; not MemoryError, nor what is a fault of this package
+# Errors that the readers of pickles, archives and safetensors raise for a damaged file. MemoryError and errors in this
+# package itself are not among them.
 _SIGNS_OF_DAMAGE = (
     ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile,
     SafetensorError)
@@ -44,7 +45,14 @@ def too_large(name: str, size: int, max_bytes: int) -> CheckpointError:
 
 
 def find_checkpoint(path: PathLike) -> Path:
-    """The checkpoint that `path` means: the file itself, or that of a folder, the only one or under a usual name."""
+    """The checkpoint that `path` stands for: the file itself, or the checkpoint in a folder.
+
+    In a folder that is a file with one of the usual names, else the only file with the suffix of a checkpoint.
+
+    Raises:
+        CheckpointError: The folder has no such file or several, or `path` is neither a file nor a folder.
+        FileNotFoundError: There is nothing under `path`.
+    """
     path = Path(path)
     if path.is_dir():
         found = checkpoints_among(p for p in path.iterdir() if p.is_file())
@@ -60,7 +68,7 @@ def find_checkpoint(path: PathLike) -> Path:
 
 
 def checkpoints_among(files: Iterable[Path]) -> List[Path]:
-    """The one of a folder's files that is its checkpoint, by a usual name or as the only one, else all that may be."""
+    """The files of a folder that may be its checkpoint: the one with a usual name, else all with a fitting suffix."""
     by_name = {file.name: file for file in files}
     for name in _FILES:
         if name in by_name:
@@ -69,7 +77,7 @@ def checkpoints_among(files: Iterable[Path]) -> List[Path]:
 
 
 def refuse_same_file(output: PathLike, *inputs: Optional[PathLike]) -> None:
-    """Refuse to write to a file that is read, also under another name.
+    """Refuse an output that is one of the input files, also where it has another name (a link).
 
     Raises:
         ValueError: `output` is one of `inputs`.
@@ -89,12 +97,13 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
         max_bytes: Refuse a file that is larger.
 
     Returns:
-        A dict of plain tensors and values, also where the file holds parameters, ordered dicts or `argparse.Namespace`.
+        A dict of plain tensors and values. Parameters become tensors, and ordered dicts and `argparse.Namespace`
+        objects become dicts.
 
     Raises:
         FileNotFoundError: No such file or folder.
-        CheckpointError: Not a checkpoint, damaged, too large, or with anything but tensors, plain values, numpy's
-            numbers and arrays, and `argparse.Namespace` in it.
+        CheckpointError: The file is no checkpoint, is damaged or too large, or holds something else than tensors,
+            plain values, numpy's numbers and arrays, and `argparse.Namespace`.
     """
     path = find_checkpoint(path)
     size = path.stat().st_size
@@ -115,7 +124,7 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
             f'Save the state_dict() alone where it was made.') from e
     except _SIGNS_OF_DAMAGE as e:
         raise _damaged(path.name, e) from e
-    except OSError as e:  # of the disk, but for a record whose place in the file is negative
+    except OSError as e:  # an error of the disk, unless it is EINVAL: a record says that it starts before the file
         if e.errno != errno.EINVAL:
             raise
         raise _damaged(path.name, e) from e
@@ -123,9 +132,9 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
 
 
 def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a file aside and move it in place, so that it is there completely or not at all.
+    """Let `write` fill a new file in the same folder, then rename it to `path`: `path` is complete or unchanged.
 
-    What a link points to is replaced, not the link. A device or pipe is written to.
+    If `path` is a link, the file that it points to is replaced. If it is a device or pipe, it is written to directly.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # before `resolve`, for which an open pipe is no path
@@ -146,7 +155,7 @@ def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def _kind(path: Path) -> str:
-    """'safetensors', 'zip' or 'pickle' by content; the name of a file says nothing."""
+    """'safetensors', 'zip' or 'pickle', told by the content of the file. Its name is not used."""
     with open(path, 'rb') as f:
         start = f.read(16)
     if start[:4] == b'PK\x03\x04':
