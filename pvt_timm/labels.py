@@ -6,7 +6,7 @@ from typing import Any, List, Optional, Sequence, Union
 
 __all__ = ['LABELS_FILE', 'labels_beside', 'labels_in', 'labels_text', 'read_labels', 'write_labels']
 
-LABELS_FILE = 'class_names.txt'  # what `pvt-timm train` writes beside the checkpoints, also a --class-map of timm
+LABELS_FILE = 'class_names.txt'  # `pvt-timm train` writes it beside the checkpoints. timm's --class-map reads it too.
 
 PathLike = Union[str, 'os.PathLike[str]']
 
@@ -22,8 +22,7 @@ def labels_in(config: Any) -> Optional[List[str]]:
             `pretrained_cfg`, with `label_descriptions`) or transformers (`id2label`).
 
     Raises:
-        ValueError: What should be indices are not 0, 1, 2..., or what should be a name is something else, or longer
-            than `MAX_NAME`.
+        ValueError: The indices are not 0, 1, 2..., or a name is no text or longer than `MAX_NAME`.
     """
     descriptions: Any = None
     if isinstance(config, dict) and not all(str(k).isdigit() for k in config):
@@ -61,8 +60,8 @@ def read_labels(path: PathLike, count: Optional[int] = None) -> List[str]:
     around a name are ignored, and so is a byte order mark.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: There are no names in it, or not `count`, or it is larger than `MAX_FILE`.
+        OSError: The file cannot be read.
+        ValueError: The file holds no names, or not `count` of them, or is larger than `MAX_FILE`.
     """
     try:
         with open(path, 'rb') as f:
@@ -83,16 +82,16 @@ def read_labels(path: PathLike, count: Optional[int] = None) -> List[str]:
 
 
 def labels_text(names: Sequence[str]) -> bytes:
-    """Content of a file from which `read_labels` reads the same names.
+    """Content of a file from which `read_labels` reads the same names again.
 
-    That is a name a line, as timm's --class-map takes it too. Where a name has line breaks, blanks around it, or what
-    no text file holds, it is a JSON list.
+    It has one name per line, as timm's --class-map reads it too. If a name has line breaks, blanks around it, or
+    characters that UTF-8 cannot store, the content is a JSON list.
     """
     try:
         content = ''.join(f'{name}\n' for name in names).encode()
         if _in_text(content.decode('utf-8-sig')) == list(names):
             return content
-    except UnicodeEncodeError:  # of a folder whose name is no text
+    except UnicodeEncodeError:  # a class was named after a folder whose name is not valid text
         pass
     return (json.dumps(list(names)) + '\n').encode()
 
@@ -113,6 +112,6 @@ def labels_beside(checkpoint: PathLike) -> Optional[List[str]]:
 
 
 def write_labels(folder: Path, names: Sequence[str]) -> None:
-    """Write the names of classes beside a checkpoint, where `labels_beside` finds them. Nothing without names."""
+    """Write the names of classes beside a checkpoint, where `labels_beside` finds them. Without names, do nothing."""
     if names:
         (folder / LABELS_FILE).write_bytes(labels_text(names))
