@@ -1,4 +1,4 @@
-""" Image files as the models see them: upright, with 8 bits per channel. """
+""" Turn image files into what the models see: upright, 8 bits per channel. """
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -9,8 +9,9 @@ __all__ = ['as_seen']
 def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:
     """An image upright, as RGB or, with `channels` 1, as grey levels from 0 to 255.
 
-    Grey images with more than 8 bits are scaled, where Pillow would cut their values off at 255: 16 bits (modes 'I;16',
-    and 'I' where a value is above 255) by 65535, floating point numbers (mode 'F') as values from 0 to 1.
+    Grey images with more than 8 bits are scaled to 0 to 255 (Pillow would cut larger values off at 255). Images of 16
+    bits (modes 'I;16', and 'I' where a value is above 255) have values from 0 to 65535, those of floating point numbers
+    (mode 'F') from 0 to 1.
 
     Raises:
         ValueError: The values of mode 'I' are not from 0 to 65535, or those of mode 'F' not from 0 to 1.
