@@ -11,20 +11,20 @@ from .files import MAX_BYTES, PathLike, save_atomically, too_large
 __all__ = ['download']
 
 _CHUNK = 2 ** 20  # bytes
-_TIMEOUT = 60  # seconds without an answer
+_TIMEOUT = 60  # seconds that the server may be silent
 
 
 def download(url: str, file: PathLike, max_bytes: int = MAX_BYTES, progress: bool = False) -> Path:
-    """Save what an http(s) url has as `file`, completely or not at all, and return the path of `file`.
+    """Download a url to `file`, completely or not at all, and return the path of `file`.
 
     Args:
         url: An address that starts with http:// or https://.
         file: Where to save it. A file of that name is replaced.
-        max_bytes: Refuse what is larger: as soon as the server says so, or else when as many bytes have come.
+        max_bytes: Refuse a larger file: at once if the server says its size, else when more bytes have arrived.
         progress: Show a bar on stderr.
 
     Raises:
-        CheckpointError: It is larger than `max_bytes`.
+        CheckpointError: The file is larger than `max_bytes`.
         OSError: The server cannot be reached, answers with an error, or breaks off (a `ConnectionError`).
     """
     file = Path(file)
@@ -56,5 +56,5 @@ def download(url: str, file: PathLike, max_bytes: int = MAX_BYTES, progress: boo
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read(_CHUNK)
-    except http.client.IncompleteRead as e:  # of a server that says the length of each part
+    except http.client.IncompleteRead as e:  # the server sends parts and says the length of each (chunked)
         raise ConnectionError('The download broke off within a part.') from e
