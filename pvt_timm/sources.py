@@ -42,12 +42,12 @@ SHA256 = {
 @dataclass
 class Source:
     """A checkpoint file on this machine and what lies next to it."""
-    name: str  # for reports, without credentials
+    name: str  # of the file, folder, url or repository, for reports: without user, password and query of a url
     file: Path
     config: Dict[str, Any] = field(default_factory=dict)  # content of config.json, empty without
     processor: Dict[str, Any] = field(default_factory=dict)  # content of preprocessor_config.json, empty without
-    class_row: Optional[Path] = None  # file with the class token row of a dense checkpoint, see the README
-    config_beside: bool = False  # a config.json lies beside the file, and was not read
+    class_row: Optional[Path] = None  # class_row.safetensors, see `CLASS_ROW_FILE` of formats/timm.py
+    config_beside: bool = False  # a config.json lies beside the file, but was not read
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -66,15 +66,15 @@ class Source:
 
     @property
     def known(self) -> Optional[str]:
-        """Pretrained tag whose public file this is."""
+        """Name of the model and tag, such as 'pvt_tiny.in1k', if this is their published file. Otherwise None."""
         return next((tag for tag, known in SHA256.items() if self.sha256.startswith(known)), None)
 
 
 @contextlib.contextmanager
 def open_source(spec: PathLike, max_bytes: int = MAX_BYTES) -> Iterator[Source]:
-    """Find or download a checkpoint. What was downloaded from a url is removed again at the end.
+    """Find or download a checkpoint. A file that was downloaded from a url is removed again at the end.
 
-    A url that has more than `max_bytes` is refused.
+    A url with more than `max_bytes` is refused.
     """
     spec = os.fspath(spec)
     if not spec or '\0' in spec:
@@ -104,7 +104,7 @@ def _from_hub(spec: str) -> Source:
         try:
             return Path(hf_hub_download(repo, name, revision=revision))
         except EntryNotFoundError as e:
-            # the network failed, and the cache does not know either that the repository has no such file
+            # The network failed, and the cache does not say whether the repository has such a file
             if isinstance(e, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE and not try_to_load_from_cache(
                     repo, name, revision=revision):
                 raise
@@ -121,7 +121,10 @@ def _from_hub(spec: str) -> Source:
 
 
 def _with_neighbours(name: str, file: Path) -> Source:
-    """A checkpoint with the files that belong to it, if it is that of a folder or named as in one."""
+    """A checkpoint and the files beside it that belong to it.
+
+    They belong to it if a folder was given, or if the file is called as in a folder of the hub.
+    """
     if not os.path.isdir(name) and file.name not in _HUB_FILES:
         return Source(name, file, config_beside=file.with_name('config.json').is_file())
     config, processor, row = (file.with_name(neighbour) for neighbour in NEIGHBOURS)
