@@ -1,9 +1,9 @@
 """ Read what `torch.save` wrote: a pickle that describes plain values and tensors, and the bytes of the tensors.
 
-An unpickler calls the functions that a pickle names, with arguments from the pickle. torch's own does so too, for a
-list of names, with `weights_only=True`. The one below calls nothing that a file names. It knows the few names that
-checkpoints need, and makes a plain value for each: a dict, list, tuple, set, text, bytes, number, tensor, or an array
-or number of numpy's. This is why
+An unpickler calls the functions that a pickle names, with arguments from the pickle. So does torch's unpickler, even
+with `weights_only=True`, though only for a list of names. The unpickler in this file calls nothing that a pickle names.
+It knows the few names that checkpoints need, and makes a plain value for each: a dict, list, tuple, set, text, bytes,
+number, tensor, or an array or number of numpy. This is why
 
 - no list of safe classes is shared between threads,
 - no attribute of an object comes from a file,
@@ -29,11 +29,11 @@ import torch
 
 __all__ = ['UnknownName', 'check_plain', 'read_legacy', 'read_zip']
 
-MAX_STEPS = 1_000_000  # of a pickle, about 100 bytes each; a training snapshot of pvt_huge_v2 takes 250,000
-MAX_DIRECTORY = 2 ** 23  # bytes, of an archive; the same snapshot takes 0.5 MB
-MAX_DEPTH = 100  # of dicts and lists in each other
-BYTES_PER_ITEM = 64  # of a dict or set, in memory
-TEXT_PER_VALUE = 32  # characters of a number, or of brackets and commas, as `str` writes them
+MAX_STEPS = 1_000_000  # steps of a pickle, of about 100 bytes each. A training snapshot of pvt_huge_v2 has 250,000.
+MAX_DIRECTORY = 2 ** 23  # bytes of an archive's directory. That of the same snapshot has 0.5 MB.
+MAX_DEPTH = 100  # levels of dicts and lists inside of each other
+BYTES_PER_ITEM = 64  # memory that an item of a dict or set takes
+TEXT_PER_VALUE = 32  # characters that `str` writes for a number, or for brackets and commas
 
 _LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
 _LEGACY_PROTOCOL = 1001
@@ -51,7 +51,7 @@ _STORAGES = {
     'torch.BoolStorage': torch.bool,
     'torch.ComplexDoubleStorage': torch.complex128,
     'torch.ComplexFloatStorage': torch.complex64,
-    'torch.storage.UntypedStorage': torch.uint8,  # of types that are newer than typed storages, such as float8
+    'torch.storage.UntypedStorage': torch.uint8,  # holds types that have no storage class, such as float8
 }
 
 
@@ -67,14 +67,14 @@ class _Name:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Bytes that tensors share, and the type of the values in it."""
+    """Bytes that tensors share, and the type of the values in them."""
     data: torch.UntypedStorage
     dtype: torch.dtype
 
 
 @dataclass(slots=True)
 class _Unfinished:
-    """Stands for an object until its state is there, which makes a plain value of it."""
+    """Stands for an object until the pickle gives its state. `finish` then makes a plain value from the state."""
     finish: Callable[[Any], Any]
     value: Any = None
     is_finished: bool = False
@@ -103,7 +103,7 @@ class _ArchiveFile(io.BufferedReader):
 
 
 def read_zip(path: Path, size: int) -> Any:
-    """Return what an archive of `torch.save` holds. Aligned tensors are backed by the file (copy on write).
+    """Return the content of an archive of `torch.save`. Aligned tensors are backed by the file (copy on write).
 
     Args:
         path: The file.
@@ -111,8 +111,8 @@ def read_zip(path: Path, size: int) -> Any:
 
     Raises:
         UnknownName: The archive needs more than plain values and tensors.
-        ValueError: It is damaged, or something else than `torch.save` made it. Damaged ones also raise what `zipfile`
-            raises.
+        ValueError: The archive is damaged, or was not made by `torch.save`.
+        Exception: Errors of `zipfile`, where the archive is damaged.
     """
     with _ArchiveFile(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
         file.longest_piece = size
@@ -124,7 +124,7 @@ def read_zip(path: Path, size: int) -> Any:
         if len(pickles) != 1:
             raise ValueError(f'expected one data.pkl in the archive, as torch.save writes it, found {len(pickles)}')
         folder = pickles[0][:-len('data.pkl')]
-        byte_order = 'little'  # of files that do not say it
+        byte_order = 'little'  # if the file does not say it
         if f'{folder}byteorder' in records:
             byte_order = archive.read(f'{folder}byteorder').decode()
             if byte_order not in ('little', 'big'):
@@ -140,7 +140,7 @@ def _check_records(
     if len(records) != len(archive.infolist()):
         raise ValueError('it has two records of one name')
     for name, info in records.items():
-        file.seek(info.header_offset + 8)  # the record says it again, before its bytes
+        file.seek(info.header_offset + 8)  # the header before the record's bytes has the compression type once more
         compress_types = info.compress_type, int.from_bytes(file.read(2), 'little')
         if compress_types != (zipfile.ZIP_STORED, zipfile.ZIP_STORED) or info.compress_size != info.file_size:
             raise ValueError(f'its record {ascii(name)} is compressed, which torch.save never does')
@@ -152,13 +152,13 @@ def _check_records(
 
 
 class _ZipStorages:
-    """Bytes of tensors in an archive that was checked."""
+    """The bytes of tensors in an archive that `_check_records` has checked."""
 
     def __init__(self, mapped: mmap.mmap, records: Dict[str, zipfile.ZipInfo], folder: str, swap: bool):
         self.mapped = mapped
         self.records = records
         self.folder = folder
-        self.swap = swap  # the order of the bytes in each number
+        self.swap = swap  # reverse the order of the bytes in each number
         self.known: Dict[str, torch.UntypedStorage] = {}
 
     def get(self, key: str, nbytes: int, dtype: torch.dtype) -> torch.UntypedStorage:
@@ -173,7 +173,7 @@ class _ZipStorages:
     def make(self, info: zipfile.ZipInfo, dtype: torch.dtype) -> torch.UntypedStorage:
         if info.file_size == 0:
             return torch.UntypedStorage(0, device='cpu')
-        # the record starts behind its header of 30 bytes, its name and what is added to that
+        # before the bytes of a record stand its header of 30 bytes, its name and its extra field
         name, extra = struct.unpack_from('<HH', self.mapped, info.header_offset + 26)
         start = info.header_offset + 30 + name + extra
         if start % dtype.itemsize == 0 and not self.swap:
@@ -187,9 +187,10 @@ class _ZipStorages:
 
 
 def read_legacy(path: Path, size: int) -> Any:
-    """Return what a file of torch < 1.6 holds: three pickles that say what it is, the content, the storages.
+    """Return the content of a file that torch < 1.6 wrote.
 
-    Arguments and errors are those of `read_zip`.
+    Such a file holds three pickles that describe it, a pickle with the content, a pickle with the keys of the storages,
+    and then the bytes of the storages. Arguments and errors are those of `read_zip`.
     """
     storages = _LegacyStorages(size)
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
@@ -214,7 +215,7 @@ class _Claimed:
 
 
 class _LegacyStorages:
-    """Bytes of tensors that stand behind the pickle, so that they are read last."""
+    """The bytes of tensors in a file of torch < 1.6. They stand behind the pickles, so they are read last."""
 
     def __init__(self, size: int):
         self.left = size  # bytes of the file that no storage has claimed
@@ -232,7 +233,7 @@ class _LegacyStorages:
         return self.known[key].storage
 
     def fill(self, file: io.BufferedReader, keys: Any) -> None:
-        """Read the storages, each behind its number of values, in the order of `keys`."""
+        """Read the storages in the order of `keys`. Before the bytes of each one stands its number of values."""
         if type(keys) is not list or len(keys) != len(self.known) or set(keys) != set(self.known):
             raise ValueError('its list of storages is not that of its tensors')
         for key in keys:
@@ -254,9 +255,10 @@ _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
 class _Pickle:
-    """Makes the value that one pickle describes: a list of steps for a machine with a stack.
+    """Makes the value that one pickle describes.
 
-    The steps are those of pickle protocol 2 that `torch.save` writes.
+    A pickle is a list of steps for a machine with a stack. The steps that are known are those of pickle protocol 2 that
+    `torch.save` writes.
     """
 
     def __init__(self, stream: Any, size: int, storages: Optional[_Storages] = None):
@@ -264,9 +266,9 @@ class _Pickle:
         self.storages = storages
         self.left_to_copy = BYTES_PER_ITEM * MAX_STEPS + 4 * size  # bytes
         self.stack: List[Any] = []
-        self.marks: List[int] = []  # heights of the stack
+        self.marks: List[int] = []  # heights of the stack when MARK was read
         self.memo: Dict[int, Any] = {}
-        self.namespaces: Dict[int, Dict[str, Any]] = {}  # dicts in place of an `argparse.Namespace`, by their id
+        self.namespaces: Dict[int, Dict[str, Any]] = {}  # the dicts that stand for an `argparse.Namespace`, by their id
 
     def read(self) -> Any:
         try:
@@ -286,7 +288,7 @@ class _Pickle:
             stack.append(argument)
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
-        elif name == 'SHORT_BINSTRING':  # of Python 2
+        elif name == 'SHORT_BINSTRING':  # written by Python 2
             stack.append(argument.encode('latin-1').decode('utf-8'))
         elif name == 'EMPTY_DICT':
             stack.append({})
@@ -370,7 +372,10 @@ class _Pickle:
             raise TypeError('it sets the state of a plain value')
 
     def pay_for_copies(self, given: Any) -> None:
-        """What is made of lists and texts are copies, and one list or text may be given many times."""
+        """Count the memory for a copy of `given`, and refuse the pickle when its copies take too much.
+
+        Values that are made from a list or text are copies of it, and a pickle may use one list or text many times.
+        """
         for value in (given, *given) if type(given) is tuple else (given,):
             if isinstance(value, (str, bytes)):
                 self.left_to_copy -= len(value)
@@ -380,7 +385,7 @@ class _Pickle:
             raise ValueError('its pickle copies what it holds many times over')
 
     def storage(self, said: Any) -> _Storage:
-        """The storage that a persistent id means: kind, type, key, device, number of values, view of another."""
+        """The storage for a persistent id: (kind, type, key, device, number of values, view of another storage)."""
         kind, storage_type, key, _, numel = said[:5]
         if kind != 'storage' or said[5:] not in ((), (None,)) or type(key) is not str or self.storages is None:
             raise TypeError('not a storage')
@@ -392,7 +397,10 @@ class _Pickle:
 
 
 def _check_key(key: Any) -> None:
-    """Keys are hashed, which for tuples in tuples overflows C's stack, and takes ages for numbers of equal hash."""
+    """Refuse keys that are dangerous to hash.
+
+    Tuples inside of tuples may overflow C's stack, and a dict is very slow with many numbers of equal hash.
+    """
     for part in key if type(key) is tuple else (key,):
         if isinstance(part, int) and abs(part) > 2 ** 60:
             raise ValueError('it has a key that is a number of more than 60 bits')
@@ -422,7 +430,7 @@ def _set(items: Any = ()) -> Any:
 
 
 def _bytes(content: Any = b'', encoding: str = 'latin-1') -> bytes:
-    """Without conversion of numbers: `bytes(n)` are n zeros."""
+    """Bytes from text or bytes. A number is refused: `bytes(n)` would make n zeros."""
     if type(content) is str:
         return _encode(content, encoding)
     if type(content) is not bytes:
@@ -431,7 +439,10 @@ def _bytes(content: Any = b'', encoding: str = 'latin-1') -> bytes:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Protocol 2 has no bytes, they are text of the same numbers. Other codecs may double what they get."""
+    """Bytes from text. Protocol 2 has no bytes and writes them as text, with a character for each byte.
+
+    Other codecs than latin-1 are refused. They may make the text twice as long.
+    """
     if type(text) is not str or encoding not in ('latin1', 'latin-1'):
         raise TypeError('not bytes as text')
     return text.encode('latin-1')
@@ -458,22 +469,26 @@ def _device(kind: Any, index: Any = None) -> torch.device:
 
 
 def _namespace() -> Dict[str, Any]:
-    """Its attributes follow as its state, if it has any."""
+    """A dict for an `argparse.Namespace`. If it has attributes, a BUILD step gives them."""
     return {}
 
 
 def _training_log(*_: Any) -> None:
-    """Of OpenMMLab's training: left out."""
+    """None, in place of a log of OpenMMLab's training."""
 
 
 def _attribute(of: Any, _: Any) -> None:
-    """Functions of training logs, left out with them."""
+    """None, in place of a function in such a training log. Other attributes are refused."""
     if of != _Name('mmengine.logging.history_buffer.HistoryBuffer'):
         raise UnknownName('builtins.getattr')
 
 
 def _numpy_dtype(name: Any, *_: Any) -> _Unfinished:
-    """numpy would take flags from the state, among them that values are pointers to objects."""
+    """A type of numpy values.
+
+    Only the byte order is taken from the state. numpy would take flags too, one of which says that the values are
+    pointers to objects.
+    """
     if type(name) is not str or not re.fullmatch(r'[biufcSU][1-9]\d*', name):
         raise ValueError(f'numpy values of type {ascii(name)[:80]} are not read')
 
@@ -505,7 +520,7 @@ def _check_numpy(dtype: Any, data: Any, count: int) -> None:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> torch.Tensor:
-    """`more` is whether it takes gradients, its hooks, and what it has beside them."""
+    """`more` holds whether the tensor takes gradients, its hooks, and its flags for conjugated and negated values."""
     if len(more) > 2 and more[2]:
         raise ValueError('a tensor in it is conjugated or negated')
     return _tensor_of_type(storage, offset, shape, stride, getattr(storage, 'dtype', None))
@@ -538,7 +553,7 @@ def _parameter(tensor: Any, *_: Any) -> torch.Tensor:
 
 
 def _tensor_of_class(function: Any, cls: Any, args: Any, *_: Any) -> torch.Tensor:
-    """A tensor with attributes, which are left out. Other classes of tensors are unknown names."""
+    """A tensor without the attributes that it was saved with. Subclasses of Tensor are refused as unknown names."""
     if function not in (_Name('torch._utils._rebuild_tensor_v2'), _Name('torch._utils._rebuild_tensor_v3')):
         raise TypeError('not a tensor')
     return _call(function, args)
@@ -574,12 +589,12 @@ _NAMES = {name: _Name(name) for name in (*_CALLS, *_CLASSES)}
 
 
 def _look_up(argument: str) -> Any:
-    """What a pickle names ('module name'): a type of numbers, or a name that is known. Nothing is imported."""
+    """The value for a name in a pickle ('module name'): a dtype of torch, or a known name. Nothing is imported."""
     module, _, name = argument.partition(' ')
-    module = 'builtins' if module == '__builtin__' else module  # of Python 2, which protocol 2 is for
+    module = 'builtins' if module == '__builtin__' else module  # protocol 2 uses the module's name in Python 2
     if module == 'torch' and isinstance(vars(torch).get(name), torch.dtype):
         return vars(torch)[name]
-    module = 'torch' if module == 'torch.cuda' else module  # of tensors that were saved on a GPU
+    module = 'torch' if module == 'torch.cuda' else module  # the storages of tensors that were saved on a GPU
     if f'{module}.{name}' not in _NAMES:
         raise UnknownName(f'{module}.{name}')
     return _NAMES[f'{module}.{name}']
@@ -593,16 +608,20 @@ def _call(function: Any, args: Any) -> Any:
     return _CALLS[function.name](*args)
 
 
-# ---- what came of it -------------------------------------------------------------------------------------------------
+# ---- the result ------------------------------------------------------------------------------------------------------
 
 _SMALL = (int, float, complex, np.generic, np.ndarray, np.dtype, torch.dtype, torch.device, type(None))
 
 
 def check_plain(content: Any, size: int) -> None:
-    """Refuse what is not plain, holds itself, or unfolds to far more than the file of `size` bytes.
+    """Refuse content that is not plain, that contains itself, or that is far larger than its file when written out.
 
-    One list may be in several places of a checkpoint, and one storage under several tensors. Lists of such lists have
-    few bytes in a file and in memory, and more text than any machine can hold.
+    One list may stand in several places of a checkpoint, and several tensors may share one storage. Lists of such lists
+    take few bytes in a file and in memory, but as text they may be larger than the memory of any machine.
+
+    Args:
+        content: What a file holds.
+        size: Size of the file in bytes.
     """
     most_text = TEXT_PER_VALUE * MAX_STEPS + 4 * size
     most_tensors = 4 * size  # weights and their average may share memory, little else does
@@ -610,7 +629,7 @@ def check_plain(content: Any, size: int) -> None:
     tensors = 0
 
     def measure(value: Any, depth: int) -> Tuple[int, int]:
-        """Return how many characters `value` has as text, and how many dicts and lists are in each other in it."""
+        """Return the number of characters of `value` as text, and how deep dicts and lists are nested in it."""
         nonlocal tensors
         if isinstance(value, torch.Tensor):
             tensors += value.numel() * value.element_size()
