@@ -1,6 +1,6 @@
-""" Checkpoints with what lies beside them: found, read and described.
+""" Find and read a checkpoint and the files beside it, and describe it.
 
-`read_weights` makes one description, `Weights`, and whoever needs to know something about a checkpoint asks that.
+`read_weights` makes one description, `Weights`. All code that needs to know something about a checkpoint asks it.
 """
 import contextlib
 import inspect
@@ -33,8 +33,8 @@ PARTS = ('class_token', 'norm', 'head')
 MIN_SIZE, MAX_SIZE = 32, 2048
 PREPROCESSING = ('img_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 
-# Arguments of the model that a checkpoint or config may say: what they have to be, in words, and what reads them.
-# Those that the weights tell as well have to agree with these.
+# Arguments of the model that a checkpoint or config may give: what the value has to be, in words, and the function that
+# reads it. The shapes of the weights tell the arguments in this table too, and both have to agree.
 _TOLD_BY_THE_WEIGHTS: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
     'num_classes': ('a whole number', lambda x: whole_number(x, low=0)),
     'img_size': ('one or two numbers of pixels', image_size),
@@ -59,7 +59,8 @@ _ONLY_SAID: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
         ('a number from 0 to 1', lambda x: number(x, low=0, high=1))),
 }
 _DROP_RATES = tuple(name for name in _ONLY_SAID if name.endswith('_rate'))
-# Arguments of `timm.create_model` that change nothing in a model with weights, or that the names of the weights tell
+# Arguments of `timm.create_model` that are ignored: they change nothing where there are weights, or follow from the
+# names of the weights
 _WITHOUT_EFFECT = ('weight_init', 'features_only', 'out_indices', 'feature_cls', 'output_fmt')
 
 
@@ -71,7 +72,7 @@ class Weights:
     state_dict: StateDict  # with the class row in the last position embedding, where the source has one
     info: Architecture
     variant: str  # name of the timm model
-    args: Dict[str, Any]  # arguments of the model that no state dict tells, where they are said
+    args: Dict[str, Any]  # arguments of the model that the weights do not tell, but a config or the training does
     preprocessing: Dict[str, Any]  # input_size, mean, std, crop_pct, crop_mode and interpolation, in timm's words
     label_names: List[str] = field(default_factory=list)  # of the classes, empty if not known
     problem_type: Optional[str] = None  # transformers': 'multi_label_classification' and so on
@@ -80,13 +81,13 @@ class Weights:
 
     @property
     def parts(self) -> List[str]:
-        """Those of `PARTS` that it has."""
+        """The members of `PARTS` that these weights have."""
         has = (self.info.class_token, self.info.norm, self.info.num_classes)
         return [part for part, there in zip(PARTS, has) if there]
 
     @property
     def has_bare_row(self) -> bool:
-        """It has a class row and no class token, as the original's dense checkpoints.
+        """Whether there is a class row but no class token, as in the original's dense checkpoints.
 
         The class row is the row of the last position embedding that belongs to the class token.
         """
@@ -129,7 +130,7 @@ class Weights:
 
     @property
     def pretrained_cfg(self) -> Dict[str, Any]:
-        """What of it belongs into timm's `pretrained_cfg`."""
+        """The fields of timm's `pretrained_cfg` that these weights determine."""
         return {
             **self.preprocessing,
             **self.origin,
@@ -148,17 +149,17 @@ class Weights:
         """The timm model with these weights.
 
         Args:
-            pretrained: False for a model that would take the weights, without them.
-            kwargs: More arguments for `timm.create_model`, which go before what is said about the weights:
-                `features_only=True`, another `num_classes` or `in_chans`, `drop_path_rate` and so on.
+            pretrained: False for the same model with random weights.
+            kwargs: More arguments for `timm.create_model`, such as `features_only=True`, another `num_classes` or
+                `in_chans`, or `drop_path_rate`. They replace `model_args`.
         """
         args: Dict[str, Any] = {**self.model_args, 'num_classes': self.info.num_classes}
         without_token = kwargs.get('class_token') is False and self.info.class_token
         if kwargs.get('features_only') or without_token:
-            args['num_classes'] = 0  # the head was trained on the class token, without the token it is left out
+            args['num_classes'] = 0  # the head was trained on the class token. Without the token it is left out.
             args.pop('global_pool', None)
             args.pop('output_fmt', None)
-        # of the default tag of the variant only what is no claim about these weights
+        # The other fields are those of the variant's default tag, but not the ones that are true of its weights alone
         overlay = {**dict.fromkeys(_CLAIMS), **self.pretrained_cfg}
         default: Any = get_pretrained_cfg(self.variant)
         if self.info.num_classes != default.num_classes:
@@ -198,7 +199,7 @@ _MODEL_DEFAULTS = {
     'act_layer': 'gelu',  # what None stands for there
     'norm_eps': 1e-6,
 }
-# Fields of timm's `PretrainedCfg` that are about the published weights of a tag
+# Fields of timm's `PretrainedCfg` that are true of the published weights of a tag only
 _CLAIMS = (
     'url', 'file', 'hf_hub_id', 'tag', 'license', 'origin_url', 'paper_ids', 'paper_name')
 
@@ -212,19 +213,19 @@ def create_from_checkpoint(
         source_size: Size = None,
         **kwargs: Any,
 ) -> Any:
-    """A timm model with the weights of any PVT v1 checkpoint, as its training and config say.
+    """A timm model with the weights of any PVT v1 checkpoint, built as its training settings and config say.
 
     Args:
         source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]', in any known format.
-        model: Name of the timm model that it has to be of, such as 'pvt_small'.
-        prefix: What stands before the names of the weights, where the file holds several PVTs.
+        model: Refuse weights of another timm model than this one, such as 'pvt_small'.
+        prefix: The part before the names of the weights, such as 'encoder.model.', where the file holds several PVTs.
         use_ema: As timm does, prefer averaged weights where the file holds both.
-        source_size: Image size (or height and width) of the position embeddings, if nothing tells it.
+        source_size: Image size (or height and width) that the position embeddings are for, if nothing else tells it.
         kwargs: More arguments for `timm.create_model`, such as `features_only=True` or `num_classes=5` (a new head).
 
     Raises:
-        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for.
-        OSError: Something cannot be read.
+        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit the arguments.
+        OSError: A file cannot be read.
     """
     with read_weights(source, model=model, prefix=prefix, use_ema=use_ema, source_size=source_size) as weights:
         return weights.create_model(**kwargs)
@@ -247,10 +248,10 @@ def read_weights(
 
     Args:
         spec: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
-        model: Name of the timm model that it has to be of.
+        model: Refuse weights of another timm model than this one.
         use_ema: As timm does, prefer averaged weights where the file holds both.
-        prefix: What stands before the names, where the file holds several PVTs.
-        source_size: Image size of the position embeddings, where they do not tell it.
+        prefix: The part before the names of the weights, where the file holds several PVTs.
+        source_size: Image size that the position embeddings are for, where nothing else tells it.
         img_size: A height and width to try for the position embeddings, when no config says one.
         labels: File with the names of the classes, instead of those that come with the checkpoint.
         sha256: Hash (or its first 8 or more digits) that the file must have.
@@ -258,8 +259,8 @@ def read_weights(
 
     Raises:
         ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or two places contradict each other.
-        OSError: Something cannot be read.
-        Exception: What the clients raise where something cannot be downloaded.
+        OSError: A file cannot be read.
+        Exception: Errors of the hub's client, where a download fails.
     """
     told_size = check_size(source_size, 'source_size')
     if model is not None and model not in VARIANTS:
@@ -298,7 +299,7 @@ def read_weights(
         )
         try:
             reference = weights.create_model(pretrained=False, device='meta').state_dict()
-        except Exception as e:  # whatever timm and the model say of an argument
+        except Exception as e:  # timm and the model raise many kinds of errors for an argument
             raise ValueError(f'What is said about the model does not fit together: {e or type(e).__name__}') from e
         check_keys(weights.for_model(), reference)
         yield weights
@@ -319,17 +320,17 @@ def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
 # ---- what is said about the weights ----------------------------------------------------------------------------------
 
 def _what_is_said(source: Source, checkpoint: Mapping[str, Any], of_weights: Format) -> List[Said]:
-    """What each place says, the one that goes first at the head.
+    """What each place says about the weights. Where two places say something, the earlier one in this order wins:
 
-    1. The options of the user go before everything. They are no part of this list: whoever reads them applies them.
-    2. Public files are known by their hash: what is published about them. This counts where a processor lies beside
-       them. Without one, the defaults of the variant are the published values already.
-    3. The settings of the training that the checkpoint itself holds.
-    4. The config beside it: config.json, then preprocessor_config.json.
-    5. The weights, see `_from_weights`.
-    6. The defaults of the variant fill what is left.
+    1. The options of the user. They are not in the returned list: the code that reads an option applies it.
+    2. What is published about a public file, which is recognised by its hash. This is used only if a
+       preprocessor_config.json lies beside the file. Otherwise the defaults of the variant have the same values.
+    3. The training settings inside of the checkpoint.
+    4. The configs beside the checkpoint: config.json, then preprocessor_config.json.
+    5. The weights, see `_from_weights`. They are not in the returned list either.
+    6. The defaults of the variant, for all that is left.
 
-    From 3 to 5, two places that say different things about what the model computes are an error, see `_merge`.
+    It is an error if two of the places 3 to 5 disagree about what the model computes, see `_merge`.
     """
     places: List[Optional[Said]] = []
     # The processor on the hub says less about the public files than their authors, for example nothing about a crop.
@@ -349,7 +350,7 @@ def _what_is_said(source: Source, checkpoint: Mapping[str, Any], of_weights: For
     said = [place for place in places if place is not None]
     for place in said:
         eps = TAG_ARGS.get(place.tag, {}).get('embed_norm_eps')
-        if eps is not None:  # what timm builds such a model with, without saying it
+        if eps is not None:  # timm builds the models of this tag with this eps, but does not write it into the config
             place.model_args.setdefault('embed_norm_eps', eps)
         place.model_args = {
             name: _as_argument(name, value, place.where)
@@ -367,7 +368,7 @@ def _names_beside(source: Source) -> Said:
 
 
 def _read_config(config: Mapping[str, Any], of_weights: Format) -> Said:
-    """What config.json says, read by the format of the weights or, if it is none of its configs, by another one."""
+    """What config.json says. The format of the weights reads it or, if it is a config of another format, that one."""
     for fmt in (of_weights, *FORMATS.values()):
         said = fmt.read_config(config)
         if said is not None:
@@ -377,7 +378,7 @@ def _read_config(config: Mapping[str, Any], of_weights: Format) -> Said:
 
 
 def _as_argument(name: str, value: Any, where: str) -> Any:
-    """An argument of the model in its usual type. One that is not known is refused, since it may change outputs."""
+    """An argument of the model in its usual type. An unknown argument is refused, since it may change outputs."""
     if name not in _TOLD_BY_THE_WEIGHTS and name not in _ONLY_SAID:
         raise ValueError(f'{where} says {shown(name)[1:-1]}={shown(value)} of the model, which is not supported.')
     expected, read = {**_TOLD_BY_THE_WEIGHTS, **_ONLY_SAID}[name]
@@ -388,7 +389,7 @@ def _as_argument(name: str, value: Any, where: str) -> Any:
 
 
 def _from_weights(info: Architecture, args_of_format: Mapping[str, Any]) -> Said:
-    """What the weights themselves say, by their shapes and by the code that their format belongs to."""
+    """What the weights themselves tell: their shapes, and the arguments that all models of their format share."""
     return Said('the weights', model_args={
         'num_classes': info.num_classes,
         'img_size': info.img_size,
@@ -404,10 +405,10 @@ def _from_weights(info: Architecture, args_of_format: Mapping[str, Any]) -> Said
 
 
 def _merge(places: Sequence[Said]) -> Said:
-    """One account from several places. The first one that says something counts, and the others have to agree.
+    """Merge what several places say. Of each value, the first place that gives it counts, and the others have to agree.
 
     Raises:
-        ValueError: Two places contradict each other in what changes outputs. The message names both.
+        ValueError: Two places disagree about a value that changes outputs. The message names both.
     """
     account = Said('')
     names = [name for name in vars(account) if name not in ('where', 'overrides', 'tag', 'model_args', 'notes')]
@@ -434,7 +435,7 @@ def _check_agreement(name: str, saying: Sequence[Tuple[Said, Any]]) -> None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Compare two values or lists of values. A single value is repeated as often as there are others."""
+    """Whether two values or lists of values are the same. A single value is compared with every value of a list."""
     ones = list(a) if isinstance(a, (list, tuple)) else [a]
     others = list(b) if isinstance(b, (list, tuple)) else [b]
     ones = ones * len(others) if len(ones) == 1 else ones
@@ -443,7 +444,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _same_value(x: Any, y: Any) -> bool:
-    """Numbers may differ by 1e-6, unless both are as small as an eps."""
+    """Whether two values are equal. Numbers may differ by 1e-6, unless both are below 1e-3, such as an eps."""
     if isinstance(x, (int, float)) and isinstance(y, (int, float)) and max(abs(x), abs(y)) > 1e-3:
         return abs(x - y) < 1e-6
     return x == y
@@ -453,7 +454,10 @@ def _describe(
         source: Source, converted: Converted, told_size: Optional[Tuple[int, int]],
         other_size: Optional[Tuple[int, int]], said: Sequence[Said],
 ) -> Tuple[StateDict, Architecture]:
-    """The state dict, with a class token row that stands beside it, and what it says about its model."""
+    """The state dict and the architecture that it describes.
+
+    If the row of the class token is in a file of its own (`Source.class_row`), it is put back into the state dict.
+    """
     stored = told_size or next((place.model_args['img_size'] for place in said if 'img_size' in place.model_args), None)
     trained = next((place.img_size for place in said if place.img_size), None)
     state_dict = converted.state_dict
@@ -479,7 +483,7 @@ def _read_class_row(file: Path, like: torch.Tensor) -> torch.Tensor:
 
 
 def _find_variant(info: Architecture, source: Source, model: Optional[str], said: Sequence[Said]) -> str:
-    """The name of the timm model that has such depths and channels. What is asked for and said has to agree."""
+    """The name of the timm model with these depths and channels. It has to be `model` and what the configs say."""
     variant = find_variant(info.depths, info.embed_dims)
     if variant is None:
         raise ValueError(
@@ -493,13 +497,13 @@ def _find_variant(info: Architecture, source: Source, model: Optional[str], said
 
 
 def _odd(converted: Converted) -> List[str]:
-    """Notes on what is odd about weights."""
+    """Notes on weights that are unusual: values that are not finite."""
     broken = [key for key, value in converted.state_dict.items() if not value.isfinite().all()]
     return [f'values that are not finite, kept as they are: {some_names(broken, 3)}'] if broken else []
 
 
 def _preprocessing(account: Said, info: Architecture, variant: str, notes: List[str]) -> Dict[str, Any]:
-    """How images are prepared: what is said, else the defaults of the variant."""
+    """How images are prepared: as the checkpoint and its configs say, else as the variant's default does."""
     default: Any = get_pretrained_cfg(variant)
     cfg: Dict[str, Any] = {}
     for name in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation'):
@@ -520,7 +524,7 @@ def _preprocessing(account: Said, info: Architecture, variant: str, notes: List[
 
 def _labels(
         source: Source, account: Said, file: Optional[PathLike], count: int, notes: List[str]) -> List[str]:
-    """Names of the classes: from `file`, else what training keeps in or beside the checkpoint, else from its config."""
+    """Names of the classes: those in `file`, else those in or beside the checkpoint, else those in its config."""
     if file is not None:
         return read_labels(file, count)
     names = account.label_names or []
