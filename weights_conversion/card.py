@@ -20,13 +20,13 @@ CARDS = Path(__file__).parent / 'cards'  # texts of model cards
 
 
 def write_card(folder: Path, weights: Weights, report: Report, about: Optional[str]) -> None:
-    """Write README.md: `about`, by default how the weights are loaded, and the report.
+    """Write README.md, the model card: a text about the weights, then the report of the conversion.
 
     Args:
-        folder: Where the converted files are.
-        weights: What was written.
-        report: Account of the conversion.
-        about: Text before the report, in Markdown.
+        folder: Folder with the converted files.
+        weights: The weights that were written.
+        report: Report of the conversion.
+        about: Text before the report, in Markdown. By default it says how the weights are loaded.
     """
     fmt = FORMATS[str(report.to)]
     task = 'image-classification' if weights.info.num_classes else 'image-feature-extraction'
@@ -38,7 +38,7 @@ def write_card(folder: Path, weights: Weights, report: Report, about: Optional[s
         license=licence if re.fullmatch(r'[a-z0-9.-]+', licence) else None,
     )
     shown, source = copy.copy(report), Path(weights.source.name)
-    if source.exists():  # folders of this machine are private
+    if source.exists():  # a path on this machine is private: only its last part is shown
         shown.source = clean(source.absolute().name)
     card = ModelCard.from_template(
         data,
