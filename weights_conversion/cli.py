@@ -32,7 +32,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv = ['convert', *argv]
     args = vars(_parser().parse_args(argv))
     run = args.pop('run')
-    logging.set_verbosity_error()  # not a line per attempt
+    logging.set_verbosity_error()  # the hub's client would print a line for each attempt
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     as_json, quiet, debug = args.pop('json'), args.pop('quiet'), args.pop('debug')
     if quiet:
