@@ -1,4 +1,4 @@
-""" The conversion itself: choose, resize, cast, write. """
+""" Convert a checkpoint: choose its parts, resize its position embeddings, cast it, write it. """
 import contextlib
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ TARGETS = tuple(name for name, fmt in FORMATS.items() if fmt.is_target)
 
 
 def inspect(source: PathLike, **options: Any) -> Report:
-    """Say what a checkpoint is and how it would be mapped. Nothing is written.
+    """A report of what a checkpoint is and how its names would be mapped. Nothing is written.
 
     Args:
         source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
@@ -64,23 +64,23 @@ def convert(
         num_classes: Only 0 (leave out the head) or the number that the head has.
         img_size: Image size to resize the position embeddings to.
         dtype: 'float32', 'float16' or 'bfloat16', None to keep the types.
-        verify: Compare outputs with the source's own implementation, and the written file with what was meant. None to
-            do so where that implementation is installed.
+        verify: Compare outputs with those of the code that the source came from, and read the written file back. None
+            does so only where that code is installed.
         force: Replace files of the same names in a folder that is not empty. Nothing else in it is touched.
         keep_source: Also copy the source file into the folder `source` of the output.
-        about: Text of the model card before the table of provenance, None for what loads it.
+        about: Text of the model card before the report, None for how the weights are loaded.
         options: How to read the checkpoint: `model`, `use_ema`, `prefix`, `source_size`, `labels`, `sha256` and
             `max_bytes` of `pvt_timm.weights.read_weights`.
 
     Raises:
-        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit what was asked for. A
+        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit the arguments. A
             `VerificationError` says how far the outputs differ.
-        OSError: Something cannot be read or written.
-        Exception: What the clients raise where something cannot be downloaded.
+        OSError: A file cannot be read or written.
+        Exception: Errors of the hub's client, where a download fails.
     """
     drop = [drop] if isinstance(drop, str) else drop
     for value, known in ((to, TARGETS), (dtype, (None, *DTYPES)), *((part, PARTS) for part in drop)):
-        if value not in known:  # torch would accept int8, and a misspelt part would be ignored
+        if value not in known:  # otherwise torch would cast to int8, and a misspelt part would be ignored
             raise ValueError(f'Expected one of {known}, got {value!r}.')
     new_size = check_size(img_size)
     path = check_output(output, force)
@@ -100,10 +100,10 @@ def convert(
         with new_files(path, force, read) as folder:
             try:
                 FORMATS[to].write(folder, target, tensors)
-            except (RuntimeError, OSError) as e:  # torch reports a full disk by the first one
+            except (RuntimeError, OSError) as e:  # torch raises RuntimeError where the disk is full
                 raise OSError(f'Cannot write to {path.parent}: {clean(e, 200)}') from e
             if keep_source:
-                (folder / KEPT_SOURCE).mkdir()  # where it is not taken for the weights
+                (folder / KEPT_SOURCE).mkdir()  # in a folder of its own, readers do not take it for the weights
                 shutil.copyfile(weights.source.file, folder / KEPT_SOURCE / weights.source.file.name)
             if verify is not False:
                 try:
@@ -119,7 +119,7 @@ def convert(
 
 @contextlib.contextmanager
 def _read(source: PathLike, **options: Any) -> Iterator[Weights]:
-    """`read_weights` with a note on a detector or segmenter that the weights are the backbone of."""
+    """`read_weights`, with a note if the weights are the backbone of a detector or segmenter."""
     with read_weights(source, **options) as weights:
         heads = describe_heads(heads_of(weights.converted)) if weights.converted.beside else None
         if heads:
@@ -131,7 +131,7 @@ def _read(source: PathLike, **options: Any) -> Iterator[Weights]:
 def _target(
         weights: Weights, to: str, drop: List[str], size: Optional[Tuple[int, int]], dtype: Optional[str],
 ) -> Weights:
-    """What is to be written, with notes on what is changed."""
+    """The weights to write, with notes on what was changed in them."""
     fmt, info = FORMATS[to], weights.info
     for part in ('class_token', 'norm'):
         if part in drop and info.num_classes and 'head' not in drop:
@@ -172,7 +172,7 @@ def _target(
 
 
 def _args_of(weights: Weights, info: Architecture) -> Dict[str, Any]:
-    """The arguments of the model without those that only mean something for what was left out."""
+    """The arguments of the model, without `global_pool` where the parts that it needs were left out."""
     args = dict(weights.args)
     if not (info.class_token and info.norm) and args.get('global_pool') != '':
         args.pop('global_pool', None)
@@ -180,7 +180,7 @@ def _args_of(weights: Weights, info: Architecture) -> Dict[str, Any]:
 
 
 def _origin(weights: Weights) -> Dict[str, str]:
-    """License and origin: what is said about the weights, else what is published with a public file."""
+    """License and origin: as the checkpoint says or, for a public file, as they were published."""
     if weights.source.known is None:
         return weights.origin
     cfg: Any = get_pretrained_cfg(weights.source.known)
