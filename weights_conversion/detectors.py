@@ -31,16 +31,16 @@ def convert_whole(
 ) -> Dict[str, Any]:
     """Convert a detector or segmenter with its neck and heads.
 
-    The file holds the weights under 'state_dict'. Under 'meta' it holds the names and colours of the classes as
+    The written file holds the weights under 'state_dict'. Under 'meta' it holds the names and colours of the classes as
     mmdetection and mmsegmentation read them, and a config of a few lines with the size and normalisation of images,
-    which this package reads. It is read back before it is there.
+    which this package reads. The file is read back and compared before it appears in the folder.
 
     Args:
         source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]': a checkpoint of `pvt-timm detector
             fit` or `segmenter fit`, the weights of a model of this package, or a file of OpenMMLab or the original.
         output: Folder to write.
-        to: 'mmdet' (also for mmsegmentation) or 'original', which differ in the backbone.
-        prefix: What stands before the names of the model, or of its backbone, needed where there are several.
+        to: 'mmdet' (also for mmsegmentation) or 'original'. They differ in the names of the backbone.
+        prefix: The part before the names of the model, or of its backbone. It is needed where there are several.
         force: Replace a file of the same name.
         max_bytes: Refuse a file that is larger.
 
@@ -49,7 +49,7 @@ def convert_whole(
         and 'files' (name to bytes).
 
     Raises:
-        ValueError: The source is no such checkpoint, or something else than the model would be read back.
+        ValueError: The source is no such checkpoint, or the written file does not give the same model back.
     """
     if to not in WHOLE_TARGETS:
         raise ValueError(f'Expected one of {WHOLE_TARGETS} for a whole detector or segmenter, got {to!r}.')
@@ -80,7 +80,11 @@ def _load(checkpoint: Dict[str, Any], prefix: Optional[str]) -> Tuple[Any, str]:
 
 
 def _meta(said: Dict[str, Any]) -> Dict[str, Any]:
-    """What goes beside the weights, for mmengine's packages ('dataset_meta'), for older ones, and for this one."""
+    """The entries beside the weights.
+
+    mmdetection and mmsegmentation read 'dataset_meta', their older versions 'CLASSES' and 'PALETTE', this package reads
+    'cfg' too.
+    """
     names = tuple(said['categories'])
     palette = [tuple(color) for color in said['palette']]
     shorter = said['min_size'][-1] if isinstance(said['min_size'], list) else said['min_size']
@@ -98,7 +102,7 @@ def _meta(said: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _check(file: Path, model: Any, task: str) -> None:
-    """Read the file as its users do. Everything has to be as in the model, the weights bit for bit."""
+    """Read the file back as its users do, and refuse it if its weights or classes differ from those of the model."""
     again = load_any(file, task)
     meant = model.state_dict()
     wrong = [name for name, value in again.state_dict().items() if not torch.equal(value, meant[name])]
