@@ -1,4 +1,4 @@
-""" Write files into a folder by name: all of them completely or none, and nothing else there is touched. """
+""" Write a set of files into a folder: all of them completely or none. Other files there are not touched. """
 import contextlib
 import os
 import shutil
@@ -13,20 +13,21 @@ from pvt_timm.sources import NEIGHBOURS
 
 __all__ = ['KEPT_SOURCE', 'check_output', 'files_in', 'new_files']
 
-KEPT_SOURCE = 'source'  # folder within an output for the file that was converted, where it is kept
+KEPT_SOURCE = 'source'  # folder inside of an output that holds a copy of the converted file, if one was asked for
 
-_ASIDE = '.partial'  # how the hidden folder ends in which files are prepared
+_ASIDE = '.partial'  # end of the name of the hidden folder in which files are prepared
 
-# Stands in place of the weights while the other files are replaced. No reader takes it for weights.
+# Content of the file that takes the place of the weights while the other files are replaced. No reader takes it for
+# weights.
 _STOPPED = ('pvt-convert was stopped while it replaced the files of this folder. Those that were here before are in '
             '{old}, complete. Move them back, or convert again with --force.\n')
 
 
 def check_output(path: PathLike, force: bool) -> Path:
-    """Refuse an output folder that cannot be written to, or holds something without `force`. Returns the whole path.
+    """Return the absolute path of an output folder. Refuse one that cannot be used.
 
     Raises:
-        ValueError: It is no folder, or not empty.
+        ValueError: `path` is no folder, or without `force` not an empty one.
     """
     if not os.fspath(path):
         raise ValueError('Expected a folder for the output, got an empty name.')
@@ -45,21 +46,21 @@ def check_output(path: PathLike, force: bool) -> Path:
 
 
 def files_in(folder: Path) -> Dict[str, int]:
-    """Files in a folder and below it: name from that folder on, with '/', to bytes."""
+    """The files in a folder and its subfolders: a dict of their paths relative to the folder, with '/', to bytes."""
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob('*') if p.is_file()}
     return {name: found[name].stat().st_size for name in sorted(found)}
 
 
 @contextlib.contextmanager
 def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """A folder to fill. When the block ends without an error, its files move to `path`.
+    """A hidden folder to fill. When the block ends without an error, its files move to `path`.
 
-    A folder that was not there appears at once. In one that is there, files are replaced one by one: a file that cannot
-    be read takes the place of the weights, then the other files follow, and the new weights come last. So old weights
-    never stand beside new settings. After an error the files from before are put back.
+    If `path` does not exist, it appears with all files at once. If it exists, files are replaced one by one: a file
+    that no reader takes for weights replaces the weights, then the other files follow, and the new weights come last.
+    So old weights never stand beside new settings. After an error the old files are put back.
 
-    A process that is killed leaves a hidden folder `.NAME-*.partial`, in `path` if that was there, else beside it.
-    Where files were being replaced, its folder `old` has all that were there before. No later run touches it.
+    A process that is killed leaves the hidden folder `.NAME-*.partial`, inside of `path` if that existed, else beside
+    it. If files were being replaced, its folder `old` has all old files. No later run touches it.
 
     Args:
         path: What `check_output` returns.
@@ -67,9 +68,9 @@ def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator
         sources: Files that are being converted. None of them is replaced.
 
     Raises:
-        ValueError: The folder would then hold what nobody can tell apart (two checkpoints, or a config that belongs to
-            another one), or a source would be replaced. No file has been changed.
-        OSError: Files cannot be written, or not be put back. The error says where the ones from before are.
+        ValueError: The folder would hold two checkpoints, or a config that belongs to other weights, or a source would
+            be replaced. No file has been changed.
+        OSError: Files cannot be written, or old files cannot be put back. The error says where the old files are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     home = path if path.is_dir() else path.parent
@@ -78,13 +79,13 @@ def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator
         new = hidden / 'new'
         new.mkdir()
         yield new
-        check_output(path, force)  # again, as the work took its time
+        check_output(path, force)  # again: somebody may have put files there in the meantime
         if os.path.lexists(path):
             _check_names(path, new, sources)
             _replace(path, new, hidden / 'old')
         else:
             new.rename(path)
-    except _NotPutBackError:  # `old` has what nothing else has
+    except _NotPutBackError:  # `old` has the only copies of the old files
         raise
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -97,7 +98,7 @@ class _NotPutBackError(OSError):
 
 
 def _check_names(path: Path, new: Path, sources: Sequence[Path]) -> None:
-    """Refuse a folder that would lose a source, or could not be read."""
+    """Refuse a folder where a source would be replaced, or where readers could not tell which weights are meant."""
     names = files_in(new)
     for name in names:
         there = path / name
@@ -144,7 +145,7 @@ def _replace(path: Path, new: Path, old: Path) -> None:
         for name in names:
             os.replace(new / name, path / name)
     except BaseException as e:
-        if not (new / weights).exists():  # the last one has arrived
+        if not (new / weights).exists():  # the weights, which come last, have arrived: everything is in place
             raise
         try:
             for name in names:
@@ -154,7 +155,7 @@ def _replace(path: Path, new: Path, old: Path) -> None:
                 elif arrived:
                     (path / name).unlink()
             for folder in made:
-                with contextlib.suppress(OSError):  # was not made yet
+                with contextlib.suppress(OSError):  # this folder was not made yet
                     folder.rmdir()
         except BaseException as again:
             raise _NotPutBackError(
@@ -163,8 +164,8 @@ def _replace(path: Path, new: Path, old: Path) -> None:
 
 
 def _link_or_copy(file: Path, to: Path) -> None:
-    """A second name for a file, which it keeps when the first one gets another file."""
+    """Give a file the second name `to`, under which it stays when another file takes its first name. Else copy it."""
     try:
         os.link(file, to, follow_symlinks=False)
-    except (OSError, NotImplementedError):  # not on this file system, or not of somebody else's file
+    except (OSError, NotImplementedError):  # the file system has no links, or the file belongs to somebody else
         shutil.copy2(file, to, follow_symlinks=False)
