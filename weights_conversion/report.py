@@ -1,4 +1,4 @@
-""" What a conversion did, for people and for machines. """
+""" The report of a conversion, as text and as JSON. """
 import re
 from collections import Counter
 from typing import Any, Dict, List, Optional
@@ -11,9 +11,9 @@ __all__ = ['Report', 'trace']
 
 
 class Report:
-    """Account of an inspection or conversion. `--json` prints its attributes.
+    """Report of an inspection or conversion. `--json` prints its attributes.
 
-    It describes the model that was written. After `inspect` it describes the source.
+    After a conversion it describes the model that was written, after an inspection the source.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class Report:
         self.file = clean(source.file.name)
         self.bytes = source.file.stat().st_size
         self.sha256 = source.sha256
-        self.known = source.known  # pretrained tag whose public file it is
+        self.known = source.known  # name of the model and tag if this is their published file, such as pvt_tiny.in1k
         self.format = converted.format  # key of `FORMATS`
         self.wrappers = tuple(map(clean, converted.wrappers))  # keys that were opened to reach the weights
-        self.prefix = clean(converted.prefix)  # what stood before every name
+        self.prefix = clean(converted.prefix)  # the part before every name
         self.variant = what.variant
         self.model_args = what.model_args  # arguments of the timm model that differ from its defaults
         self.num_classes = what.info.num_classes
@@ -60,7 +60,7 @@ class Report:
         self.verification: Optional[Dict[str, Any]] = None  # see `verification.verify`, None if not asked for
 
     def to_text(self) -> str:
-        """A summary and a table of what became of the keys."""
+        """A summary, and a table that says what became of the keys of the source."""
         images = self.preprocessing
         size = 'x'.join(map(str, images['input_size'][1:]))
         wrapped = f', in {" > ".join(self.wrappers)}' if self.wrappers else ''
@@ -105,17 +105,21 @@ class Report:
         ]
 
 
-# What differs between parameters of one kind: numbers of stages and blocks (as in 'stages.0', 'block1', 'embed1' and
-# 'stages_0', but not the 3 of 'ffn.layers.3'), and weight or bias
+# Parts of a name that differ between parameters of one kind: numbers of stages and blocks (as in 'stages.0', 'block1',
+# 'embed1' and 'stages_0', but not the 3 of 'ffn.layers.3'), and weight or bias
 _NUMBERS = re.compile(r'(?<!ffn\.layers\.)\b\d+\b|(?<=block)\d+|(?<=embed)\d+|(?<=stages_)\d+|(?:weight|bias)$')
 
 
 def trace(read: NamePairs, written: Optional[NamePairs] = None) -> List[Dict[str, Any]]:
-    """Follow parameters from source to target, which has timm's names if nothing else was `written`.
+    """Follow parameters from source to target.
+
+    Args:
+        read: Pairs of (timm's names, names in the source).
+        written: Pairs of (names in the target, timm's names), None if the target has timm's names.
 
     Returns:
-        One row per kind of parameter: 'from', 'to' (joined by ' + ' where several are one, or one is several) and
-        'count'. What the target does not have is left out.
+        One row per kind of parameter: 'from' and 'to' (names, with ' + ' between them where several parameters of one
+        side are one of the other) and 'count'. Parameters that the target does not have are left out.
     """
     sources = {name: source for timm, source in read for name in timm}
     links = [(timm, timm) for timm, _ in read] if written is None else written
