@@ -29,7 +29,7 @@ BOX_AP = {'pvt_tiny.retinanet_coco': 36.6, 'pvt_small.retinanet_coco': 40.4, 'pv
 _CARD = 'README.md'
 _MEASURED = re.compile(r'(?<=<!-- measured -->).*?(?=<!-- end -->)', re.DOTALL)
 
-# What a conversion writes
+# Names of the files that a conversion writes
 _WRITTEN = re.compile('|'.join((
     *map(re.escape, ('model.safetensors', *NEIGHBOURS, LABELS_FILE, _CARD)),
     *(rf'{variant}\.pth' for variant in VARIANTS),
@@ -45,13 +45,14 @@ def push(
         private: bool = False,
         dry_run: bool = False,
 ) -> Dict[str, Any]:
-    """Upload files that `convert` wrote. What the repository holds already is not sent again.
+    """Upload files that `convert` wrote. Files that the repository already holds are not sent again.
 
     Args:
         folder: Folder with the files.
-        repo: 'OWNER/REPO', made (private, if so) where it is not there.
-        files: Names of those to upload, as in the `files` of a `Report`. By default all, if there are no others.
-        private: Refuse a repository that is there and public.
+        repo: 'OWNER/REPO'. It is created if it does not exist.
+        files: Names of the files to upload, as in the `files` of a `Report`. By default all files of the folder, which
+            then may hold none that `convert` does not write.
+        private: Create a private repository, and refuse an existing one that is public.
         dry_run: Only say what would be uploaded.
 
     Returns:
@@ -79,7 +80,7 @@ def push(
     if not dry_run:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.model_info(repo).private:  # it was there: the hub leaves it as it is
+        if private and not api.model_info(repo).private:  # it existed before, and the hub leaves it public
             raise ValueError(
                 f'Expected a private repository, {repo} is public and nothing was uploaded: make it private in its '
                 f'settings, or leave out --private.')
@@ -92,7 +93,7 @@ def push(
 
 
 def check_repo(repo: str) -> None:
-    """Refuse what is no OWNER/REPO, before any work is done."""
+    """Refuse a name that is not OWNER/REPO, before any work is done."""
     validate_repo_id(repo)
     if '/' not in repo:
         raise ValueError(f'Expected a repository OWNER/REPO, got {ascii(repo)}.')
@@ -110,26 +111,25 @@ def publish(
 ) -> List[Dict[str, Any]]:
     """Convert the public PVT v1 checkpoints to timm's format and upload each to 'OWNER/pvt_small.in1k' and so on.
 
-    What an interrupted run has finished is taken up again, if it is still what was written: names, sizes and hashes
-    stand in a file `TAG.json` beside each folder. Nothing but these files is uploaded, and each card is made for
-    `owner`.
+    Folders that an interrupted run has finished are used again, if their files are unchanged: a file `TAG.json` beside
+    each folder has their names, sizes and hashes. Only these files are uploaded, and each card is written for `owner`.
 
     Args:
         owner: User or organisation on the hub.
         only: Pretrained tags such as 'pvt_small.in1k', all if empty.
-        output: Folder for a folder per tag.
-        measured: JSON that benchmarks/training/imagenet.py writes, for the cards.
+        output: Folder that gets a folder for each tag.
+        measured: File that benchmarks/training/imagenet.py writes. Its figures go into the cards.
         private: Make the repositories private.
         dry_run: Write the folders, upload nothing.
-        say: Called with a line per step.
+        say: Called with a line of text for each step.
 
     Returns:
-        What `push` returns, per tag.
+        For each tag, what `push` returns.
 
     Raises:
-        ValueError: An unknown tag, a file that is not the published one, or a folder with something else than what
-            was written.
-        Exception: What the clients raise where something cannot be downloaded or uploaded.
+        ValueError: A tag is unknown, a downloaded file is not the published one, or a folder holds something else than
+            an earlier run wrote.
+        Exception: Errors of the hub's client, where a download or upload fails.
     """
     unknown = [tag for tag in only if tag not in SHA256]
     if unknown:
@@ -152,10 +152,10 @@ def publish(
 
 
 def _finished(folder: Path, tag: str) -> Dict[str, Any]:
-    """Files that an earlier run wrote and that are as it left them (see `_describe`), none if there is no folder.
+    """The files that an earlier run wrote (see `_describe`), empty if there is no folder or an empty one.
 
     Raises:
-        ValueError: Something else is there.
+        ValueError: The folder is not as the earlier run left it.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return {}
@@ -177,7 +177,7 @@ def _finished(folder: Path, tag: str) -> Dict[str, Any]:
 
 
 def _write(folder: Path, tag: str, repo: str) -> Dict[str, Any]:
-    """Convert the public file of a tag. Returns the files, see `_describe`, which also stand beside the folder."""
+    """Convert the public file of a tag. Returns the written files (see `_describe`), which `TAG.json` lists too."""
     cfg: Any = get_pretrained_cfg(tag)
     source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else str(cfg.url)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ def _write(folder: Path, tag: str, repo: str) -> Dict[str, Any]:
 
 
 def _describe(folder: Path, name: str, tag: str) -> Dict[str, Any]:
-    """'bytes' and 'sha256' of a file. Of a card without what changes with its owner and with what was measured."""
+    """'bytes' and 'sha256' of a file. For a card, the owner and the measured accuracy are left out: they may change."""
     if name == _CARD:
         card = (folder / name).read_bytes().decode(errors='replace')
         content = _MEASURED.sub('', _repo_in_card(tag).sub('', card)).encode()
@@ -207,12 +207,12 @@ def _describe(folder: Path, name: str, tag: str) -> Dict[str, Any]:
 
 
 def _repo_in_card(tag: str) -> 're.Pattern[str]':
-    """Finds the repository in the snippets of a card."""
+    """A pattern that finds the repository in the snippets of a card."""
     return re.compile(rf"(?<=[':])[\w.-]+/{re.escape(tag)}(?=')")
 
 
 def _about(tag: str, repo: str, cfg: Any) -> str:
-    """What the card says before the report of the conversion."""
+    """The text of the card before the report of the conversion."""
     card = CARDS / ('backbone.md' if tag in BOX_AP else 'classifier.md')
     return Template(card.read_text(encoding='utf-8')).substitute(
         TAG=tag, REPO=repo, VARIANT=tag.partition('.')[0], SCORE={**TOP1, **BOX_AP}[tag], ORIGIN=cfg.origin_url,
@@ -220,7 +220,7 @@ def _about(tag: str, repo: str, cfg: Any) -> str:
 
 
 def _make_card(card: Path, tag: str, repo: str, measured: Optional[str]) -> None:
-    """Let a card name `repo`, and what was measured if that is known."""
+    """Write `repo` into a card, and the measured accuracy if it is known."""
     before = card.read_text(encoding='utf-8')
     text = _repo_in_card(tag).sub(repo, before)
     if measured is not None:
@@ -230,7 +230,7 @@ def _make_card(card: Path, tag: str, repo: str, measured: Optional[str]) -> None
 
 
 def _read_measured(file: PathLike) -> Dict[str, str]:
-    """Tag to what the results of benchmarks/training/imagenet.py say about it."""
+    """For each tag, the accuracy in the results of benchmarks/training/imagenet.py, as text for the card."""
     try:
         found = json.loads(Path(file).read_text(encoding='utf-8'))
         versions = f'torch {found["torch"]}, timm {found["timm"]}'
