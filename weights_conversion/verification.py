@@ -1,4 +1,4 @@
-""" Compare a conversion with the code that the weights came from: same weights, same images, float64. """
+""" Compare the outputs of converted weights with those of the code that they came from, in float64. """
 import contextlib
 import math
 from pathlib import Path
@@ -25,28 +25,36 @@ class VerificationError(ValueError):
 
 
 def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, to: str) -> Dict[str, Any]:
-    """Compare the source with the timm model, and what is in `folder` with the `tensors` that were meant.
+    """Compare the source with the timm model, and the file in `folder` with the `tensors` that it should hold.
+
+    Args:
+        weights: The source.
+        target: The weights that were written.
+        tensors: Their state dict under the names of the target format.
+        folder: Folder with the written files.
+        to: Name of the target format.
 
     Returns:
-        'reference' (name), 'tolerance', 'passed', and 'differences': for each output two figures. Both are the largest
-        difference, divided by the largest value or by 1 if that is smaller. The first one is with the reference's own
-        eps, the second one with ours. Only the second one can fail.
+        'reference' (name), 'tolerance', 'passed', and 'differences'. The latter has two figures for each output: the
+        largest difference, divided by the largest value (or by 1 if that is smaller). The first figure is for the
+        reference with the eps of its own norms, the second one for the reference with the eps of our norms. Only the
+        second one is compared with the tolerance.
 
     Raises:
         VerificationError: The outputs differ by more than `TOLERANCE`.
         NoReferenceError: No implementation to compare with is installed.
-        ValueError: The written file is not what was meant.
+        ValueError: The written file does not hold `tensors`.
     """
     fmt = weights.converted.format
     _check_written(tensors, folder, to)
     reference = _reference(fmt, weights)
     if reference.format == fmt:
         name, raw = reference.name, weights.converted.raw
-    else:  # the weights of a stand-in come through our table
+    else:  # another format's code takes the place: our table gives the weights its names
         name = f'{reference.name} (in place of the code of the {fmt} format)'
         raw = from_timm(weights.for_model(), reference.format)[0]
     differences = _compare(weights, reference, raw)
-    if to not in ('timm', fmt):  # the target's own code on what was written, where it is installed
+    if to not in ('timm', fmt):  # also run the code of the target format on the written weights, if it is installed
         with contextlib.suppress(NoReferenceError):
             written = _reference(to, target)
             found = _compare(target, written, tensors) if written.format == to else {}
@@ -111,7 +119,7 @@ def _outputs(model: nn.Module, blocks: List[nn.Module], images: torch.Tensor) ->
 
 
 def _check_written(tensors: StateDict, folder: Path, to: str) -> None:
-    """Read the written file back, for timm also in the way that users do."""
+    """Read the written file back and compare it, for timm also with the model that `create_model` loads from it."""
     _check_equal(read_checkpoint(folder), tensors)
     if to == 'timm':
         loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
