@@ -179,11 +179,11 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
     """
     checkpoint = open_checkpoint(checkpoint)
     if is_own(checkpoint):
-        return load_own(checkpoint, {'semantic_fpn': semantic_fpn}, prefix, **kwargs)
+        model = load_own(checkpoint, {'semantic_fpn': semantic_fpn}, prefix, **kwargs)
+        _check_several_classes(model)
+        return model
     model, said = from_openmmlab(checkpoint, {'Semantic FPN': (semantic_fpn, _TABLE)}, prefix, **kwargs)
-    if model.num_classes == 1:  # the class would be that of every pixel
-        raise ValueError('Expected a segmenter with a score per class, got one output and a threshold (binary '
-                         'segmentation), which is not supported.')
+    _check_several_classes(model)
     names, palette = ade20k_classes() if model.num_classes == 150 else ([], [])
     model.categories = said.get('label_names', names)
     colors = said.get('palette', palette)
@@ -191,3 +191,9 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
         raise ValueError('Expected red, green and blue from 0 to 255 per class as palette in the checkpoint.')
     model.palette = [tuple(color) for color in colors]
     return model
+
+
+def _check_several_classes(model: SemanticFpn) -> None:
+    if model.num_classes == 1:  # the class would be that of every pixel
+        raise ValueError('Expected a segmenter with a score per class, got one output and a threshold (binary '
+                         'segmentation), which is not supported.')

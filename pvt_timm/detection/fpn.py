@@ -45,6 +45,7 @@ class PvtFpnBackbone(nn.Module):
         body: The `features_only` model.
         fpn: torchvision's `FeaturePyramidNetwork` on it.
         in_chans: Channels of the images.
+        model_args: Arguments that `body` was made with, beside its name.
         out_channels: Channels of every map. They are named '0', '1', ... and 'pool' or 'p6' and 'p7'.
     """
 
@@ -77,9 +78,9 @@ class PvtFpnBackbone(nn.Module):
         most = max(i % 4 for i in out_indices) + 1  # the others are not there
         if frozen_stages not in range(most + 1):
             raise ValueError(f'Expected frozen_stages from 0 to {most}, got {frozen_stages!r}.')
+        self.model_args = dict(model_args or {})
         self.body = create_model(
-            model_name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices),
-            **(model_args or {}))
+            model_name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **self.model_args)
         self.in_chans = next(m.in_channels for m in self.body.modules() if isinstance(m, nn.Conv2d))
         self.frozen_stages = frozen_stages
         for stage in self._frozen():

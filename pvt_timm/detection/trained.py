@@ -67,7 +67,9 @@ _WIDTHS = {
     'mask_channels': ('roi_heads.mask_predictor.mask_fcn_logits.weight', 1),
     'channels': ('head.classifier.weight', 1),
 }
-_MODEL_ARGS = set(inspect.signature(PyramidVisionTransformer.__init__).parameters) - {'self', 'num_classes'}
+_MODEL_ARGS = {
+    name: parameter.default for name, parameter in inspect.signature(PyramidVisionTransformer).parameters.items()
+    if name != 'num_classes'}  # with their defaults
 _BODY = 'backbone.body.'
 _STAGES = _BODY + 'stages_'
 
@@ -109,24 +111,23 @@ def describe_body(state_dict: Mapping[str, torch.Tensor]) -> Tuple[str, Dict[str
     return variant, dict(img_size=list(info.img_size), in_chans=info.in_chans)
 
 
-def describe_model(
-        model: nn.Module, model_args: Optional[Mapping[str, Any]] = None, head_args: Optional[Mapping[str, Any]] = None,
-        ) -> Dict[str, Any]:
+def describe_model(model: nn.Module, head_args: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
     """Plain values that `load_own` builds the model from again.
 
     Args:
         model: A detector or segmenter of this package.
-        model_args: Arguments that its PVT was made with, as far as they do not follow from the weights.
-        head_args: The same for its class.
+        head_args: Arguments that its class was made with, as far as they do not follow from the weights.
 
     Returns:
         What belongs under the key 'pvt_timm' of a checkpoint, beside the weights.
+
+    Raises:
+        ValueError: Its PVT was made with arguments that are no plain values.
     """
     any_model: Any = model
     state_dict = model.state_dict()
     variant, seen = describe_body(state_dict)
-    kept = {name: value for name, value in (model_args or {}).items() if name in _MODEL_ARGS}
-    kept.pop('drop_path_rate', None)  # only for training
+    kept = _unusual_args(variant, any_model.backbone.model_args)
     sizes = any_model.transform if hasattr(any_model, 'transform') else any_model
     shorter = sizes.min_size
     norms = [m for name, m in any_model.backbone.body.named_modules() if name.endswith('patch_embed.norm')]
@@ -140,6 +141,28 @@ def describe_model(
     described['mean'] = list(sizes.image_mean if hasattr(sizes, 'image_mean') else sizes.mean)
     described['std'] = list(sizes.image_std if hasattr(sizes, 'image_std') else sizes.std)
     return described
+
+
+def _unusual_args(variant: str, model_args: Mapping[str, Any]) -> Dict[str, Any]:
+    """Those arguments that a PVT has otherwise than the variant. Rates of dropout are only for training."""
+    usual = {**_MODEL_ARGS, **VARIANTS[variant]}
+    found = {}
+    for name, value in model_args.items():
+        if name not in usual or name.endswith('_rate'):
+            continue
+        value = _plain(name, value)
+        if value != _plain(name, usual[name]):
+            found[name] = value
+    return found
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An argument of a model as a file may hold it, with lists for tuples."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, one) for one in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f'Expected a plain value for {name} in model_args, which a checkpoint can hold, got {value!r}.')
 
 
 def _described_by(weights: Mapping[str, torch.Tensor]) -> Dict[str, Any]:

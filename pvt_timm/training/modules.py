@@ -84,7 +84,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         settings = dataclasses.asdict(self.settings)
-        described = describe_model(self.model, self.settings.model_args, self.settings.head_args)
+        described = describe_model(self.model, self.settings.head_args)
         checkpoint[KEY] = {**described, 'settings': settings, 'figures': dict(self.figures)}
 
     def _set_figures(self, figures: Dict[str, float]) -> None:

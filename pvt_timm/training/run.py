@@ -7,12 +7,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import pytorch_lightning as pl
 import torch
 import torch.nn as nn
 from pytorch_lightning.callbacks import TQDMProgressBar
+from timm.layers import to_2tuple
 
 from ..detection import retinanet_coco
 from ..detection.trained import KEY, describe_body, is_own, kind_of, widths_of
@@ -126,7 +127,7 @@ def validate(settings: AnySettings, predictions: Optional[Path] = None) -> Valid
     root = _folder(settings, 'data')
     trainer = _trainer(settings, [])
     model, own = _source(settings)
-    channels = describe_body(model.state_dict())[1]['in_chans']
+    channels = _channels(model)
     module: Any
     if isinstance(settings, DetectorSettings):
         annotations = CocoAnnotations(
@@ -245,7 +246,11 @@ def _build(settings: AnySettings, num_classes: int, categories: Sequence[str], *
     name = settings.model or 'pvt_small'
     if source is not None:
         name, seen = describe_body(source.state_dict())
-        model_args = {**seen, **model_args, 'img_size': tuple(seen['img_size'])}
+        seen['img_size'] = tuple(seen['img_size'])
+        if to_2tuple(settings.model_args.get('img_size', seen['img_size'])) != seen['img_size']:
+            raise ValueError(f'Expected img_size {seen["img_size"]} in model_args, which {settings.weights} is for, or '
+                             f'none, got {settings.model_args["img_size"]}')
+        model_args = {**source.backbone.model_args, **model_args, **seen}
         widths = widths_of(source.state_dict())
     elif settings.backbone_weights:
         model_args['pretrained_cfg_overlay'] = dict(file=settings.backbone_weights)
@@ -268,10 +273,19 @@ def _build(settings: AnySettings, num_classes: int, categories: Sequence[str], *
         _clear_background(model.roi_heads)
     model.categories = list(categories)
     if source is not None:
+        _take_normalisation(model, source, but=settings.head_args)
         new = copy_weights(model, source)
         if new:
             _say(f'the classes differ from those of {settings.weights}, new are {", ".join(new)}')
     return model
+
+
+def _take_normalisation(model: Any, source: Any, but: Mapping[str, Any]) -> None:
+    """Normalise images as `source` does, but for what the settings say."""
+    where, there = (getattr(m, 'transform', m) for m in (model, source))
+    for name in ('image_mean', 'image_std', 'mean', 'std'):
+        if hasattr(there, name) and name not in but:
+            setattr(where, name, getattr(there, name))
 
 
 def _clear_background(roi_heads: Any) -> None:
@@ -308,12 +322,11 @@ def _detector_parts(settings: DetectorSettings) -> Tuple[Any, CocoDataset, CocoD
     model = _build(
         settings, len(train.categories), list(train.categories.values()), min_size=tuple(settings.min_size),
         max_size=settings.max_size)
-    channels = settings.model_args.get('in_chans', 3)
     labels = _labels(model, held_out)
-    train_set = CocoDataset(train, _labels(model, train), masks, True, settings.keep_empty, channels)
+    train_set = CocoDataset(train, _labels(model, train), masks, True, settings.keep_empty, _channels(model))
     if train_set.left_out:
         _say(f'left out of {train.file}: {train_set.left_out}')
-    return model, train_set, CocoDataset(held_out, labels, channels=channels), dict(
+    return model, train_set, CocoDataset(held_out, labels, channels=_channels(model)), dict(
         truth=held_out.truth(), category_ids=_reversed(labels))
 
 
@@ -321,13 +334,13 @@ def _segmenter_parts(settings: SegmenterSettings) -> Tuple[Any, LabelMapDataset,
     """As `_detector_parts`."""
     root = _folder(settings, 'data')
     categories, palette = _classes(settings.classes, root)
-    channels = settings.model_args.get('in_chans', 3)
     train, held_out = (
-        LabelMapDataset(root / images, root / labels, len(categories), settings.reduce_zero_label, channels)
+        LabelMapDataset(root / images, root / labels, len(categories), settings.reduce_zero_label)
         for images, labels in (
             (settings.train_images, settings.train_labels), (settings.val_images, settings.val_labels)))
     model = _build(settings, len(categories), categories, min_size=settings.min_size, max_size=settings.max_size)
     model.palette = palette
+    train.channels = held_out.channels = _channels(model)
     return model, train, held_out, {}
 
 
@@ -375,6 +388,13 @@ def _reversed(labels: Dict[int, int]) -> Dict[int, int]:
 
 def _few(names: Sequence[str]) -> str:
     return ', '.join(map(repr, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '') or 'none'
+
+
+def _channels(model: Any) -> int:
+    """Channels that images are read with."""
+    if model.in_chans not in (1, 3):
+        raise ValueError(f'Expected a model for images with 1 or 3 channels, got one for {model.in_chans}')
+    return model.in_chans
 
 
 def _variant(model: Any) -> str:

@@ -168,5 +168,6 @@ def test_colours_are_bytes():
 def test_one_class_and_a_threshold_are_refused():
     """The class would be that of every pixel."""
     binary = semantic_fpn('test_pvt', 1, out_channels=16, channels=8, model_args=dict(img_size=64))
-    with pytest.raises(ValueError, match='binary'):
-        semantic_fpn_from_mmseg({'state_dict': segmenter_to_mmseg(binary)})
+    for weights in (segmenter_to_mmseg(binary), binary.state_dict()):
+        with pytest.raises(ValueError, match='binary'):
+            semantic_fpn_from_mmseg({'state_dict': weights})

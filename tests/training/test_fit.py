@@ -19,6 +19,7 @@ pytest.importorskip('pytorch_lightning')
 pytest.importorskip('pycocotools')
 
 from pvt_timm.detection import detector_from_mmdet, detector_to_mmdet, pvt_retinanet  # noqa: E402
+from pvt_timm.detection.trained import describe_model  # noqa: E402
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn, semantic_fpn_from_mmseg  # noqa: E402
 from pvt_timm.training import load_trained  # noqa: E402
 from pvt_timm.training.published import PAPER  # noqa: E402
@@ -247,6 +248,62 @@ def test_from_the_weights_of_openmmlab(cli, shapes_folder, tmp_path):
     model = load_trained(tmp_path / 'out' / 'last.ckpt')
     assert {m.eps for m in model.backbone.body.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
     assert torch.equal(model.backbone.fpn.inner_blocks[0][0].weight, source.backbone.fpn.inner_blocks[0][0].weight)
+
+
+@pytest.mark.parametrize('task', ['detector', 'segmenter'])
+def test_what_a_start_says_holds_on(cli, shapes_folder, tmp_path, task):
+    """Channels and normalisation of images, and how its PVT computes: not only the weights are taken over."""
+    torch.manual_seed(0)
+    args = dict(img_size=64, in_chans=1, num_heads=(4, 4, 4, 4))
+    if task == 'detector':
+        source = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=args, image_mean=[0.3], image_std=[0.2])
+    else:
+        source = semantic_fpn('test_pvt', 4, out_channels=16, channels=16, model_args=args)
+        source.mean, source.std = (0.3,), (0.2,)
+    torch.save({'pvt_timm': describe_model(source), 'state_dict': source.state_dict()}, tmp_path / 'start.ckpt')
+    argv = fit_args(task, shapes_folder, tmp_path / 'out', '--epochs', '1', '--weights', tmp_path / 'start.ckpt')
+    cli(*argv)
+    cli(task, 'validate', '--weights', tmp_path / 'out' / 'last.ckpt')
+    model = load_trained(tmp_path / 'out' / 'last.ckpt')
+    assert model.in_chans == 1 and model.backbone.model_args['num_heads'] == (4, 4, 4, 4)
+    sizes = getattr(model, 'transform', model)
+    mean, std = ('image_mean', 'image_std') if task == 'detector' else ('mean', 'std')
+    assert (list(getattr(sizes, mean)), list(getattr(sizes, std))) == ([0.3], [0.2])
+    error = cli(*argv, '--output', tmp_path / 'x', '--model-args', 'img_size=96', code=2)
+    assert 'Expected img_size (64, 64) in model_args, which' in error
+
+
+@pytest.mark.parametrize('kind', ['retinanet', 'mask_rcnn', 'semantic_fpn'])
+def test_grey_images_and_no_others(cli, shapes_folder, tmp_path, kind):
+    task = 'segmenter' if kind == 'semantic_fpn' else 'detector'
+    argv = fit_args(task, shapes_folder, tmp_path / 'out', '--epochs', '1', *(MASKS if kind == 'mask_rcnn' else ()))
+    more = ['--model-args', 'img_size=64', 'in_chans=1']
+    cli(*argv, *more)
+    model = load_trained(tmp_path / 'out' / 'last.ckpt')
+    assert model.in_chans == 1
+    image = sorted((shapes_folder / 'val').iterdir())[0]
+    cli('segment' if task == 'segmenter' else 'detect', image, '--checkpoint', tmp_path / 'out' / 'last.ckpt')
+    error = cli(*argv, *more[:-1], 'in_chans=4', '--output', tmp_path / 'x', code=2)
+    assert 'images with 1 or 3 channels, got one for 4' in error
+
+
+@pytest.mark.parametrize('kind, first', [('retinanet', 0), ('faster_rcnn', 1), ('mask_rcnn', 1)])
+def test_labels_are_counted_as_the_detector_does(shapes_folder, tmp_path, kind, first):
+    """And where a user looks it says from where: in the classes, and in what refuses labels beyond."""
+    from pvt_timm.training.run import _detector_parts
+    from pvt_timm.training.settings import DetectorSettings, read_settings
+
+    settings = read_settings(DetectorSettings, 'finetune_detector', dict(
+        data=str(shapes_folder), output=str(tmp_path), kind=kind, model='test_pvt', out_channels=16, min_size=64))
+    model, train, _, module_args = _detector_parts(settings)
+    labels = {label for i in range(len(train)) for label in train[i][1]['labels'].tolist()}
+    assert labels == {first, first + 1, first + 2} and module_args['category_ids'] == {
+        first: 7, first + 1: 18, first + 2: 30}
+    assert f'Labels count from {first} to ' in type(model).__doc__ + type(model).__mro__[1].__doc__
+    targets = [dict(boxes=torch.tensor([[1., 1, 20, 20]]), labels=torch.tensor([first + 3]),
+                    masks=torch.zeros(1, 64, 64, dtype=torch.uint8))]
+    with pytest.raises(ValueError, match=f'labels from {first} to {first + 2}'):
+        model.train()([torch.rand(3, 64, 64)], targets)
 
 
 def test_frozen_stages(cli, trained, shapes_folder, tmp_path):

@@ -49,7 +49,7 @@ def test_a_model_comes_back_from_its_checkpoint_and_from_its_weights(tmp_path, k
     head_args = {} if kind == 'semantic_fpn' else (
         dict(score_thresh=0.3) if kind == 'retinanet' else dict(box_score_thresh=0.3))
     file = tmp_path / 'model.pth'
-    torch.save({KEY: describe_model(model, {}, head_args), 'state_dict': model.state_dict()}, file)
+    torch.save({KEY: describe_model(model, head_args), 'state_dict': model.state_dict()}, file)
     torch.load(file, weights_only=True)
     again = load_trained(file)
     assert equal(again, model) and type(again) is type(model) and not again.training
@@ -169,10 +169,27 @@ def test_a_subclass_is_of_its_kind():
         kind_of(torch.nn.Linear(1, 1))
 
 
-def test_stochastic_depth_is_for_training_only():
-    model = MODELS['retinanet']()
-    said = describe_model(model, dict(img_size=64, drop_path_rate=0.5, pretrained_cfg_overlay={}))
-    assert said['model_args'] == dict(img_size=[64, 64], in_chans=3, embed_norm_eps=1e-5)
+def test_arguments_that_no_weights_tell_are_kept():
+    """All that changes what a PVT computes. Not the usual ones, and not what is for training only."""
+    torch.manual_seed(0)
+    args = dict(img_size=64, drop_path_rate=0.5, proj_drop_rate=0.1, pretrained_cfg_overlay={}, qkv_bias=True)
+    model = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=args)
+    assert describe_model(model)['model_args'] == dict(img_size=[64, 64], in_chans=3, embed_norm_eps=1e-5)
+
+    args = dict(img_size=64, num_heads=(4, 4, 4, 4), act_layer='relu', norm_eps=1e-4)
+    model = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=args).eval()
+    said = describe_model(model)['model_args']
+    assert said == dict(img_size=[64, 64], in_chans=3, embed_norm_eps=1e-5, num_heads=[4] * 4, act_layer='relu',
+                        norm_eps=1e-4)
+    again = retinanet_from_mmdet(checkpoint_of(model))
+    assert describe_model(again)['model_args'] == said  # also from there on
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model.backbone(x).values(), again.backbone(x).values()))
+
+    model = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=dict(act_layer=torch.nn.ReLU))
+    with pytest.raises(ValueError, match='a plain value for act_layer in model_args, .* got <class'):
+        describe_model(model)
 
 
 def damaged(**values):
