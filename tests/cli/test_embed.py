@@ -1,0 +1,376 @@
+"""`pvt-timm embed`: a vector per image, every image once, whatever happened on the way."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pvt_timm.cli import results as results_module
+from pvt_timm.cli.main import main
+from pvt_timm.cli.results import Results
+
+TEST_PVT = ['--model', 'test_pvt']
+SUFFIXES = ['.npz', '.safetensors', '.parquet']
+
+
+def write_images(folder, count, size=64):
+    """Images of noise in two folders, of the same names in both."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        file = folder / 'ab'[i % 2] / f'{i // 2}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size, size + i % 3, 3), dtype=np.uint8)).save(file)
+    return sorted(folder.rglob('*.png'), key=lambda file: (file.parent.name, int(file.stem)))
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('images')
+    write_images(folder, 24)
+    return folder
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of a few images, so that there are several."""
+    monkeypatch.setattr(results_module, '_PART_IMAGES', 5)
+    monkeypatch.setattr(results_module, '_CHUNK', 7)
+
+
+def read(path):
+    """Files and vectors."""
+    if path.suffix == '.npz':
+        with np.load(path) as content:
+            return content['file'].tolist(), content['embedding']
+    if path.suffix == '.safetensors':
+        with safe_open(path, 'numpy') as f:
+            return json.loads(f.metadata()['file']), f.get_tensor('embedding')
+    table = pytest.importorskip('pyarrow.parquet').read_table(path)
+    assert table.column_names == ['file', 'embedding']
+    return table['file'].to_pylist(), np.array(table['embedding'].to_pylist(), np.float32)
+
+
+def in_python(files, **kwargs):
+    """What timm's model gives for images, one by one."""
+    model = timm.create_model('test_pvt', pretrained=True, num_classes=0, **kwargs).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.inference_mode():
+        return torch.cat([model(transform(Image.open(file).convert('RGB'))[None]) for file in files]).numpy()
+
+
+@pytest.fixture(scope='module')
+def expected(images):
+    files = sorted(images.rglob('*.png'), key=lambda file: (file.parent.name, int(file.stem)))
+    return [str(file) for file in files], in_python(files)
+
+
+def check(path, expected):
+    files, vectors = read(path)
+    assert files == expected[0]
+    assert vectors.dtype == np.float32 and np.abs(vectors - expected[1]).max() < 1e-5
+    assert not path.with_name(path.name + '.parts').exists()
+
+
+@pytest.mark.parametrize('suffix', SUFFIXES)
+@pytest.mark.parametrize('workers', [0, 2])
+def test_vectors_are_those_of_timm(cli, images, expected, small_parts, tmp_path, suffix, workers):
+    if suffix == '.parquet':
+        pytest.importorskip('pyarrow')
+    output = tmp_path / f'x{suffix}'
+    out = cli('embed', images, *TEST_PVT, '--output', output, '--workers', workers, '--batch-size', 5)
+    assert out == f'{output}: 24 vectors, token of test_pvt.digits\n'
+    check(output, expected)
+    assert [file.name for file in tmp_path.iterdir()] == [output.name]
+
+
+def test_layers(cli, images, expected, tmp_path):
+    model = timm.create_model('test_pvt', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    x = torch.stack([transform(Image.open(file).convert('RGB')) for file in expected[0]])
+    with torch.inference_mode():
+        tokens, maps = model.forward_features(x), model.forward_intermediates(x, intermediates_only=True)
+    layers = {'token': tokens[:, 0], 'patches': tokens[:, 1:].mean(1)}
+    layers.update({f'stage{i}': level.mean((2, 3)) for i, level in enumerate(maps)})
+    for layer, vectors in layers.items():
+        cli('embed', images, *TEST_PVT, '--layer', layer, '--output', tmp_path / f'{layer}.npz')
+        check(tmp_path / f'{layer}.npz', (expected[0], vectors.numpy()))
+
+
+@pytest.mark.parametrize('kwargs, layer', [(dict(class_token=False), 'patches'), (dict(global_pool='avg'), 'patches')])
+def test_default_is_what_the_head_takes(cli, images, expected, tmp_path, kwargs, layer):
+    """Of a dense checkpoint, and of a classifier that pools."""
+    model = timm.create_model('test_pvt', num_classes=3, **kwargs)
+    torch.save(dict(state_dict=model.state_dict(), args=dict(model='test_pvt', gp=kwargs.get('global_pool'))),
+               tmp_path / 'w.pth')
+    out = cli('embed', images, '--checkpoint', tmp_path / 'w.pth', '--output', tmp_path / 'x.npz')
+    assert layer in out
+    model.reset_classifier(0)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model.eval()))
+    x = torch.stack([transform(Image.open(file).convert('RGB')) for file in expected[0]])
+    with torch.inference_mode():
+        check(tmp_path / 'x.npz', (expected[0], model(x).numpy()))
+    if 'class_token' in kwargs:
+        assert 'has none' in cli('embed', images, '--checkpoint', tmp_path / 'w.pth', '--output', tmp_path / 'y.npz',
+                                 '--layer', 'token', fails=True)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_dtypes(images, expected, tmp_path, capsys, dtype):
+    assert main(['embed', str(images), *TEST_PVT, '--output', str(tmp_path / 'x.npz'), '--dtype', dtype, '--device',
+                 'cpu']) == 0
+    assert f'24 images on cpu ({dtype}' in capsys.readouterr().err
+    files, vectors = read(tmp_path / 'x.npz')
+    error = np.abs(vectors - expected[1]).max() / np.abs(expected[1]).max()
+    assert 0 < error < 0.05 and files == expected[0]  # computed in half precision, and close
+
+
+def interrupt_after(monkeypatch, count):
+    """End the command as Ctrl-C does when `count` results were kept."""
+    add = Results.add
+    kept = []
+
+    def adding(self, file, row):
+        if len(kept) == count:
+            raise KeyboardInterrupt
+        kept.append(file)
+        add(self, file, row)
+
+    monkeypatch.setattr(Results, 'add', adding)
+    return kept
+
+
+def test_goes_on_and_computes_nothing_twice(cli, images, expected, small_parts, tmp_path, monkeypatch):
+    argv = ['embed', images, *TEST_PVT, '--output', tmp_path / 'x.npz', '--batch-size', 4]
+    with monkeypatch.context() as patch:
+        kept = interrupt_after(patch, 14)
+        assert main([str(arg) for arg in argv]) == 130
+    assert not (tmp_path / 'x.npz').exists()
+    assert len(list((tmp_path / 'x.npz.parts').glob('*.safetensors'))) == 3  # of 5, 5 and 4
+    computed = interrupt_after(monkeypatch, -1)
+    cli(*argv)
+    check(tmp_path / 'x.npz', expected)
+    assert sorted(kept + computed) == sorted(expected[0])
+
+
+@pytest.mark.parametrize('change, says', [
+    (['--layer', 'patches'], 'of a run with another layer'),
+    (['--dtype', 'bfloat16'], 'of a run with another dtype'),
+    (['--img-size', '64'], 'of a run with another preprocessing'),
+    (['--checkpoint', '{tmp}/w.pth'], 'of a run with another model, weights'),
+    (None, 'results of 7 images that are not given now'),
+])
+def test_does_not_go_on_with_something_else(cli, images, small_parts, tmp_path, monkeypatch, change, says):
+    argv = [images, '--output', tmp_path / 'x.npz']
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        assert main(['embed', *map(str, argv), *TEST_PVT]) == 130
+    before = sorted(file.name for file in (tmp_path / 'x.npz.parts').iterdir())
+    torch.save(timm.create_model('test_pvt').state_dict(), tmp_path / 'w.pth')
+    if change is None:
+        argv[0], change = images / 'b', []
+    change = [arg.format(tmp=tmp_path) for arg in change]
+    model = [] if '--checkpoint' in change else TEST_PVT
+    assert says in cli('embed', *argv, *model, *change, fails=True)
+    assert sorted(file.name for file in (tmp_path / 'x.npz.parts').iterdir()) == before
+
+
+def test_nothing_of_others_is_touched(cli, images, expected, tmp_path):
+    """A file of that name, and a folder of that name with something else in it."""
+    (tmp_path / 'x.npz').write_text('mine')
+    argv = ['embed', images, *TEST_PVT, '--output', tmp_path / 'x.npz']
+    assert '--overwrite replaces it' in cli(*argv, fails=True)
+    (tmp_path / 'x.npz.parts').mkdir()
+    (tmp_path / 'x.npz.parts' / 'notes').write_text('mine')
+    assert 'holds something else' in cli(*argv, '--overwrite', fails=True)
+    assert (tmp_path / 'x.npz').read_text() == (tmp_path / 'x.npz.parts' / 'notes').read_text() == 'mine'
+    (tmp_path / 'x.npz.parts' / 'notes').unlink()
+    cli(*argv, '--overwrite')
+    check(tmp_path / 'x.npz', expected)
+
+
+def test_a_damaged_part_is_named(cli, images, small_parts, tmp_path, monkeypatch):
+    argv = ['embed', images, *TEST_PVT, '--output', tmp_path / 'x.npz']
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        main([str(arg) for arg in argv])
+    part = next((tmp_path / 'x.npz.parts').glob('*.safetensors'))
+    part.write_bytes(part.read_bytes()[:100])
+    error = cli(*argv, fails=True)
+    assert f'{part} is damaged' in error and part.is_file()
+
+
+def test_images_that_cannot_be_read(cli, tmp_path, capsys, caplog):
+    """One among others ends the command, or is named and counted. Nothing is half written."""
+    files = write_images(tmp_path / 'images', 100, size=32)
+    files[60].write_bytes(b'no image')
+    argv = ['embed', tmp_path / 'images', *TEST_PVT, '--output', tmp_path / 'x.npz', '--workers', 0]
+    error = cli(*argv, fails=True)
+    assert f'Cannot read the image {files[60]}' in error and '--skip-errors' in error and 'x.npz.parts' in error
+    assert not (tmp_path / 'x.npz').exists()
+    capsys.readouterr()
+    assert main([str(arg) for arg in (*argv, '--skip-errors')]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f'{tmp_path}/x.npz: 99 vectors')
+    assert '1 could not be read' in err and err.count('\n') == 1
+    assert len(caplog.messages) == 1 and f'Cannot read the image {files[60]}: ' in caplog.messages[0]
+    left = [file for file in files if file != files[60]]
+    check(tmp_path / 'x.npz', ([str(file) for file in left], in_python(left)))
+
+
+@pytest.mark.parametrize('options', [[], ['--skip-errors']])
+def test_nothing_is_left_where_no_image_can_be_read(options, cli, tmp_path, capsys):
+    (tmp_path / 'a.png').write_text('no image')
+    code = main(['embed', str(tmp_path / 'a.png'), *TEST_PVT, '--output', str(tmp_path / 'x.npz'), *options])
+    assert code == 2 and capsys.readouterr().err.count('\n') == 1
+    assert [file.name for file in tmp_path.iterdir()] == ['a.png']
+
+
+def test_odd_names(cli, images, tmp_path):
+    """Each comes back as it is on the disk, and one that is no text as what a table can hold."""
+    names = ['a b.png', 'a\nb.png', 'drei 三.png', 'x\udcff.png', '=1+1.png', '"quoted", too.png']
+    (tmp_path / 'odd').mkdir()
+    for name in names:
+        (tmp_path / 'odd' / name).write_bytes((images / 'a' / '0.png').read_bytes())
+    for suffix in SUFFIXES:
+        if suffix == '.parquet':
+            pytest.importorskip('pyarrow')
+        cli('embed', tmp_path / 'odd', *TEST_PVT, '--output', tmp_path / f'x{suffix}')
+        found = sorted(os.path.basename(file) for file in read(tmp_path / f'x{suffix}')[0])
+        if suffix == '.parquet':
+            names = [name.replace('\udcff', '\\udcff') for name in names]
+        assert found == sorted(names)
+
+
+def test_one_image_given_twice_is_there_once(cli, images, tmp_path):
+    file = images / 'a' / '3.png'
+    cli('embed', file, images / 'a', file, *TEST_PVT, '--output', tmp_path / 'x.npz')
+    files = read(tmp_path / 'x.npz')[0]
+    assert len(files) == len(set(files)) == 12 and files[0] == str(file)
+
+
+@pytest.mark.parametrize('argv, says', [
+    (['--output', '{tmp}/x.csv'], 'ends in .parquet, .npz, .safetensors'),
+    (['--output', '{tmp}/none/x.npz'], 'No such folder'),
+    (['--output', '{tmp}/x.npz', '--device', 'nonsense'], "got --device 'nonsense'"),
+    (['--output', '{tmp}/x.npz', '--device', 'meta'], "got --device 'meta'"),
+    (['--output', '{tmp}/x.npz', '--batch-size', '0'], 'expected 1 or more'),
+    (['--output', '{tmp}/x.npz', '--workers', '-1'], 'expected 0 or more'),
+    ([], 'required: --output'),
+])
+def test_wrong_options(cli, images, tmp_path, argv, says):
+    argv = [arg.format(tmp=tmp_path) for arg in argv]
+    assert says in cli('embed', images, *TEST_PVT, *argv, fails=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_not_replaced(cli, images, tmp_path):
+    save_file(timm.create_model('test_pvt').state_dict(), tmp_path / 'w.safetensors')
+    before = (tmp_path / 'w.safetensors').read_bytes()
+    argv = ['embed', images, '--checkpoint', tmp_path / 'w.safetensors', '--output', tmp_path / 'w.safetensors']
+    assert 'is read and would be replaced' in cli(*argv, '--overwrite', fails=True)
+    assert (tmp_path / 'w.safetensors').read_bytes() == before
+
+
+def test_parquet_names_its_extra(cli, images, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split('.')[0] == 'pyarrow'] + ['pyarrow']:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install 'pvt-timm[embed]'" in cli(
+        'embed', images, *TEST_PVT, '--output', tmp_path / 'x.parquet', fails=True)
+
+
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_memory_does_not_grow_with_the_images(tmp_path, suffix):
+    """20,000 vectors of 512 numbers, 41 MB, are written with a few of them in memory."""
+    if suffix == '.parquet':
+        pytest.importorskip('pyarrow')
+    results = Results(tmp_path / f'x{suffix}')
+    files = [f'{i}.png' for i in range(20000)]
+    results.prepare(files, {})
+    tracemalloc.start()
+    row = np.zeros(512, np.float32)
+    for i, file in enumerate(files):
+        results.add(file, row + i)
+    results.flush()
+    assert results.finish(files, {}) == 20000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 35e6, peak  # 16 parts of a MB, and the index of the names
+    found, vectors = read(tmp_path / f'x{suffix}')
+    assert found == files and np.array_equal(vectors[:, 7], np.arange(20000))
+
+
+SMALL_PARTS = '''if True:
+    import sys
+    from pvt_timm.cli import results
+    from pvt_timm.cli.main import main
+    results._PART_IMAGES = 8
+    sys.exit(main(sys.argv[1:]))
+'''
+
+
+def test_killed_and_gone_on_by_other_numbers_of_processes(client_env, tmp_path):
+    """Two processes are killed, three go on and are killed, one ends it: every image once, in order."""
+    files = write_images(tmp_path / 'images', 300, size=32)
+    (tmp_path / 'embed.py').write_text(SMALL_PARTS)
+    argv = ['embed.py', 'embed', 'images', *TEST_PVT, '--output', 'x.npz', '--batch-size', '4', '--workers', '0']
+    env = dict(client_env, OMP_NUM_THREADS='1')
+
+    def start(count):
+        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={count}'] if count > 1 else []
+        return subprocess.Popen(
+            [sys.executable, *launcher, *argv], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, start_new_session=True)
+
+    parts = 0
+    for count in (2, 3):
+        process = start(count)
+        wanted, deadline = parts + 5, time.monotonic() + 200
+        while parts < wanted and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+            parts = len(list(Path(tmp_path, 'x.npz.parts').glob('*.safetensors')))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert parts >= wanted and not (tmp_path / 'x.npz').exists()
+    process = start(1)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and out.startswith('x.npz: 300 vectors'), err
+    done = int(err.split()[1])
+    assert 0 < done <= 300 - 8 * 10  # the others were there
+    check(tmp_path / 'x.npz', ([str(file.relative_to(tmp_path)) for file in files], in_python(files)))
+
+
+def test_two_processes(client_env, images, expected, tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '-m', 'pvt_timm', 'embed',
+         images, *TEST_PVT, '--output', 'x.npz', '--batch-size', '4'],
+        cwd=tmp_path, env=dict(client_env, OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == 'x.npz: 24 vectors, token of test_pvt.digits\n', done.stderr
+    assert 'pvt-timm: 24 images on cpu' in done.stderr and '2 processes' in done.stderr
+    check(tmp_path / 'x.npz', expected)
+
+
+FULL = '''if True:
+    import resource, sys
+    from pvt_timm.cli.main import main
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    sys.exit(main(sys.argv[1:]))
+'''
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs limits of processes')
+def test_full_disk(python, images, tmp_path):
+    """One line, and no file that is not complete."""
+    done = python('-c', FULL, 'embed', images, *TEST_PVT, '--output', 'x.npz', '--workers', 0)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
+    assert 'File too large' in done.stderr and not list(tmp_path.iterdir())
