@@ -115,7 +115,9 @@ def _parser() -> Parser:
         detect, 1, '. Images of different sizes always go one by one, as padding them to one size would change results')
     detect.add_argument(
         '--threshold', type=score, default=0.5, help='lowest score of an object, 0 to 1 (default 0.5)')
-    segment = add('segment', run_segment, 'assign a class to every pixel of images', parents=[images, drawn])
+    segment = add(
+        'segment', run_segment, 'assign a class to every pixel of images', parents=[images, drawn],
+        description='Assign a class to every pixel of images. They go through the model one by one.')
     segment.add_argument(
         '--checkpoint', type=filled, required=True, metavar='FILE',
         help='a Semantic FPN: of `segmenter fit`, of mmsegmentation or of the original code')

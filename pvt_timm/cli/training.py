@@ -10,6 +10,7 @@ from ..files import read_checkpoint
 from ..training.published import ALLOWED, compare
 from ..training.settings import DetectorSettings, SegmenterSettings, Settings, add_options, read_settings
 from .errors import Parser, clean
+from .network import check_pretrained
 
 __all__ = ['add_training']
 
@@ -60,11 +61,21 @@ def _lightning() -> None:
         raise ImportError(f"Training needs the `train` extra: pip install 'pvt-timm[train]' ({e})") from e
 
 
+def _check_network(settings: Any, fit: bool = True) -> None:
+    """Say at once that published weights cannot be downloaded."""
+    name = settings.model or 'pvt_small'
+    if settings.weights == 'retinanet_coco':
+        check_pretrained(f'{name}.retinanet_coco', '--weights')
+    elif fit and settings.pretrained and not (settings.weights or settings.backbone_weights):
+        check_pretrained(name, '--backbone-weights')
+
+
 def run_fit(args: argparse.Namespace) -> None:
     if args.config is None:
         raise ValueError(f'Expected --config, a recipe ({", ".join(args.settings_class.recipes)}) or a YAML file')
     settings: Any = read_settings(args.settings_class, args.config, _given(args))
     _lightning()
+    _check_network(settings)
     from ..training.run import fit, is_first_process
 
     figures = fit(settings)
@@ -82,6 +93,7 @@ def run_validate(args: argparse.Namespace) -> int:
         config = args.settings_class.default_recipe
     settings: Any = read_settings(args.settings_class, config, given, below)
     _lightning()
+    _check_network(settings, fit=False)
     from ..training.run import is_first_process, validate
 
     found = validate(settings, getattr(args, 'predictions', None))

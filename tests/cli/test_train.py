@@ -153,6 +153,69 @@ def test_keeps_odd_class_names(start, folder, tmp_path, dataset):
     assert sorted(class_to_idx) == sorted(names)
 
 
+def save_finished(folder, epoch, **args):
+    args = dict(dict(epochs=10, sched='cosine', cooldown_epochs=0, warmup_epochs=0, lr_cycle_limit=1), **args)
+    torch.save({'epoch': epoch, 'state_dict': {}, 'optimizer': {}, 'args': argparse.Namespace(**args)},
+               folder / 'last.pth.tar')
+
+
+@pytest.mark.parametrize('epoch, kept, now, epochs', [
+    (9, {}, [], 10),
+    (12, dict(cooldown_epochs=3), [], 13),
+    (11, dict(warmup_epochs=2, warmup_prefix=True), [], 12),
+    (9, dict(sched='step'), [], 10),
+    (9, dict(sched='cosine', sched_on_updates=True), [], 10),
+    (9, {}, ['--epochs', '8'], 8),
+    (11, {}, ['--cooldown-epochs', '2'], 12),
+])
+def test_a_finished_run_is_said_to_be(start, folder, epoch, kept, now, epochs):
+    """train.py would print `--result []` and nothing else."""
+    save_finished(folder, epoch, **kept)
+    code, argv, err = start(*now, config=None)
+    assert (code, argv) == (0, None)
+    assert f'the run is finished, all {epochs} epochs are done: {folder}/last.pth.tar' in err
+    assert not (folder / 'settings.yaml').exists()
+    (folder / 'model_best.pth.tar').touch()
+    assert f'{folder}/model_best.pth.tar (best epoch)' in start(*now, config=None)[2]
+
+
+@pytest.mark.parametrize('epoch, kept, now', [
+    (8, {}, []),
+    (9, {}, ['--epochs', '11']),
+    (9, dict(cooldown_epochs=1), []),
+    (9, {}, ['--lr-cycle-limit', '2']),
+    (9, {}, ['--warmup-epochs', '1', '--warmup-prefix']),
+    (9, dict(sched='nonsense'), []),  # train.py says so
+    (9, dict(epochs='ten'), []),
+])
+def test_a_run_that_is_not_finished_goes_on(start, folder, epoch, kept, now):
+    save_finished(folder, epoch, **kept)
+    code, argv, err = start(*now, config=None)
+    assert code == 0 and '--resume' in argv and 'finished' not in err
+
+
+DISTRIBUTED = '''if True:
+    import torch, warnings
+    warnings.simplefilter('error', FutureWarning)
+    torch.distributed.init_process_group('gloo')
+    model = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Linear(2, 2), device_ids=[torch.device('cpu')], broadcast_buffers=True)
+    model(torch.ones(1, 2)).sum().backward()
+    assert model.forward_sync_buffers if hasattr(model, 'forward_sync_buffers') else model.broadcast_buffers
+    torch.distributed.destroy_process_group()
+    print('trained')
+'''
+
+
+def test_processes_on_cpu_warn_of_nothing(python, tmp_path):
+    """train.py passes `broadcast_buffers`, of which newer versions of torch warn: in lines of this package."""
+    (tmp_path / 'ddp.py').write_text(DISTRIBUTED)
+    done = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=1', '-m', 'pvt_timm', 'train',
+                  'ddp.py', '--experiment', 'x', '--device', 'cpu')
+    assert done.returncode == 0 and done.stdout == 'trained\n', done.stderr
+    assert 'FutureWarning' not in done.stderr
+
+
 def test_what_a_checkpoint_says_is_no_code_for_the_terminal(start, folder):
     torch.save({'epoch': '\x1b[2J' + 'x' * 1000, 'state_dict': {}, 'optimizer': {}}, folder / 'last.pth.tar')
     code, argv, err = start()

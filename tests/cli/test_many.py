@@ -1,0 +1,390 @@
+"""Many images: folders, batches, devices, results as a file, images that cannot be read, no network."""
+import argparse
+import csv
+import json
+import os
+import socket
+import time
+import types
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pvt_timm.cli import network
+from pvt_timm.cli import results as results_module
+from pvt_timm.cli.classifiers import load_model, open_image, predict, whole_size
+from pvt_timm.cli.main import main
+from pvt_timm.cli.many import Transformed, Whole, find_images, normalise, output_file
+from pvt_timm.cli.predict import PREDICTIONS
+from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
+from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
+
+TEST_PVT = ['--model', 'test_pvt']
+SIZES = [(60, 80), (60, 80), (90, 70), (60, 80), (40, 100), (40, 100), (64, 64)]  # heights and widths
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """A folder with images of several sizes, some in folders inside of it, and other files."""
+    folder = tmp_path_factory.mktemp('photos')
+    rng = np.random.default_rng(0)
+    for i, size in enumerate(SIZES):
+        file = folder / ('', 'in', 'in/side')[i % 3] / f'{i}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
+    (folder / 'notes.txt').write_text('no image')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('weights')
+    torch.manual_seed(0)
+    meta = dict(CLASSES=('cat', 'dog', 'emu'), cfg="test_pipeline = [dict(type='Resize', scale=(96, 64))]")
+    small = dict(out_channels=16, model_args=dict(img_size=64))
+    mask_rcnn = pvt_mask_rcnn('test_pvt', 3, box_channels=32, mask_channels=16, **small)
+    torch.save(dict(state_dict=detector_to_mmdet(mask_rcnn), meta=meta), folder / 'mask_rcnn.pth')
+    retinanet = pvt_retinanet('test_pvt', 3, **small)
+    torch.save(dict(state_dict=detector_to_mmdet(retinanet), meta=meta), folder / 'retinanet.pth')
+    segmenter = semantic_fpn('test_pvt', 150, channels=24, **small)
+    segmenter.head.classifier.weight.data.mul_(100)  # more than one class
+    torch.save(dict(state_dict=segmenter_to_mmseg(segmenter), meta=dict(cfg='')), folder / 'segmenter.pth')
+    return folder
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# which images ---------------------------------------------------------------------------------------------------------
+
+def test_images_of_folders(tmp_path):
+    """In natural order, by extension, through links and not in circles. Files are taken as they stand."""
+    for name in ('10.png', '2.JPG', 'x/1.jpeg', 'x/y/1.webp', 'notes.txt', '.hidden.png', 'plain'):
+        (tmp_path / 'a' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'a' / name).touch()
+    (tmp_path / 'b').mkdir()
+    (tmp_path / 'b' / '1.bmp').touch()
+    (tmp_path / 'a' / 'circle').symlink_to(tmp_path / 'a')
+    (tmp_path / 'a' / 'linked').symlink_to(tmp_path / 'b')
+    found = find_images([str(tmp_path / 'a' / 'plain'), str(tmp_path / 'a')])
+    names = ['plain', '.hidden.png', '2.JPG', '10.png', 'linked/1.bmp', 'x/1.jpeg', 'x/y/1.webp']
+    assert [file.name for file in found] == names
+    assert [file.path for file in found] == [str(tmp_path / 'a' / name) for name in names]
+
+
+def test_folders_without_images(tmp_path):
+    (tmp_path / 'notes.txt').touch()
+    with pytest.raises(ValueError, match='Expected images in .*, found none'):
+        find_images([str(tmp_path)])
+    with pytest.raises(FileNotFoundError):
+        find_images([str(tmp_path / 'none')])
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='a superuser reads every folder')
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path):
+    (tmp_path / 'inside').mkdir()
+    (tmp_path / 'a.png').touch()
+    (tmp_path / 'inside').chmod(0)
+    try:
+        with pytest.raises(PermissionError):
+            find_images([str(tmp_path)])
+    finally:
+        (tmp_path / 'inside').chmod(0o700)
+
+
+# the same numbers -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_pixels_are_those_of_timms_transform(photos, channels):
+    """To the last bit, although they leave the workers as bytes."""
+    cfg = timm.data.resolve_model_data_config(timm.create_model('test_pvt', in_chans=channels))
+    image = open_image(photos / '0.png', channels)
+    for data in (cfg, dict(cfg, input_size=(channels, 64, 96)), dict(cfg, crop_mode='squash', crop_pct=1.)):
+        expected = timm.data.create_transform(**data, is_training=False)(image)
+        pixels = torch.from_numpy(Transformed(data)(image).copy())
+        assert torch.equal(normalise(pixels[None], data)[0], expected)
+
+
+def test_whole_size():
+    assert whole_size((150, 90), 32, 32) == (32, 64)
+    assert whole_size((1000, 10), 224, 32) == (224, 22400)
+    assert Whole(dict(input_size=(3, 32, 32), mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bicubic'),
+                 None, 32)(Image.new('RGB', (150, 90))).shape == (3, 32, 64)
+
+
+@pytest.mark.parametrize('batch_size, workers', [(1, 0), (3, 0), (16, 2)])
+def test_predict(cli, photos, batch_size, workers):
+    out = json.loads(cli('predict', photos, *TEST_PVT, '--json', '--topk', 3, '--batch-size', batch_size, '--workers',
+                         workers))
+    assert list(out) == ['model', 'img_size', 'images'] and out['img_size'] == [32, 32]
+    classifier = load_model('test_pvt')
+    assert [record['image'] for record in out['images']] == [file.path for file in find_images([str(photos)])]
+    for record in out['images']:
+        assert list(record) == ['image', 'predictions']
+        expected = predict(classifier, open_image(record['image']), 3)
+        for item, (index, probability) in zip(record['predictions'], expected, strict=True):
+            assert (item['index'], item['label']) == (index, str(index))
+            assert item['probability'] == pytest.approx(probability, abs=2e-6)
+
+
+def test_predictions_as_a_file(cli, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(results_module, '_PART_IMAGES', 2)
+    printed = json.loads(cli('predict', photos, *TEST_PVT, '--json', '--topk', 2))['images']
+    for suffix in ('jsonl', 'csv'):
+        out = cli('predict', photos, *TEST_PVT, '--topk', 2, '--output', tmp_path / f'x.{suffix}')
+        assert out == f'{tmp_path}/x.{suffix}: predictions of 7 images\n'
+    assert lines_of(tmp_path / 'x.jsonl') == printed
+    with open(tmp_path / 'x.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 14 and rows[1]['rank'] == '2'
+    items = [(record['image'], item) for record in printed for item in record['predictions']]
+    for row, (image, item) in zip(rows, items):
+        assert row['image'] == image and float(row['probability']) == item['probability']
+        assert (row['label'], int(row['index'])) == (item['label'], item['index'])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['x.csv', 'x.jsonl']
+    assert '--overwrite' in cli('predict', photos, *TEST_PVT, '--output', tmp_path / 'x.csv', fails=True)
+
+
+@pytest.mark.parametrize('command', ['predict', 'detect', 'segment'])
+def test_tables_in_parquet(cli, photos, weights, tmp_path, command):
+    """What CSV has, with types."""
+    parquet = pytest.importorskip('pyarrow.parquet')
+    model = {'predict': TEST_PVT, 'detect': ['--checkpoint', weights / 'retinanet.pth', '--threshold', '0.01'],
+             'segment': ['--checkpoint', weights / 'segmenter.pth']}[command]
+    for suffix in ('csv', 'parquet'):
+        cli(command, photos, *model, '--output', tmp_path / f'x.{suffix}')
+    with open(tmp_path / 'x.csv', newline='') as f:
+        header, *rows = csv.reader(f)
+    table = parquet.read_table(tmp_path / 'x.parquet')
+    assert table.column_names == header and len(rows) > 7
+    assert [[str(x) for x in row.values()] for row in table.to_pylist()] == rows
+    kinds = {'image': 'string', 'label': 'string' if command == 'predict' else 'int64'}
+    assert {name: str(table.schema.field(name).type) for name in kinds} == kinds
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn', 'retinanet'])
+def test_detections_do_not_depend_on_the_batch(cli, photos, weights, tmp_path, name):
+    """Images of one size go together, others by themselves: what is found is the same."""
+    argv = ['detect', photos, '--checkpoint', weights / f'{name}.pth', '--threshold', '0.01']
+    alone = json.loads(cli(*argv, '--json'))['images']
+    together = json.loads(cli(*argv, '--json', '--batch-size', 7, '--workers', 2))['images']
+    assert sum(len(record['objects']) for record in alone) > 20
+    for one, other in zip(alone, together, strict=True):
+        assert one['image'] == other['image'] and (one['width'], one['height']) == (other['width'], other['height'])
+        assert [x['label'] for x in one['objects']] == [x['label'] for x in other['objects']]
+        for a, b in zip(one['objects'], other['objects']):
+            assert a['box'] == pytest.approx(b['box'], abs=0.02) and a['score'] == pytest.approx(b['score'], abs=1e-5)
+            assert a.get('mask') == b.get('mask')
+    cli(*argv, '--output', tmp_path / 'x.jsonl')
+    assert lines_of(tmp_path / 'x.jsonl') == alone
+
+
+def test_pictures_and_results_together(cli, photos, weights, tmp_path):
+    """Pictures lie as the images do. The file is told from the folder by its name."""
+    argv = ['segment', photos, '--checkpoint', weights / 'segmenter.pth', '--output', tmp_path / 'pictures']
+    cli(*argv, '--output', tmp_path / 'x.csv')
+    assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 7
+    assert (tmp_path / 'pictures' / 'in' / 'side' / '2_segment.png').is_file()
+    with open(tmp_path / 'x.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    for file in find_images([str(photos)]):
+        shares = [float(row['share']) for row in rows if row['image'] == file.path]
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
+    assert 'at most' in cli(*argv, '--output', tmp_path / 'more', fails=True)
+    assert '--json or --output' in cli(*argv, '--json', '--output', tmp_path / 'y.csv', fails=True)
+
+
+# features -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('batch_size', [1, 7])
+def test_features_of_many_images(cli, photos, tmp_path, batch_size):
+    """A file for each, called after the image, with the maps of the image alone."""
+    out = cli('features', photos, *TEST_PVT, '--save', tmp_path / 'maps', '--batch-size', batch_size)
+    assert out.count('\n') == 7 and '(32x96)' in out  # 40x100
+    model = timm.create_model('test_pvt', pretrained=True, features_only=True).eval()
+    data = timm.data.resolve_model_data_config(model)
+    for file in find_images([str(photos)]):
+        image = open_image(file.path)
+        squash = dict(data, input_size=(3, *whole_size(image.size, 32, 32)), crop_pct=1., crop_mode='squash')
+        x = timm.data.create_transform(**squash, is_training=False)(image)
+        with torch.inference_mode():
+            expected = model(x[None])
+        saved = load_file(tmp_path / 'maps' / f'{file.name}.safetensors')
+        for i, level in enumerate(expected):
+            torch.testing.assert_close(saved[f'stage{i}'], level[0], rtol=0, atol=2e-5)
+    assert len(list((tmp_path / 'maps').rglob('*.*'))) == 7
+
+
+def test_centre_crop(cli, photos, tmp_path):
+    image = str(photos / '0.png')
+    out = cli('features', image, *TEST_PVT, '--crop', '--save', tmp_path / 'x.safetensors', '--output',
+              tmp_path / 'x.png')
+    assert out.count('(centre, 32x32)') == 2
+    model = timm.create_model('test_pvt', pretrained=True, features_only=True).eval()
+    x = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(Image.open(image).convert('RGB'))
+    with torch.inference_mode():
+        expected = model(x[None])
+    for saved, level in zip(load_file(tmp_path / 'x.safetensors').values(), expected):
+        torch.testing.assert_close(saved, level[0], rtol=0, atol=2e-5)
+
+
+def test_pictures_of_many_images(cli, photos, tmp_path):
+    cli('features', photos / '0.png', photos / 'in', *TEST_PVT, '--output', tmp_path / 'drawn')
+    names = sorted(str(file.relative_to(tmp_path / 'drawn')) for file in (tmp_path / 'drawn').rglob('*.png'))
+    assert names == ['0.png.png', '1.png.png', '4.png.png', 'side/2.png.png', 'side/5.png.png']
+
+
+@pytest.mark.parametrize('argv, says', [
+    (['{photos}', '--save', '{tmp}/x.safetensors'], 'Expected a folder'),
+    (['{photos}/0.png', '{photos}/in/1.png', '--output', '{tmp}/x.png'], 'Expected a folder'),
+    (['{photos}/0.png', '{tmp}/0.png', '--save', '{tmp}/maps'], 'Expected images of different names'),
+    (['{tmp}/0', '{tmp}/0.png', '--output', '{tmp}'], '0.png is read and would be replaced'),
+])
+def test_files_that_would_be_one(cli, photos, tmp_path, argv, says):
+    for name in ('0', '0.png'):
+        (tmp_path / name).write_bytes((photos / '0.png').read_bytes())
+    argv = [arg.format(photos=photos, tmp=tmp_path) for arg in argv]
+    assert says in cli('features', *argv, *TEST_PVT, fails=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['0', '0.png']
+
+
+# errors ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def hundred(tmp_path_factory):
+    """100 images, of which one is none."""
+    folder = tmp_path_factory.mktemp('hundred')
+    rng = np.random.default_rng(0)
+    for i in range(100):
+        Image.fromarray(rng.integers(0, 256, (32, 32), dtype=np.uint8)).save(folder / f'{i}.png')
+    (folder / '70.png').write_text('no image')
+    return folder
+
+
+@pytest.mark.parametrize('command', ['predict', 'detect', 'segment'])
+def test_a_broken_image_among_100(cli, hundred, weights, tmp_path, command, capsys, caplog):
+    checkpoint = {'predict': TEST_PVT, 'detect': ['--checkpoint', weights / 'retinanet.pth'],
+                  'segment': ['--checkpoint', weights / 'segmenter.pth']}[command]
+    argv = [command, hundred, *checkpoint, '--output', tmp_path / 'x.jsonl']
+    error = cli(*argv, fails=True)
+    assert f'Cannot read the image {hundred}/70.png' in error and '--skip-errors' in error
+    assert not (tmp_path / 'x.jsonl').exists() and (tmp_path / 'x.jsonl.parts').is_dir()
+    assert main([str(arg) for arg in (*argv, '--skip-errors')]) == 0
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and int(err.split()[1]) < 60 and '1 could not be read' in err  # the rest
+    assert [message for message in caplog.messages if f'{hundred}/70.png' in message]
+    assert [line['image'] for line in lines_of(tmp_path / 'x.jsonl')] == [
+        f'{hundred}/{i}.png' for i in range(100) if i != 70]
+    assert [file.name for file in tmp_path.iterdir()] == ['x.jsonl']
+
+
+def test_what_is_skipped_is_named_on_stderr(python, hundred):
+    done = python('-m', 'pvt_timm', 'predict', hundred, *TEST_PVT, '--skip-errors', '--topk', 1, '--workers', 0)
+    assert done.returncode == 0 and done.stdout.count('\n') == 2 * 99
+    lines = sorted(done.stderr.splitlines())
+    assert len(lines) == 2 and lines[0].startswith('pvt-timm: 99 images on ')
+    assert lines[0].endswith('1 could not be read')
+    assert lines[1].startswith(f'pvt-timm: warning: Cannot read the image {hundred}/70.png: cannot identify')
+
+
+def test_processes_do_not_print_at_once(tmp_path):
+    two = types.SimpleNamespace(count=2)
+    args = argparse.Namespace(output=None, json=True, overwrite=False)
+    with pytest.raises(ValueError, match='Expected --output FILE with several processes'):
+        output_file(args, PREDICTIONS, two)
+
+
+# no network -----------------------------------------------------------------------------------------------------------
+
+ANY_SCRIPT = 'import sys\nprint(sys.argv)'
+NEED_WEIGHTS = [
+    (['predict', '{image}', '--model', 'pvt_tiny'], 'pvt_tiny.in1k', '--checkpoint'),
+    (['features', '{image}', '--model', 'pvt_tiny', '--save', '{tmp}/x'], 'pvt_tiny.in1k', '--checkpoint'),
+    (['embed', '{image}', '--model', 'pvt_small', '--output', '{tmp}/x.npz'], 'pvt_small.in1k', '--checkpoint'),
+    (['embed', '{image}', '--model', 'pvt_small.retinanet_coco', '--output', '{tmp}/x.npz'],
+     'pvt_small.retinanet_coco', '--checkpoint'),
+    (['export', '--model', 'pvt_tiny', '--to', 'torch', '--output', '{tmp}/x.pt2'], 'pvt_tiny.in1k', '--checkpoint'),
+    (['detect', '{image}'], 'pvt_small.retinanet_coco', '--checkpoint'),
+    (['train', '{tmp}/train.py', '--config', 'finetune', '--experiment', 'x', '--model', 'pvt_tiny'],
+     'pvt_tiny.in1k', '--pretrained-path'),
+    (['train', '{tmp}/train.py', '--pretrained', '--experiment', 'x', '--model', 'pvt_medium'],
+     'pvt_medium.in1k', '--pretrained-path'),
+    (['run', '{tmp}/train.py', '--model', 'pvt_tiny', '--pretrained', '--amp'], 'pvt_tiny.in1k', '--checkpoint'),
+    (['run', '{tmp}/validate.py', '-m', 'pvt_tiny'], 'pvt_tiny.in1k', '--checkpoint'),
+    (['run', '{tmp}/validate.py', '--model=pvt_tiny.in1k'], 'pvt_tiny.in1k', '--checkpoint'),
+    (['detector', 'fit', '--config', 'finetune_detector', '--model', 'pvt_tiny', '--weights', 'retinanet_coco'],
+     'pvt_tiny.retinanet_coco', '--weights'),
+    (['detector', 'validate', '--weights', 'retinanet_coco'], 'pvt_small.retinanet_coco', '--weights'),
+    (['segmenter', 'fit', '--config', 'finetune_segmenter', '--model', 'pvt_tiny'],
+     'pvt_tiny.in1k', '--backbone-weights'),
+]
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    for name in ('train.py', 'validate.py'):
+        (tmp_path / name).write_text(ANY_SCRIPT)
+
+
+@pytest.mark.parametrize('how', ['no name', 'no answer'])
+@pytest.mark.parametrize('argv, model, option', NEED_WEIGHTS)
+def test_no_network(cli, photos, tmp_path, monkeypatch, scripts, argv, model, option, how):
+    """One line within seconds, with what helps, and nothing is left behind."""
+    def no_name(request, timeout):
+        raise urllib.error.URLError(socket.gaierror(-3, 'Temporary failure in name resolution'))
+
+    def no_answer(request, timeout):
+        time.sleep(60)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(urllib.request, 'urlopen', no_name if how == 'no name' else no_answer)
+    monkeypatch.setattr(network, '_SECONDS', 0.1)
+    start = time.monotonic()
+    error = cli(*[arg.format(image=photos / '0.png', tmp=tmp_path) for arg in argv], fails=True)
+    assert time.monotonic() - start < 15
+    assert f'Cannot load {model}: no network to ' in error
+    assert ('Temporary failure in name resolution' if how == 'no name' else 'no answer within') in error
+    url = timm.models.get_pretrained_cfg(model).url
+    assert f'({option} FILE takes a download of {url}, `pvt-timm demo` and --model test_pvt need none)' in error
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['train.py', 'validate.py']
+
+
+@pytest.mark.parametrize('argv', [
+    ['run', 'train.py', '--model', 'pvt_tiny'],  # not pretrained
+    ['run', 'train.py', '--pretrained', '--model', 'resnet18'],  # somebody else's
+    ['run', 'train.py', '--pretrained', '--model', 'test_pvt'],  # in the package
+    ['run', 'train.py', '--pretrained', '--model'],  # which the script says itself
+    ['run', 'train.py', '--pretrained=yes', '-m', '-m'],
+    ['run', 'validate.py', '--model', 'pvt_tiny', '--checkpoint', 'x.pth'],
+    ['train', 'train.py', '--pretrained', '--model', 'pvt_tiny', '--pretrained-path', 'x', '--experiment', 'x'],
+    ['train', 'train.py', '--model', 'pvt_tiny', '--experiment', 'x'],
+])
+def test_scripts_that_need_no_network(python, scripts, argv):
+    done = python('-m', 'pvt_timm', *argv, HF_ENDPOINT='http://127.0.0.1:9')
+    assert done.returncode == 0 and done.stdout.startswith("['")
+
+
+def test_weights_in_the_cache_need_no_network(cli, hub, photos, monkeypatch):
+    cfg = timm.models.get_pretrained_cfg('pvt_tiny.in1k')
+    repo, _, commit = cfg.hf_hub_id.partition('@')
+    state = timm.create_model('pvt_tiny').state_dict()
+    from safetensors.torch import save
+    hub.add_repo(repo, {'model.safetensors': save(state), 'config.json': '{}'}, commit=commit)
+    argv = ['predict', photos / '0.png', '--model', 'pvt_tiny', '--json', '--img-size', '64']
+    first = cli(*argv)
+    monkeypatch.setattr(network, '_reach', lambda url: pytest.fail('the network was asked for'))
+    assert cli(*argv) == first
+
+
+def test_a_host_that_answers_with_an_error_is_there(hub):
+    hub.fail(500)
+    network._reach(hub.url + '/anything')
+    with pytest.raises(ConnectionError, match='no network to 127.0.0.1: .*refused'):
+        network._reach('http://127.0.0.1:9/')
