@@ -1,4 +1,6 @@
 """ Pyramid Vision Transformer (v1) for timm. Importing this package registers the models. """
+from . import pvt
+from .creation import create_pvt
 from .digits import test_pvt
 from .fused import FusedStage, fuse
 from .pvt import (
@@ -29,6 +31,9 @@ __all__ = [
     'simplify',
     'test_pvt',
 ]
+
+# The entrypoints of pvt.py create models as this package does
+pvt._create_pvt = create_pvt
 
 # timm's `reparameterize_model` and the `--reparam` of its scripts call `fuse` of the modules inside a model
 PyramidVisionTransformerStage.fuse = lambda self: FusedStage.from_stage(self)  # type: ignore[attr-defined]

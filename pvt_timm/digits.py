@@ -14,18 +14,14 @@ import torch.nn.functional as F
 
 from timm.models import generate_default_cfgs, register_model
 
-from .pvt import TOP1, VARIANTS, PyramidVisionTransformer, _cfg, _create_pvt
+from . import pvt
+from .variants import VARIANTS
 
 SEED = 0
 HELD_OUT_PER_LABEL = 36  # of 174 to 183, a fifth of all
 
-VARIANTS['test_pvt'] = dict(
-    img_size=32, depths=(1, 2, 2, 1), embed_dims=(16, 32, 40, 64), num_heads=(1, 2, 5, 8), sr_ratios=(4, 2, 1, 1),
-    mlp_ratios=(4., 4., 4., 4.))
-TOP1['test_pvt.digits'] = 99.2  # on the held-out digits
-
 default_cfgs = generate_default_cfgs({
-    'test_pvt.digits': _cfg(
+    'test_pvt.digits': pvt._cfg(
         file=str(Path(__file__).parent / 'weights' / 'test_pvt_digits.safetensors'),
         num_classes=10, input_size=(3, 32, 32), crop_pct=1.0,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
@@ -36,8 +32,8 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def test_pvt(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    return _create_pvt('test_pvt', pretrained=pretrained, **kwargs)
+def test_pvt(pretrained: bool = False, **kwargs: Any) -> pvt.PyramidVisionTransformer:
+    return pvt._create_pvt('test_pvt', pretrained=pretrained, **dict(VARIANTS['test_pvt'], **kwargs))
 
 
 test_pvt.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a test where it is imported

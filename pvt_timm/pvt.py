@@ -3,12 +3,13 @@
 Paper: `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions`
     - https://arxiv.org/abs/2102.12122
 
-Original code and weights at https://github.com/whai362/PVT (Apache-2.0), whose numbers these are.
+Original code and weights at https://github.com/whai362/PVT (Apache-2.0). Outputs are equal to the original's.
 
-By default the last stage has a class token and `forward_features` returns its tokens after the final norm. As a dense
-backbone (`class_token=False`, the default under `features_only=True`) every stage returns its feature map, there is no
-class token and no final norm, as in the original detection and segmentation code. Both take any height and width from
-32 pixels up: position embeddings, stored at the grid of `img_size`, are resized stage by stage.
+By default the last stage has a class token, and `forward_features` returns tokens (B, N, C) after a final norm. As a
+dense backbone (`class_token=False`, the default of `features_only=True`) there is no class token and no final norm, and
+`forward_features` returns the feature map (B, C, H, W) of the last stage, as in the original detection and segmentation
+code. Any height and width from 32 pixels up is supported: position embeddings are stored at the grid of `img_size` and
+resized in every stage.
 """
 import logging
 import re
@@ -21,21 +22,26 @@ import torch.nn.functional as F
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath, LayerNorm, LayerType, _assert, calculate_drop_path_rates, get_act_layer, get_norm_layer, to_2tuple,
-    trunc_normal_, use_fused_attn)
-from timm.models._builder import build_model_with_cfg
+    DropPath,
+    LayerNorm,
+    LayerType,
+    Mlp,
+    _assert,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_norm_layer,
+    to_2tuple,
+    trunc_normal_,
+    use_fused_attn,
+)
+from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
 from timm.models._manipulate import checkpoint
 from timm.models._registry import generate_default_cfgs, register_model
-try:  # timm >= 1.0.31 keeps construction arguments in step with `set_input_size`, for `save_for_hf`
-    from timm.models._input import update_model_input_size
-except ImportError:
-    update_model_input_size = None  # type: ignore[assignment]
-
+from ._input import update_model_input_size
 from .formats.architecture import check_keys, stage_grids
 from .formats.mapping import fit_to_model
-from .sliced_mlp import SlicedMlp
 
 __all__ = ['PyramidVisionTransformer']
 
@@ -45,11 +51,15 @@ _logger = logging.getLogger(__name__)
 @torch.fx.wrap
 @register_notrace_function
 def resample_pos_embed(
-        pos_embed: torch.Tensor, size: List[int], grid_size: List[int], num_prefix_tokens: int = 0) -> torch.Tensor:
+        pos_embed: torch.Tensor,
+        size: List[int],
+        grid_size: List[int],
+        num_prefix_tokens: int = 0,
+) -> torch.Tensor:
     """Resize a position embedding (1, num_prefix_tokens + h * w, C) from `grid_size` (h, w) to `size`.
 
-    As in the original: bilinear, align_corners=False, no antialias, the prefix (class token) stays as it is. timm's
-    `resample_abs_pos_embed` computes in float32 whatever the dtype.
+    As in the original: bilinear, align_corners=False, no antialias, and the rows of prefix tokens (the class token) are
+    kept as they are. timm's `resample_abs_pos_embed` computes in float32 whatever the dtype.
     """
     # A branch on the size would tie a traced or compiled graph to the example input. Resizing to the stored grid gives
     # the stored values back exactly.
@@ -66,16 +76,27 @@ def resample_pos_embed(
 
 
 class Attention(nn.Module):
-    """Spatial-reduction attention (paper section 3.3): keys and values come from a grid reduced `sr_ratio` times."""
+    """ Spatial-reduction attention (paper section 3.3)
+
+    Keys and values come from a grid that is `sr_ratio` times smaller in height and width.
+    """
     fused_attn: torch.jit.Final[bool]
 
     def __init__(
-            self, dim: int, num_heads: int = 8, sr_ratio: int = 1, qkv_bias: bool = True,
-            attn_drop: float = 0., proj_drop: float = 0., norm_eps: float = 1e-5,
-            device: Any = None, dtype: Optional[torch.dtype] = None):
+            self,
+            dim: int,
+            num_heads: int = 8,
+            sr_ratio: int = 1,
+            qkv_bias: bool = True,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            norm_eps: float = 1e-5,
+            device=None,
+            dtype=None,
+    ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        assert dim % num_heads == 0, 'dim should be divisible by num_heads'
+        assert dim % num_heads == 0, f'dim {dim} should be divisible by num_heads {num_heads}.'
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -96,11 +117,11 @@ class Attention(nn.Module):
         B, N, C = x.shape
         q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
 
-        if self.sr is not None:
-            # a channels_last view, no copy; by way of NHWC its strides say so at batch size 1 too
+        if self.sr is not None and self.norm is not None:
+            # A channels_last view, no copy. Made from NHWC, its strides are those of channels_last at batch size 1 too.
             x = x.reshape(B, size[0], size[1], C).permute(0, 3, 1, 2)
             x = self.sr(x).flatten(2).transpose(1, 2)
-            x = self.norm(x)  # type: ignore[misc]
+            x = self.norm(x)
         kv = self.kv(x).reshape(B, x.shape[1], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)
 
@@ -113,24 +134,44 @@ class Attention(nn.Module):
             x = attn @ v
 
         x = x.transpose(1, 2).reshape(B, N, C)
-        return self.proj_drop(self.proj(x))
+        x = self.proj(x)
+        x = self.proj_drop(x)
+        return x
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on tokens (B, N, C)."""
+    """ Pre-norm transformer block on tokens (B, N, C) """
 
     def __init__(
-            self, dim: int, num_heads: int, sr_ratio: int = 1, mlp_ratio: float = 4., qkv_bias: bool = True,
-            proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0., sr_norm_eps: float = 1e-5,
+            self,
+            dim: int,
+            num_heads: int,
+            sr_ratio: int = 1,
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            proj_drop: float = 0.,
+            attn_drop: float = 0.,
+            drop_path: float = 0.,
+            sr_norm_eps: float = 1e-5,
             act_layer: Callable[..., nn.Module] = nn.GELU,
             norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-6),
-            mlp_layer: Callable[..., nn.Module] = SlicedMlp,
-            device: Any = None, dtype: Optional[torch.dtype] = None):
+            mlp_layer: Callable[..., nn.Module] = Mlp,
+            device=None,
+            dtype=None,
+    ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
         self.attn = Attention(
-            dim, num_heads, sr_ratio, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, norm_eps=sr_norm_eps, **dd)
+            dim,
+            num_heads=num_heads,
+            sr_ratio=sr_ratio,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            norm_eps=sr_norm_eps,
+            **dd,
+        )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
         self.norm2 = norm_layer(dim, **dd)
@@ -144,11 +185,20 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens. A remainder that does not fill a patch is dropped, as in the original."""
+    """ Non-overlapping patches to tokens
+
+    Pixels at the right and bottom that do not fill a patch are dropped, as in the original.
+    """
 
     def __init__(
-            self, patch_size: int, in_chans: int, embed_dim: int, norm_eps: float = 1e-5,
-            device: Any = None, dtype: Optional[torch.dtype] = None):
+            self,
+            patch_size: int,
+            in_chans: int,
+            embed_dim: int,
+            norm_eps: float = 1e-5,
+            device=None,
+            dtype=None,
+    ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.patch_size = patch_size
@@ -158,20 +208,43 @@ class PatchEmbed(nn.Module):
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, int]]:
         x = self.proj(x)
         size = (x.shape[2], x.shape[3])
-        return self.norm(x.flatten(2).transpose(1, 2)), size
+        x = self.norm(x.flatten(2).transpose(1, 2))
+        return x, size
 
 
 class PyramidVisionTransformerStage(nn.Module):
-    """(B, C_in, H, W) to a feature map (B, C, H', W') in channels_last memory format, or, for `output_fmt='NLC'`, to
-    tokens (B, num_prefix_tokens + H' * W', C). Other arguments than these go to the blocks."""
-    output_nchw: torch.jit.Final[bool]
+    """ Patch embedding, position embedding and blocks
+
+    Takes a feature map (B, in_chans, H, W). Returns a feature map (B, dim, H // patch_size, W // patch_size) in
+    channels_last memory format, or tokens (B, N, dim) with the class token first where `output_fmt` is 'NLC'.
+    """
 
     def __init__(
-            self, in_chans: int, dim: int, depth: int, grid_size: Tuple[int, int], patch_size: int = 2,
-            min_input_size: int = 1, class_token: bool = False, output_fmt: str = 'NCHW',
-            pos_drop: float = 0., drop_path: Union[List[float], float] = 0., embed_norm_eps: float = 1e-5,
+            self,
+            in_chans: int,
+            dim: int,
+            depth: int,
+            grid_size: Tuple[int, int],
+            patch_size: int = 2,
+            min_input_size: int = 1,
+            class_token: bool = False,
+            output_fmt: str = 'NCHW',
+            num_heads: int = 8,
+            sr_ratio: int = 1,
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            pos_drop: float = 0.,
+            proj_drop: float = 0.,
+            attn_drop: float = 0.,
+            drop_path: Union[List[float], float] = 0.,
+            embed_norm_eps: float = 1e-5,
+            act_layer: Callable[..., nn.Module] = nn.GELU,
+            norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-6),
+            mlp_layer: Callable[..., nn.Module] = Mlp,
             block_fn: Callable[..., nn.Module] = Block,
-            device: Any = None, dtype: Optional[torch.dtype] = None, **block_kwargs: Any):
+            device=None,
+            dtype=None,
+    ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.dim = dim
@@ -182,20 +255,37 @@ class PyramidVisionTransformerStage(nn.Module):
         self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(
-            patch_size=patch_size, in_chans=in_chans, embed_dim=dim, norm_eps=embed_norm_eps, **dd)
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=dim,
+            norm_eps=embed_norm_eps,
+            **dd,
+        )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd)) if class_token else None
         num_tokens = self.num_prefix_tokens + grid_size[0] * grid_size[1]
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim, **dd))
         self.pos_drop = nn.Dropout(p=pos_drop)
         self.blocks = nn.ModuleList([block_fn(
-            dim, drop_path=drop_path[i] if isinstance(drop_path, list) else drop_path, sr_norm_eps=embed_norm_eps,
-            **block_kwargs, **dd,
+            dim,
+            num_heads=num_heads,
+            sr_ratio=sr_ratio,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            proj_drop=proj_drop,
+            attn_drop=attn_drop,
+            drop_path=drop_path[i] if isinstance(drop_path, list) else drop_path,
+            sr_norm_eps=embed_norm_eps,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            mlp_layer=mlp_layer,
+            **dd,
         ) for i in range(depth)])
 
     def set_grid_size(self, grid_size: Tuple[int, int]) -> None:
         if grid_size != self.grid_size:  # otherwise it stays the same parameter
-            pos = resample_pos_embed(self.pos_embed.detach(), grid_size, self.grid_size, self.num_prefix_tokens)
-            self.pos_embed = nn.Parameter(pos, requires_grad=self.pos_embed.requires_grad)
+            pos_embed = resample_pos_embed(
+                self.pos_embed.detach(), grid_size, self.grid_size, self.num_prefix_tokens)
+            self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
             self.grid_size = grid_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -220,8 +310,11 @@ class PyramidVisionTransformerStage(nn.Module):
 
 
 class PyramidVisionTransformer(nn.Module):
-    """ Pyramid Vision Transformer (v1), https://arxiv.org/abs/2102.12122 """
-    output_nchw: torch.jit.Final[bool]
+    """ Pyramid Vision Transformer (v1)
+
+    A PyTorch impl of `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions` -
+        https://arxiv.org/abs/2102.12122
+    """
 
     def __init__(
             self,
@@ -231,6 +324,7 @@ class PyramidVisionTransformer(nn.Module):
             num_classes: int = 1000,
             global_pool: Optional[str] = None,
             class_token: bool = True,
+            final_norm: Optional[bool] = None,
             output_fmt: Optional[str] = None,
             embed_dims: Tuple[int, ...] = (64, 128, 320, 512),
             depths: Tuple[int, ...] = (3, 4, 6, 3),
@@ -248,35 +342,55 @@ class PyramidVisionTransformer(nn.Module):
             norm_eps: Optional[float] = None,
             embed_norm_eps: float = 1e-5,
             block_fn: Callable[..., nn.Module] = Block,
-            mlp_layer: Callable[..., nn.Module] = SlicedMlp,
+            mlp_layer: Callable[..., nn.Module] = Mlp,
             weight_init: str = '',
-            device: Any = None,
-            dtype: Optional[torch.dtype] = None,
+            device=None,
+            dtype=None,
     ):
         """
         Args:
-            img_size: Image size of the stored position embeddings, other sizes work too.
-            patch_size: Patch size of the first stage, that of the others is 2.
-            global_pool: 'token' (default with class token), 'avg' (mean of patch tokens, default without) or ''.
-            output_fmt: Output of `forward_features`. 'NLC' (default with class token): tokens after the final norm.
-                'NCHW' (default without): feature map without a final norm.
-            sr_ratios: Spatial reduction of keys and values per stage.
-            pos_drop_rate: Dropout rate after the position embeddings (the original's `drop_rate`).
-            proj_drop_rate: Dropout rate after the attention projection and in the MLP (the original's `drop_rate`).
-            norm_layer: Norm of the blocks and final norm (default LayerNorm with eps 1e-6).
-            norm_eps: Epsilon of `norm_layer`, its own if None.
-            embed_norm_eps: Epsilon of the norms in patch embeddings and spatial reductions: 1e-5 in the original code,
-                1e-6 in mmdetection.
-            block_fn: Transformer block, called with tokens (B, N, C) and the size (H, W) of their grid.
-            weight_init: '' for the original's initialisation, 'skip' for none.
+            img_size: Image size of the stored position embeddings. Images of other sizes are supported too.
+            patch_size: Patch size of the first stage. Every other stage halves height and width.
+            in_chans: Number of image channels.
+            num_classes: Number of classes of the head, 0 for no head.
+            global_pool: 'token' (class token), 'avg' (mean of the patch tokens) or '' (no pooling). Default: 'token' if
+                the class token is in the output, else 'avg'.
+            class_token: Add a class token in the last stage.
+            final_norm: Apply a norm to the output of the last stage. Default: as `class_token`.
+            output_fmt: Format of the output of `forward_features`, tokens 'NLC' or a feature map 'NCHW'. A feature map
+                has no place for the class token. Default: 'NLC' with class token, else 'NCHW'.
+            embed_dims: Number of channels of each stage.
+            depths: Number of blocks of each stage.
+            num_heads: Number of attention heads of each stage.
+            sr_ratios: How many times smaller the grid of keys and values is, for each stage.
+            mlp_ratios: Ratio of hidden to embedding channels in the MLP of each stage.
+            qkv_bias: Add a bias to queries, keys and values.
+            drop_rate: Dropout rate before the head.
+            pos_drop_rate: Dropout rate after the position embeddings (`drop_rate` in the original).
+            proj_drop_rate: Dropout rate after the attention projection and in the MLP (`drop_rate` in the original).
+            attn_drop_rate: Dropout rate of the attention weights.
+            drop_path_rate: Stochastic depth rate of the last block. It rises from 0 at the first block.
+            act_layer: Activation of the MLP, GELU by default.
+            norm_layer: Norm in the blocks and final norm, LayerNorm with eps 1e-6 by default.
+            norm_eps: Epsilon of `norm_layer`. By default it is not passed on.
+            embed_norm_eps: Epsilon of the norms in patch embeddings and spatial reductions. The original has 1e-5,
+                mmdetection 1e-6.
+            block_fn: Transformer block. It is called with tokens (B, N, C) and the size (H, W) of their grid.
+            mlp_layer: MLP in the blocks.
+            weight_init: '' to initialise as the original does, 'skip' to leave parameters uninitialised.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         num_stages = len(depths)
-        assert len(embed_dims) == len(num_heads) == len(sr_ratios) == len(mlp_ratios) == num_stages
-        assert not class_token or sr_ratios[-1] == 1, 'the class token has no place in a reduced grid'
-        output_fmt = output_fmt or ('NLC' if class_token else 'NCHW')
-        assert output_fmt in ('NLC', 'NCHW') and weight_init in ('', 'skip')
+        assert len(embed_dims) == len(num_heads) == len(sr_ratios) == len(mlp_ratios) == num_stages, \
+            'depths, embed_dims, num_heads, sr_ratios and mlp_ratios should have one value per stage.'
+        assert not class_token or sr_ratios[-1] == 1, 'A class token needs sr_ratio 1 in the last stage.'
+        assert output_fmt in (None, 'NLC', 'NCHW'), f"output_fmt should be 'NLC' or 'NCHW', got {output_fmt!r}."
+        assert weight_init in ('', 'skip'), f"weight_init should be '' or 'skip', got {weight_init!r}."
+        if final_norm is None:
+            final_norm = class_token
+        if output_fmt is None:
+            output_fmt = 'NLC' if class_token else 'NCHW'
         norm_layer = get_norm_layer(norm_layer) or partial(LayerNorm, eps=1e-6)
         if norm_eps is not None:
             norm_layer = partial(norm_layer, eps=norm_eps)
@@ -284,38 +398,56 @@ class PyramidVisionTransformer(nn.Module):
 
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.patch_size = patch_size
         self.class_token = class_token
         self.output_fmt = output_fmt
         self.output_nchw = output_fmt == 'NCHW'
-        self.num_prefix_tokens = 1 if class_token and not self.output_nchw else 0
-        self._set_global_pool(('token' if self.num_prefix_tokens else 'avg') if global_pool is None else global_pool)
+        self.num_prefix_tokens = 1 if class_token and not self.output_nchw else 0  # in the output
+        if global_pool is None:
+            global_pool = 'token' if self.num_prefix_tokens else 'avg'
+        self._set_global_pool(global_pool)
         self.depths = tuple(depths)
         self.embed_dims = tuple(embed_dims)
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.reductions = tuple(patch_size * 2 ** i for i in range(num_stages))
         self.min_input_size = max(r * sr for r, sr in zip(self.reductions, sr_ratios))
+        self.feature_info = []
 
         grid_sizes = self._grid_sizes(img_size)
         dpr = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        stage_kwargs = dict(
-            pos_drop=pos_drop_rate, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, qkv_bias=qkv_bias,
-            act_layer=act_layer, norm_layer=norm_layer, embed_norm_eps=embed_norm_eps, block_fn=block_fn,
-            mlp_layer=mlp_layer, **dd)
         stages = []
-        self.feature_info = []
         for i in range(num_stages):
             last = i == num_stages - 1
-            stages.append(PyramidVisionTransformerStage(
-                embed_dims[i - 1] if i else in_chans, embed_dims[i], depths[i], grid_sizes[i],
-                patch_size=2 if i else patch_size,
-                min_input_size=self.min_input_size // self.reductions[i - 1] if i else self.min_input_size,
-                class_token=class_token and last, output_fmt=output_fmt if last else 'NCHW',
-                drop_path=dpr[i], num_heads=num_heads[i], sr_ratio=sr_ratios[i], mlp_ratio=mlp_ratios[i],
-                **stage_kwargs))
+            prev_reduction = self.reductions[i - 1] if i > 0 else 1
+            stages += [PyramidVisionTransformerStage(
+                in_chans=embed_dims[i - 1] if i > 0 else in_chans,
+                dim=embed_dims[i],
+                depth=depths[i],
+                grid_size=grid_sizes[i],
+                patch_size=2 if i > 0 else patch_size,
+                min_input_size=self.min_input_size // prev_reduction,
+                class_token=class_token and last,
+                output_fmt=output_fmt if last else 'NCHW',
+                num_heads=num_heads[i],
+                sr_ratio=sr_ratios[i],
+                mlp_ratio=mlp_ratios[i],
+                qkv_bias=qkv_bias,
+                pos_drop=pos_drop_rate,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=dpr[i],
+                embed_norm_eps=embed_norm_eps,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                mlp_layer=mlp_layer,
+                block_fn=block_fn,
+                **dd,
+            )]
             self.feature_info += [dict(num_chs=embed_dims[i], reduction=self.reductions[i], module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
 
-        self.norm = nn.Identity() if self.output_nchw else norm_layer(self.num_features, **dd)
+        self.norm = norm_layer(self.num_features, **dd) if final_norm else nn.Identity()
+        self.norm_nchw = final_norm and self.output_nchw
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
@@ -323,19 +455,24 @@ class PyramidVisionTransformer(nn.Module):
             self.init_weights(needs_reset=False)
 
     def _set_global_pool(self, global_pool: str) -> None:
-        accepted = ('token', 'avg', '') if self.num_prefix_tokens else ('avg', '')
-        assert global_pool in accepted, f'global_pool should be one of {accepted}, got {global_pool!r}'
+        supported = ('token', 'avg', '') if self.num_prefix_tokens else ('avg', '')
+        assert global_pool in supported, f'global_pool should be one of {supported}, got {global_pool!r}.'
         self.global_pool = global_pool
 
     def _grid_sizes(self, img_size: Union[int, Tuple[int, int]]) -> List[Tuple[int, int]]:
         h, w = to_2tuple(img_size)
-        assert min(h, w) >= self.min_input_size, f'img_size should be at least {self.min_input_size}'
+        assert min(h, w) >= self.min_input_size, f'img_size should be at least {self.min_input_size}.'
         return [(h // r, w // r) for r in self.reductions]
 
     @torch.jit.ignore
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
-        """Initialise as the original does, with `needs_reset` also what constructors do already (after `to_empty`)."""
-        assert mode == ''
+        """Initialise as the original does.
+
+        Args:
+            mode: Only ''.
+            needs_reset: Also initialise what constructors of layers have initialised, needed after `to_empty`.
+        """
+        assert mode == '', f"mode should be '', got {mode!r}."
         for stage in self.stages:
             trunc_normal_(stage.pos_embed, std=.02)
             if stage.cls_token is not None:
@@ -347,11 +484,14 @@ class PyramidVisionTransformer(nn.Module):
             trunc_normal_(m.weight, std=.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
-        elif needs_reset and hasattr(m, 'reset_parameters'):
-            m.reset_parameters()  # type: ignore[operator]
+        elif needs_reset:
+            reset_parameters = getattr(m, 'reset_parameters', None)
+            if reset_parameters is not None:
+                reset_parameters()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
+        # the position embeddings are decayed, as in the original
         return {f'stages.{len(self.depths) - 1}.cls_token'} if self.class_token else set()
 
     @torch.jit.ignore
@@ -366,8 +506,9 @@ class PyramidVisionTransformer(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
+        for module in self.modules():
+            if isinstance(module, PyramidVisionTransformerStage):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -376,21 +517,39 @@ class PyramidVisionTransformer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         if global_pool is not None:
             self._set_global_pool(global_pool)
-        like = next(self.parameters())
+        p = next(self.parameters())
+        dd: Dict[str, Any] = {'device': p.device, 'dtype': p.dtype}
         self.num_classes = num_classes
-        self.head = nn.Identity() if num_classes <= 0 else nn.Linear(
-            self.num_features, num_classes, device=like.device, dtype=like.dtype)
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
     def set_input_size(
-            self, img_size: Optional[Union[int, Tuple[int, int]]] = None, patch_size: Optional[int] = None) -> None:
-        """Resize the stored position embeddings, as creating the model with that `img_size` and loading would."""
-        assert patch_size is None or to_2tuple(patch_size) == to_2tuple(self.reductions[0]), 'not resized'
-        if img_size is not None:
-            for stage, grid_size in zip(self.stages, self._grid_sizes(img_size)):
-                stage.set_grid_size(grid_size)  # type: ignore[operator]
-            if update_model_input_size is not None:
-                update_model_input_size(self, to_2tuple(img_size))
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            patch_size: Optional[int] = None,
+    ) -> None:
+        """Resize the stored position embeddings to those of another image size.
+
+        The result equals a model that is created with that `img_size` and loads the same weights.
+
+        Args:
+            img_size: New image size, None to change nothing.
+            patch_size: Only the patch size that the model has.
+        """
+        assert patch_size is None or to_2tuple(patch_size) == to_2tuple(self.patch_size), \
+            f'patch_size should stay {self.patch_size}, got {patch_size}.'
+        if img_size is None:
+            return
+        grid_sizes = self._grid_sizes(img_size)
+        for i, module in enumerate(self.stages):
+            assert isinstance(module, PyramidVisionTransformerStage), f'Expected a stage, got {type(module)}.'
+            module.set_grid_size(grid_sizes[i])
+        update_model_input_size(self, to_2tuple(img_size))
+
+    def _apply_norm(self, x: torch.Tensor) -> torch.Tensor:
+        if self.norm_nchw:
+            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.norm(x)
 
     def forward_intermediates(
             self,
@@ -404,11 +563,15 @@ class PyramidVisionTransformer(nn.Module):
         """ Forward features that returns intermediates.
 
         Args:
+            x: Images (B, in_chans, H, W).
             indices: Take last n stages if int, all if None, select matching indices if sequence.
-            norm: Apply the final norm to the output of the last stage (the others have no norm of their own).
+            norm: Apply the final norm to the output of the last stage. The other stages have no norm.
             stop_early: Stop iterating over stages when last desired intermediate hit.
             output_fmt: Shape of intermediate feature outputs, only 'NCHW'. The class token is left out.
-            intermediates_only: Only return intermediate features (B, C, H / reduction, W / reduction).
+            intermediates_only: Only return intermediate features.
+        Returns:
+            Feature maps (B, C, H / reduction, W / reduction), after the output of `forward_features` in a tuple unless
+            `intermediates_only`.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         intermediates = []
@@ -423,10 +586,10 @@ class PyramidVisionTransformer(nn.Module):
             B, H, W = x.shape[0], x.shape[2], x.shape[3]
             x = feat = stage(x)
             if i == last_index:
-                x = self.norm(x)
+                x = self._apply_norm(x)
                 feat = x if norm else feat
                 if not self.output_nchw:
-                    patch_size: Any = stage.patch_embed.patch_size  # type: ignore[union-attr]
+                    patch_size = 2 if i > 0 else self.patch_size
                     feat = feat[:, self.num_prefix_tokens:].transpose(1, 2)
                     feat = feat.reshape(B, feat.shape[1], H // patch_size, W // patch_size)
             if i in take_indices:
@@ -434,29 +597,41 @@ class PyramidVisionTransformer(nn.Module):
 
         if intermediates_only:
             return intermediates
+
         return x, intermediates
 
     def prune_intermediate_layers(
-            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
-        """ Prune layers not required for specified intermediates. """
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """ Prune layers not required for specified intermediates.
+        """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
-        if prune_end:  # what is left ends in a feature map without class token
-            self.class_token, self.num_prefix_tokens = False, 0
-            self.output_fmt, self.output_nchw = 'NCHW', True  # type: ignore[misc]
+        if prune_end:
+            # the last kept stage gives a feature map, without class token
+            self.class_token = False
+            self.num_prefix_tokens = 0
+            self.output_fmt = 'NCHW'
+            self.output_nchw = True
             self.depths = self.depths[:max_index + 1]
             self.embed_dims = self.embed_dims[:max_index + 1]
             self.reductions = self.reductions[:max_index + 1]
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+            self.num_features = self.head_hidden_size = self.embed_dims[-1]
         if prune_norm or prune_end:
             self.norm = nn.Identity()
+            self.norm_nchw = False
         if prune_head or prune_end:
             self.reset_classifier(0, '')
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.stages(x))
+        x = self.stages(x)
+        x = self._apply_norm(x)
+        return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         if self.output_nchw:
@@ -472,113 +647,116 @@ class PyramidVisionTransformer(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
 
 
 def resize_pos_embeds(
-        state_dict: Mapping[str, torch.Tensor], old: Tuple[int, int], new: Tuple[int, int],
-        class_row: bool) -> Dict[str, torch.Tensor]:
-    """Resize all position embeddings, the last one with a `class_row`, from grid `old` (h, w) of stage 1 to `new`."""
+        state_dict: Mapping[str, torch.Tensor],
+        old: Tuple[int, int],
+        new: Tuple[int, int],
+        class_row: bool,
+) -> Dict[str, torch.Tensor]:
+    """Resize the position embeddings of all stages.
+
+    Args:
+        state_dict: Weights of a model.
+        old: Grid (h, w) of the first stage that they have.
+        new: Grid (h, w) of the first stage to resize to.
+        class_row: The last position embedding starts with a row for the class token.
+    """
     out = dict(state_dict)
     keys = sorted(k for k in out if k.endswith('.pos_embed'))
     for key, old_i, new_i in zip(keys, stage_grids(old, len(keys)), stage_grids(new, len(keys))):
-        out[key] = resample_pos_embed(out[key], new_i, old_i, num_prefix_tokens=int(class_row and key == keys[-1]))
+        num_prefix_tokens = 1 if class_row and key == keys[-1] else 0
+        out[key] = resample_pos_embed(out[key], new_i, old_i, num_prefix_tokens)
     return out
 
 
 def checkpoint_filter_fn(
-        state_dict: Mapping[str, Any], model: Any, num_stages: Optional[int] = None) -> Dict[str, torch.Tensor]:
+        state_dict: Mapping[str, Any],
+        model: Any,
+        num_stages: Optional[int] = None,
+) -> Dict[str, torch.Tensor]:
     """ Map a PVT v1 checkpoint of any known format to `model`.
 
-    Its classes and channels, not those of the tag, go into the `pretrained_cfg` that timm compares with the model, so
-    that timm keeps a head that fits, leaves out another one, and adapts the first convolution from what is there.
+    Neither is changed. As timm then drops a head and adapts a first convolution by what `model.pretrained_cfg` says of
+    the checkpoint, these two may have other shapes than in the model.
 
     Args:
-        num_stages: How many stages of the model are used, all if None. A checkpoint may lack the others, which keep
-            what they have.
+        state_dict: The checkpoint.
+        model: The model to load it.
+        num_stages: How many stages of the model are used, all if None. A checkpoint may lack the others, for which the
+            model's own values are returned.
+
+    Raises:
+        ValueError: The checkpoint does not fit the model. The message says where.
     """
     state_dict, info, fmt = fit_to_model(state_dict, model)
-    there = len(info.depths)
-    got = info.depths, info.embed_dims
-    want = tuple(model.depths), tuple(model.embed_dims)
-    if there < (num_stages or len(model.depths)) or got != (want[0][:there], want[1][:there]):
-        raise ValueError(f'Expected depths, channels {_with_name(want)}, got {_with_name(got)}.')
+    found = len(info.depths)
+    depths, embed_dims = tuple(model.depths), tuple(model.embed_dims)
+    fits = info.depths == depths[:found] and info.embed_dims == embed_dims[:found]
+    if not fits or found < (num_stages or len(depths)):
+        raise ValueError(
+            f'Expected a checkpoint with depths {depths} and embed_dims {embed_dims}, '
+            f'got one with depths {info.depths} and embed_dims {info.embed_dims}.')
+
     class_row = info.class_row and model.class_token
     state_dict = resize_pos_embeds(state_dict, info.grid_size, model.stages[0].grid_size, class_row)
-    for key, value in model.state_dict().items():
+    reference = model.state_dict()
+    for key, value in reference.items():
         stage = re.match(r'stages\.(\d+)\.', key)
-        if stage and int(stage[1]) >= there:
+        if stage and int(stage[1]) >= found:
             state_dict[key] = value
+
     if fmt == 'mmdet' and model.stages[0].patch_embed.norm.eps != 1e-6:
-        _logger.info('The weights are of mmdetection, whose norms have eps 1e-6: create the model with '
-                     'embed_norm_eps=1e-6 for its exact outputs.')
-    cfg = getattr(model, 'pretrained_cfg', {})
-    adapted = ['stages.0.patch_embed.proj.weight'] if info.in_chans != model.in_chans else []
-    if update_model_input_size is None and info.in_chans != 3 and model.in_chans not in (1, 3):
-        raise ValueError(f'timm < 1.0.31 replaces a first convolution of {info.in_chans} channels by random numbers.')
-    if info.num_classes != model.num_classes and (info.num_classes or model.num_classes != cfg.get('num_classes')):
+        _logger.info(
+            'The weights are from mmdetection, where all norms have eps 1e-6. '
+            'Create the model with embed_norm_eps=1e-6 for the same outputs.')
+
+    adapted = []
+    if info.in_chans != model.in_chans:
+        adapted += ['stages.0.patch_embed.proj.weight']
+    # a checkpoint without head is an error, unless a new head was asked for
+    new_head = model.num_classes != getattr(model, 'pretrained_cfg', {}).get('num_classes')
+    if info.num_classes != model.num_classes and (info.num_classes or new_head):
         adapted += ['head.weight', 'head.bias']
         if model.num_classes:
             _logger.warning(f'The checkpoint has {info.num_classes} classes, the head for {model.num_classes} is new.')
-    check_keys(state_dict, model.state_dict(), ignore=adapted)
-    cfg.update(num_classes=info.num_classes, input_size=(info.in_chans, *cfg.get('input_size', (3, 224, 224))[1:]))
+    check_keys(state_dict, reference, ignore=adapted)
     return state_dict
 
 
-# What tells the variants apart. They share the sr_ratios and mlp_ratios.
-VARIANTS: Dict[str, Dict[str, Any]] = {
-    'pvt_tiny': dict(depths=(2, 2, 2, 2), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
-    'pvt_small': dict(depths=(3, 4, 6, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
-    'pvt_medium': dict(depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
-    'pvt_large': dict(depths=(3, 8, 27, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
-    'pvt_huge_v2': dict(depths=(3, 10, 60, 3), embed_dims=(128, 256, 512, 768), num_heads=(2, 4, 8, 12)),
+# Default model arguments of tags with other weights than those of the original classifiers
+TAG_ARGS: Dict[Optional[str], Dict[str, Any]] = {
+    # backbones of RetinaNet, trained with mmdetection
+    'retinanet_coco': dict(class_token=False, embed_norm_eps=1e-6),
 }
-# Top-1 on the ImageNet-1K validation set, as published with the weights
-TOP1 = {'pvt_tiny.in1k': 75.1, 'pvt_small.in1k': 79.8, 'pvt_medium.in1k': 81.2, 'pvt_large.in1k': 81.7}
 
 
-# Arguments that go with the weights of a tag, by default: dense backbones that mmdetection trained
-TAG_ARGS: Dict[Optional[str], Dict[str, Any]] = {'retinanet_coco': dict(class_token=False, embed_norm_eps=1e-6)}
-
-
-def find_variant(depths: Tuple[int, ...], embed_dims: Tuple[int, ...]) -> Optional[str]:
-    """Name of the variant with these depths and channels, None if there is none."""
-    return next((k for k, v in VARIANTS.items() if (v['depths'], v['embed_dims']) == (depths, embed_dims)), None)
-
-
-def _with_name(sizes: Tuple[Tuple[int, ...], Tuple[int, ...]]) -> str:
-    """Depths and channels with the name of the variant that has them, for messages."""
-    name = find_variant(*sizes)
-    return f'{sizes} ({name})' if name else str(sizes)
-
-
-def _tag(pretrained_cfg: Any) -> Optional[str]:
-    """The tag of a `pretrained_cfg`, which timm allows to be a tag, an object or a dict."""
-    if isinstance(pretrained_cfg, dict):
-        return pretrained_cfg.get('tag')
-    return pretrained_cfg if isinstance(pretrained_cfg, str) else getattr(pretrained_cfg, 'tag', None)
-
-
-def _create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
-    if kwargs.pop('output_stride', 32) != 32:
-        raise ValueError(
-            'PVT has output_stride 32 only: use a decoder for feature strides 4, 8, 16, 32, such as FPN or UPerNet.')
-    kwargs = {**VARIANTS[variant], **kwargs}
-    kwargs = {**TAG_ARGS.get(_tag(kwargs.get('pretrained_cfg')), {}), **kwargs}
-    feature_cfg = {'out_indices': tuple(range(len(kwargs['depths']))), **(kwargs.pop('feature_cfg', None) or {})}
+def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    tag = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg')).tag
+    kwargs = {**TAG_ARGS.get(tag, {}), **kwargs}
     num_stages = len(kwargs['depths'])
+    default_out_indices = tuple(range(num_stages))
     if kwargs.get('features_only', False):
-        kwargs = {'class_token': False, 'output_fmt': 'NCHW', **kwargs, 'num_classes': 0}
-        out_indices = kwargs.get('out_indices', feature_cfg['out_indices'])
-        if not isinstance(out_indices, int):  # a number stands for the last ones
+        kwargs = {'class_token': False, 'final_norm': False, 'output_fmt': 'NCHW', **kwargs, 'num_classes': 0}
+        out_indices = kwargs.get('out_indices', default_out_indices)
+        if not isinstance(out_indices, int):  # an int takes the last stages
             num_stages = max(i if i >= 0 else num_stages + i for i in out_indices) + 1
-    return build_model_with_cfg(
-        PyramidVisionTransformer, variant, pretrained,
+    model = build_model_with_cfg(
+        PyramidVisionTransformer,
+        variant,
+        pretrained,
         pretrained_filter_fn=partial(checkpoint_filter_fn, num_stages=num_stages),
-        feature_cfg=dict(feature_cfg, flatten_sequential=True), **kwargs)
+        feature_cfg=dict(flatten_sequential=True, out_indices=default_out_indices),
+        **kwargs,
+    )
+    return model
 
 
-def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     return {
         'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
         'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': False, 'min_input_size': (3, 32, 32),
@@ -586,55 +764,72 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
         'first_conv': 'stages.0.patch_embed.proj', 'classifier': 'head',
         'license': 'apache-2.0', 'origin_url': 'https://github.com/whai362/PVT', 'paper_ids': 'arXiv:2102.12122',
         'paper_name': 'Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions',
-        **kwargs,
+        **kwargs
     }
 
 
-def _in1k_cfg(name: str, revision: str = '') -> Dict[str, Any]:
+def _cfg_mmdet(url: str) -> Dict[str, Any]:
     return _cfg(
-        url=f'https://github.com/whai362/PVT/releases/download/v2/pvt_{name}.pth',
-        hf_hub_id=f'Zetatech/pvt-{name}-224{revision}')  # its model.safetensors, in transformers' format
-
-
-def _retinanet_cfg(name: str, run: str) -> Dict[str, Any]:
-    return _cfg(
-        url=f'https://download.openmmlab.com/mmdetection/v2.0/pvt/{name}/{name}_{run}.pth',
-        origin_url='https://github.com/open-mmlab/mmdetection/tree/main/configs/pvt', num_classes=0,
-        pool_size=(7, 7))
+        url=f'https://download.openmmlab.com/mmdetection/v2.0/pvt/{url}',
+        origin_url='https://github.com/open-mmlab/mmdetection/tree/main/configs/pvt',
+        num_classes=0,
+        pool_size=(7, 7),
+    )
 
 
 default_cfgs = generate_default_cfgs({
-    'pvt_tiny.in1k': _in1k_cfg('tiny', '@6a44ba96dda6a6f3e2b6913682acfa0071482e83'),
-    'pvt_tiny.retinanet_coco': _retinanet_cfg('retinanet_pvt-t_fpn_1x_coco', '20210831_103110-17b566bd'),
-    'pvt_small.in1k': _in1k_cfg('small'),
-    'pvt_small.retinanet_coco': _retinanet_cfg('retinanet_pvt-s_fpn_1x_coco', '20210906_142921-b6c94a5b'),
-    'pvt_medium.in1k': _in1k_cfg('medium', '@84cba75de906ada79a85f558d3d742c5771064a5'),
-    'pvt_medium.retinanet_coco': _retinanet_cfg('retinanet_pvt-m_fpn_1x_coco', '20210831_103243-55effa1b'),
-    'pvt_large.in1k': _in1k_cfg('large'),
+    # the original weights: the files of the original release, and in transformers' format on the hub
+    'pvt_tiny.in1k': _cfg(
+        url='https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth',
+        hf_hub_id='Zetatech/pvt-tiny-224'),
+    'pvt_small.in1k': _cfg(
+        url='https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth',
+        hf_hub_id='Zetatech/pvt-small-224'),
+    'pvt_medium.in1k': _cfg(
+        url='https://github.com/whai362/PVT/releases/download/v2/pvt_medium.pth',
+        hf_hub_id='Zetatech/pvt-medium-224'),
+    'pvt_large.in1k': _cfg(
+        url='https://github.com/whai362/PVT/releases/download/v2/pvt_large.pth',
+        hf_hub_id='Zetatech/pvt-large-224'),
+
+    # backbones of detectors, no classifier
+    'pvt_tiny.retinanet_coco': _cfg_mmdet(
+        'retinanet_pvt-t_fpn_1x_coco/retinanet_pvt-t_fpn_1x_coco_20210831_103110-17b566bd.pth'),
+    'pvt_small.retinanet_coco': _cfg_mmdet(
+        'retinanet_pvt-s_fpn_1x_coco/retinanet_pvt-s_fpn_1x_coco_20210906_142921-b6c94a5b.pth'),
+    'pvt_medium.retinanet_coco': _cfg_mmdet(
+        'retinanet_pvt-m_fpn_1x_coco/retinanet_pvt-m_fpn_1x_coco_20210831_103243-55effa1b.pth'),
+
     'pvt_huge_v2.untrained': _cfg(),
 })
 
 
 @register_model
-def pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    return _create_pvt('pvt_tiny', pretrained=pretrained, **kwargs)
+def pvt_tiny(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(depths=(2, 2, 2, 2), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8))
+    return _create_pvt('pvt_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def pvt_small(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    return _create_pvt('pvt_small', pretrained=pretrained, **kwargs)
+def pvt_small(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(depths=(3, 4, 6, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8))
+    return _create_pvt('pvt_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def pvt_medium(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    return _create_pvt('pvt_medium', pretrained=pretrained, **kwargs)
+def pvt_medium(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8))
+    return _create_pvt('pvt_medium', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def pvt_large(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    return _create_pvt('pvt_large', pretrained=pretrained, **kwargs)
+def pvt_large(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    model_args = dict(depths=(3, 8, 27, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8))
+    return _create_pvt('pvt_large', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def pvt_huge_v2(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
-    return _create_pvt('pvt_huge_v2', pretrained=pretrained, **kwargs)
+def pvt_huge_v2(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    # In the original code, without weights. It is here for checkpoints that were trained with that code.
+    model_args = dict(depths=(3, 10, 60, 3), embed_dims=(128, 256, 512, 768), num_heads=(2, 4, 8, 12))
+    return _create_pvt('pvt_huge_v2', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -193,10 +193,10 @@ class _Reduction(nn.Module):
         self.sr, self.norm = attn.sr, attn.norm
 
     def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-        if self.sr is not None:
+        if self.sr is not None and self.norm is not None:
             x = x.reshape(x.shape[0], size[0], size[1], x.shape[2]).permute(0, 3, 1, 2)
             x = self.sr(x).flatten(2).transpose(1, 2)
-            x = self.norm(x)  # type: ignore[misc]
+            x = self.norm(x)
         return x
 
 

@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 
+from ._input import RECORDS_INPUT
 from .files import MAX_BYTES, PathLike, read_checkpoint
 from .formats import FORMATS
 from .formats.architecture import Architecture, check_keys, describe, drop_parts
@@ -22,8 +23,9 @@ from .formats.timm import CLASS_ROW, POS_EMBED
 from .formats.values import image_size, number, numbers, shown, text, truth, whole_number, whole_numbers
 from .formats.wrappers import training_settings
 from .labels import LABELS_FILE, labels_beside, read_labels
-from .pvt import TAG_ARGS, VARIANTS, PyramidVisionTransformer, find_variant, update_model_input_size
+from .pvt import TAG_ARGS, PyramidVisionTransformer
 from .sources import Source, open_source
+from .variants import VARIANTS, find_variant
 
 __all__ = ['PARTS', 'Size', 'Weights', 'check_size', 'create_from_checkpoint', 'read_weights']
 
@@ -48,6 +50,7 @@ _TOLD_BY_THE_WEIGHTS: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
 }
 _ONLY_SAID: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
     'global_pool': ('a text', text),
+    'output_fmt': ("'NLC' or 'NCHW'", lambda x: x if x in ('NLC', 'NCHW') else None),
     'num_heads': ('whole numbers', whole_numbers),
     'mlp_ratios': ('numbers', lambda x: numbers(x, low=0.1, high=64)),
     'act_layer': ('the name of an activation', text),
@@ -61,7 +64,7 @@ _ONLY_SAID: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
 _DROP_RATES = tuple(name for name in _ONLY_SAID if name.endswith('_rate'))
 # Arguments of `timm.create_model` that are ignored: they change nothing where there are weights, or follow from the
 # names of the weights
-_WITHOUT_EFFECT = ('weight_init', 'features_only', 'out_indices', 'feature_cls', 'output_fmt')
+_WITHOUT_EFFECT = ('weight_init', 'features_only', 'out_indices', 'feature_cls', 'final_norm')
 
 
 @dataclass
@@ -116,16 +119,21 @@ class Weights:
             'patch_size': info.patch_size,
             'in_chans': info.in_chans,
             'class_token': info.class_token,
+            'final_norm': info.norm,
+            'output_fmt': 'NLC' if info.norm else 'NCHW',
             'sr_ratios': info.sr_ratios,
             'mlp_ratios': info.mlp_ratios,
             'qkv_bias': info.qkv_bias,
             **self.args,
         }
-        if info.class_token != info.norm:
-            args['output_fmt'] = 'NLC' if info.norm else 'NCHW'
-        if args.get('global_pool') == ('token' if info.class_token and info.norm else 'avg'):
-            del args['global_pool']  # the default
-        defaults = {**_MODEL_DEFAULTS, **VARIANTS[self.variant]}
+        defaults = {
+            **_MODEL_DEFAULTS,
+            # what None stands for
+            'final_norm': info.class_token,
+            'output_fmt': 'NLC' if info.class_token else 'NCHW',
+            'global_pool': 'token' if info.class_token and args['output_fmt'] == 'NLC' else 'avg',
+            **VARIANTS[self.variant],
+        }
         return {name: value for name, value in args.items() if value != defaults.get(name)}
 
     @property
@@ -157,8 +165,8 @@ class Weights:
         without_token = kwargs.get('class_token') is False and self.info.class_token
         if kwargs.get('features_only') or without_token:
             args['num_classes'] = 0  # the head was trained on the class token. Without the token it is left out.
-            args.pop('global_pool', None)
-            args.pop('output_fmt', None)
+            for name in ('global_pool', 'final_norm', 'output_fmt'):
+                args.pop(name, None)
         # The other fields are those of the variant's default tag, but not the ones that are true of its weights alone
         overlay = {**dict.fromkeys(_CLAIMS), **self.pretrained_cfg}
         default: Any = get_pretrained_cfg(self.variant)
@@ -168,7 +176,7 @@ class Weights:
             overlay['label_names'] = None  # the classes are others
         if not pretrained:
             return timm.create_model(self.variant, pretrained_cfg_overlay=overlay, **{**args, **kwargs})
-        if update_model_input_size is not None:  # older versions of timm have no such argument
+        if RECORDS_INPUT:  # older versions of timm have no such argument
             kwargs['pretrained_model_args'] = {'img_size': self.info.img_size}
         model = timm.create_model(
             self.variant,
@@ -187,7 +195,7 @@ class Weights:
             fmt: Name of the format, for the message.
             but: Names of arguments that this format stores, or that a reader can see from the weights.
         """
-        fine = (*but, *_DROP_RATES, 'class_token', 'output_fmt', 'in_chans')
+        fine = (*but, *_DROP_RATES, 'class_token', 'final_norm', 'output_fmt', 'in_chans')
         wrong = [f'{name}={shown(value)}' for name, value in self.model_args.items() if name not in fine]
         if wrong:
             raise ValueError(

@@ -174,6 +174,8 @@ def _target(
 def _args_of(weights: Weights, info: Architecture) -> Dict[str, Any]:
     """The arguments of the model, without `global_pool` where the parts that it needs were left out."""
     args = dict(weights.args)
+    if (info.class_token, info.norm) != (weights.info.class_token, weights.info.norm):
+        args.pop('output_fmt', None)
     if not (info.class_token and info.norm) and args.get('global_pool') != '':
         args.pop('global_pool', None)
     return args

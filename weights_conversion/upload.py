@@ -14,8 +14,8 @@ from timm.models import get_pretrained_cfg
 
 from pvt_timm.files import PathLike, save_atomically
 from pvt_timm.labels import LABELS_FILE
-from pvt_timm.pvt import TOP1, VARIANTS
 from pvt_timm.sources import NEIGHBOURS, SHA256
+from pvt_timm.variants import TOP1, VARIANTS
 
 from .card import CARDS
 from .converter import convert

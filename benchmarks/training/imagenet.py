@@ -23,8 +23,8 @@ import pvt_timm  # noqa: F401
 from pvt_timm.cli.errors import run_command
 from pvt_timm.cli.predict import load_model, open_image
 from pvt_timm.files import save_atomically
-from pvt_timm.pvt import TOP1
 from pvt_timm.training.published import compare as compare_figures
+from pvt_timm.variants import TOP1
 
 PUBLISHED = {name: top1 for name, top1 in TOP1.items() if name.endswith('.in1k')}
 

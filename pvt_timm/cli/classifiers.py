@@ -15,7 +15,8 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 
 from ..images import as_seen
 from ..labels import labels_in, read_labels
-from ..pvt import VARIANTS, PyramidVisionTransformer, PyramidVisionTransformerStage
+from ..pvt import PyramidVisionTransformer, PyramidVisionTransformerStage
+from ..variants import VARIANTS
 from ..weights import read_weights
 from .errors import EXPECTED, one_line
 from .network import check_hub, check_pretrained, hint

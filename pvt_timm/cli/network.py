@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
-from ..pvt import VARIANTS
+from ..variants import VARIANTS
 from .errors import one_line
 
 __all__ = ['check_hub', 'check_pretrained', 'check_url', 'hint']

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.models import get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..pvt import TOP1, VARIANTS
+from ..variants import TOP1, VARIANTS
 from .classifiers import (
     DEFAULT_MODEL, Classifier, check_output, extract, load_model, open_image, predict, probabilities)
 from .errors import clean

@@ -15,7 +15,8 @@ from ..formats import FORMATS
 from ..formats.architecture import check_keys, describe, drop_parts
 from ..formats.mapping import Converted, from_timm, map_to_timm
 from ..formats.names import Row, Table, to_ours, to_theirs
-from ..pvt import default_cfgs, find_variant
+from ..pvt import default_cfgs
+from ..variants import find_variant
 from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet
 from .settings import read_settings
 from .trained import Checkpoint, is_own, load_own, open_checkpoint, widths_of, with_new_classes

@@ -18,7 +18,8 @@ from ..files import read_checkpoint
 from ..formats.architecture import check_keys, describe
 from ..formats.mapping import map_to_timm
 from ..formats.wrappers import unwrap
-from ..pvt import VARIANTS, PyramidVisionTransformer, find_variant
+from ..pvt import PyramidVisionTransformer
+from ..variants import VARIANTS, find_variant
 from ..version import __version__
 
 __all__ = [

@@ -46,7 +46,12 @@ class Converted:
     dropped: Dict[str, str]  # for every key or group of keys ('decoder.*') that was left out: how many, or why
 
 
-def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Optional[str] = None) -> Converted:
+def map_to_timm(
+        checkpoint: Mapping[str, Any],
+        use_ema: bool = True,
+        prefix: Optional[str] = None,
+        quiet: bool = False,
+) -> Converted:
     """Map any PVT v1 checkpoint to timm's names: of any format, wrapped or not, inside of any model.
 
     Keys outside of the PVT (neck, detection head, decoder, optimizer) are dropped and listed by group. A key inside of
@@ -56,6 +61,7 @@ def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Opt
         checkpoint: What a checkpoint file holds.
         use_ema: As in timm, prefer averaged weights where both are there.
         prefix: The part before the names of the PVT. It is needed where there are several PVTs.
+        quiet: Log nothing about what is left out.
 
     Raises:
         ValueError: Not a PVT v1 checkpoint, or its weights are no floating point numbers. The message names what is
@@ -80,7 +86,8 @@ def map_to_timm(checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: Opt
     # the PVT has it.
     usual = bool(_USUAL_PREFIX.fullmatch(before)) and not others_inside
     no_warning = prefix is not None or not groups or usual
-    _logger.log(logging.INFO if no_warning else logging.WARNING, _account(fmt, before, groups))
+    if not quiet:
+        _logger.log(logging.INFO if no_warning else logging.WARNING, _account(fmt, before, groups))
 
     raw = fmt.full_names(parts)
     out, pairs, unknown = to_ours(raw, fmt.table)

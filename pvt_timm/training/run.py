@@ -19,8 +19,8 @@ from ..detection import retinanet_coco
 from ..detection.trained import KEY, describe_body, is_own, kind_of, widths_of
 from ..files import read_checkpoint, save_atomically
 from ..labels import read_labels
-from ..pvt import VARIANTS
 from ..segmentation import ade20k_classes
+from ..variants import VARIANTS
 from .callbacks import LAST, Checkpoints, CompleteFiles, History
 from .checkpoints import BUILDERS, copy_weights, load_any
 from .coco import CocoAnnotations, CocoDataset

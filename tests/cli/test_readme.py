@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from pvt_timm.formats.mapping import from_timm
 from pvt_timm.cli.main import main as pvt_timm_main
 from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
-from pvt_timm.pvt import VARIANTS
+from pvt_timm.variants import VARIANTS
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
 from weights_conversion.cli import main as convert_main
 

@@ -16,7 +16,8 @@ from pvt_timm.formats.architecture import describe, drop_parts, stage_grids
 from pvt_timm.formats.mapping import from_timm, map_to_timm
 from pvt_timm.formats.names import Row, to_ours, to_theirs
 from pvt_timm.formats.wrappers import training_settings, unwrap
-from pvt_timm.pvt import VARIANTS, find_variant, resample_pos_embed
+from pvt_timm.pvt import resample_pos_embed
+from pvt_timm.variants import VARIANTS, find_variant
 from tests.support.reference import images, randomize
 
 SMALL = dict(img_size=32, embed_dims=(8, 16, 16, 24), depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 3),
@@ -122,7 +123,8 @@ def test_other_numbers_of_stages(stages):
     assert equal(checkpoint_filter_fn(model.state_dict(), model), model.state_dict())
     dense = drop_parts(model.state_dict(), ['class_token'])
     assert dense[f'stages.{stages - 1}.pos_embed'].shape[1] == (16 // 2 ** (stages - 1)) ** 2
-    assert f'got {(info.depths, info.embed_dims)}' in error(checkpoint_filter_fn, model.state_dict(), small())
+    got = f'got one with depths {info.depths} and embed_dims {info.embed_dims}'
+    assert got in error(checkpoint_filter_fn, model.state_dict(), small())
 
 
 def test_layouts(state):
@@ -281,7 +283,7 @@ def test_missing_and_misshaped_keys_are_named(fmt, data):
     elif change == 'missing':  # a whole block or its first parameter
         assert any(k in text or k.rpartition('.')[0] in text for k in (key, *row[0])), (key, text)
     else:  # sizes that say which model it is, are reported as another model
-        named = (key, *row[0], *row[1], 'rows', 'Expected depths, channels')
+        named = (key, *row[0], *row[1], 'rows', 'Expected a checkpoint with depths')
         assert any(k in text for k in named), (key, change, text)
 
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from pvt_timm import pvt
+from pvt_timm import pvt, variants
 from pvt_timm.formats.mapping import map_to_timm
 from pvt_timm.detection import detector_to_mmdet, pvt_retinanet, retinanet_from_mmdet
 from pvt_timm.files import read_checkpoint
@@ -23,11 +23,18 @@ from tests.support import convert_files as files
 DEPTHS = {'pvt_tiny': (1, 1, 1, 1), 'pvt_small': (1, 2, 1, 1), 'pvt_medium': (1, 1, 2, 1), 'pvt_large': (2, 1, 1, 1)}
 
 
+def entrypoint(name, args):
+    """What creates a variant with other arguments, as its function in pvt.py does with its own."""
+    return lambda pretrained=False, **kwargs: pvt._create_pvt(name, pretrained, **{**args, **kwargs})
+
+
 @pytest.fixture
 def public(hub, token, tmp_path, monkeypatch):
     """Narrow and shallow variants, and their public files on the loopback server: tag -> file."""
     for name, depths in DEPTHS.items():
-        monkeypatch.setitem(pvt.VARIANTS, name, dict(depths=depths, embed_dims=(8, 16, 40, 64), num_heads=(1, 2, 5, 8)))
+        args = dict(depths=depths, embed_dims=(8, 16, 40, 64), num_heads=(1, 2, 5, 8))
+        monkeypatch.setitem(variants.VARIANTS, name, args)
+        monkeypatch.setitem(timm.models._registry._model_entrypoints, name, entrypoint(name, args))
     known, found = timm.models._registry._model_pretrained_cfgs, {}
     for tag in sources.SHA256:
         variant, _, weights = tag.partition('.')

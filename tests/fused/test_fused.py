@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from pvt_timm import PyramidVisionTransformerStage, fuse, fused as fast, pvt
+from pvt_timm.sliced_mlp import SlicedMlp
 from tests.support.forms import gradients, loss_of, make_input, make_model
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='PyTorch is built without oneDNN')
@@ -72,7 +73,7 @@ def test_sizes(monkeypatch, fast_calls, size, dtype, tolerance, products):
         dict(global_pool='avg'),
         dict(global_pool=''),
         dict(class_token=False),
-        dict(class_token=False, output_fmt='NLC'),
+        dict(class_token=False, final_norm=True, output_fmt='NLC'),
         dict(num_classes=0),
         dict(in_chans=1),
         dict(qkv_bias=False),
@@ -403,8 +404,8 @@ def negated(function):
 @pytest.mark.parametrize('owner, name', [
     (pvt.Attention, 'forward'),
     (pvt.Block, 'forward'),
-    (pvt.SlicedMlp, 'forward'),
-    (pvt.SlicedMlp, 'forward_tokens'),
+    (SlicedMlp, 'forward'),
+    (SlicedMlp, 'forward_tokens'),
     (pvt.LayerNorm, 'forward'),
     (nn.Linear, 'forward'),
     (nn.Linear, '__call__'),

@@ -15,7 +15,7 @@ from timm.models import group_parameters
 from torch.utils._pytree import tree_leaves
 
 from forms import gradients, loss_of, make_input, make_model
-from pvt_timm import PyramidVisionTransformer, checkpoint_filter_fn, pvt
+from pvt_timm import PyramidVisionTransformer, checkpoint_filter_fn, pvt, variants
 from pvt_timm.formats.mapping import from_timm
 from pvt_timm.sliced_mlp import SLICE_TOKENS, SlicedMlp
 from reference import images, logits, max_diff
@@ -68,10 +68,10 @@ def test_registry():
     for tag in tags:
         v = tag.partition('.')[0]
         cfg = timm.get_pretrained_cfg(v)
-        assert (cfg.tag, cfg.num_classes, cfg.license, pvt.TOP1[tag]) == ('in1k', 1000, 'apache-2.0', top1[v])
+        assert (cfg.tag, cfg.num_classes, cfg.license, variants.TOP1[tag]) == ('in1k', 1000, 'apache-2.0', top1[v])
         assert (cfg.pool_size, cfg.min_input_size, cfg.fixed_input_size) == (None, (3, 32, 32), False)
         assert cfg.url == f'https://github.com/whai362/PVT/releases/download/v2/{v}.pth'
-        assert cfg.hf_hub_id.partition('@')[0] == f'Zetatech/pvt-{v[4:]}-224' and 'whai362/PVT' in cfg.origin_url
+        assert cfg.hf_hub_id == f'Zetatech/pvt-{v[4:]}-224' and 'whai362/PVT' in cfg.origin_url
         data = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
         assert (data['crop_pct'], data['interpolation'], data['input_size']) == (0.875, 'bicubic', (3, 224, 224))
         assert data['mean'] == (0.485, 0.456, 0.406) and data['std'] == (0.229, 0.224, 0.225)
@@ -224,9 +224,38 @@ def test_dense_mode():
     assert dense(x).shape == (2, 3, 2, 3)
     dense.reset_classifier(0, '')
     assert torch.equal(dense(x), fmap)
-    tokens = create(class_token=False, output_fmt='NLC').eval()
-    assert tokens.forward_features(x).shape == (2, 6, 64) and isinstance(tokens.norm, torch.nn.LayerNorm)
-    assert tokens(x).shape == (2, 10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('class_token', [True, False])
+def test_norm_and_format_of_the_output(class_token):
+    """Each says one thing: whether there is a norm at the end, and the form of what comes out."""
+    x = make_input(2, 64, 96)
+    by = {}
+    for norm in (True, False):
+        for fmt in ('NLC', 'NCHW'):
+            model = make_model(class_token=class_token, final_norm=norm, output_fmt=fmt)
+            assert isinstance(model.norm, nn.LayerNorm if norm else nn.Identity)
+            assert model.global_pool == ('token' if class_token and fmt == 'NLC' else 'avg')
+            assert model.num_prefix_tokens == (class_token and fmt == 'NLC')
+            out = model.forward_features(x)
+            assert out.shape == ((2, class_token + 6, 64) if fmt == 'NLC' else (2, 64, 2, 3))
+            assert model(x).shape == (2, 10) and model.forward_head(out, pre_logits=True).shape == (2, 64)
+            final, maps = model.forward_intermediates(x, norm=True)
+            assert torch.equal(final, out)
+            patches = out[:, class_token:] if fmt == 'NLC' else out.flatten(2).transpose(1, 2)
+            torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), patches)
+            scripted = torch.jit.script(model)
+            torch.testing.assert_close(scripted(x), model(x))
+            by[norm, fmt] = model, patches
+    for norm in (True, False):
+        torch.testing.assert_close(by[norm, 'NLC'][1], by[norm, 'NCHW'][1])
+    normed = by[True, 'NCHW'][0].norm(by[False, 'NCHW'][1])
+    torch.testing.assert_close(normed, by[True, 'NCHW'][1])
+    assert not torch.allclose(normed, by[False, 'NCHW'][1])
+    model = by[True, 'NCHW'][0]
+    model.prune_intermediate_layers(1, prune_norm=True)
+    torch.testing.assert_close(model.forward_features(x).flatten(2).transpose(1, 2), by[False, 'NCHW'][1])
 
 
 def test_layers_are_pluggable():
@@ -405,8 +434,14 @@ def test_inputs_in_any_layout(model):
 
 
 def test_defaults():
-    """The class without arguments is PVT-Small, a block has a plain MLP and no dropout."""
-    ours, small = PyramidVisionTransformer(device='meta'), timm.create_model('pvt_small', device='meta')
+    """The class without arguments is PVT-Small, a block has a plain MLP and no dropout.
+
+    In this package, timm creates models with another MLP.
+    """
+    assert type(create(device='meta').stages[0].blocks[0].mlp) is SlicedMlp
+    assert type(create(device='meta', mlp_layer=Mlp).stages[0].blocks[0].mlp) is Mlp
+    ours, small = PyramidVisionTransformer(device='meta'), timm.create_model('pvt_small', device='meta', mlp_layer=Mlp)
+    assert type(ours.stages[0].blocks[0].mlp) is Mlp
     for model in (ours, small):
         model.attention = [(b.attn.num_heads, b.attn.sr_ratio, b.attn.scale) for s in model.stages for b in s.blocks]
     assert str(ours) == str(small) and ours.attention == small.attention
@@ -420,6 +455,23 @@ def test_defaults():
         assert not isinstance(m, DropPath) and getattr(m, 'p', 0) == 0
     for name in VARIANTS:
         assert inspect.signature(timm.models.model_entrypoint(name)).parameters['pretrained'].default is False
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_arguments_of_variants(name):
+    """What the commands know a variant by is what its entrypoint gives to the model."""
+    assert list(variants.VARIANTS) == list(VARIANTS)
+    args = {**dict(img_size=224, sr_ratios=(8, 4, 2, 1), mlp_ratios=(8, 8, 4, 4)), **variants.VARIANTS[name]}
+    model = timm.create_model(name, device='meta', weight_init='skip')
+    blocks = [stage.blocks[0] for stage in model.stages]
+    assert args == dict(
+        img_size=model.stages[0].grid_size[0] * 4,
+        depths=tuple(len(stage.blocks) for stage in model.stages),
+        embed_dims=tuple(stage.dim for stage in model.stages),
+        num_heads=tuple(block.attn.num_heads for block in blocks),
+        sr_ratios=tuple(block.attn.sr_ratio for block in blocks),
+        mlp_ratios=tuple(block.mlp.fc1.out_features / block.mlp.fc1.in_features for block in blocks),
+    )
 
 
 # MLPs on slices of tokens

@@ -1,4 +1,5 @@
 """ Pretrained weights through the real clients: huggingface_hub and torch.hub, against a loopback server. """
+import copy
 import logging
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import timm
 import torch
 
 from convert_files import same, save, serve, wrap
+from pvt_timm import checkpoint_filter_fn
+from pvt_timm._input import RECORDS_INPUT
 from pvt_timm.formats.architecture import drop_parts
 from pvt_timm.formats.mapping import from_timm
-from pvt_timm.pvt import update_model_input_size
 from reference import images, randomize
 
 IN1K = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large')
@@ -136,6 +138,38 @@ def test_own_head(tmp_path, caplog, fmt):
         timm.create_model('test_pvt', num_classes=3, checkpoint_path=file)
 
 
+@pytest.mark.parametrize('source', ['state_dict', 'file', 'url', 'hf_hub_id'])
+def test_own_head_from_any_source(hub, tmp_path, caplog, source):
+    own = randomize(timm.create_model('test_pvt', num_classes=3), seed=7)
+    file = save(own.state_dict(), tmp_path / 'x.pth')
+    hub.add_repo('me/mine', {
+        'model.safetensors': save(own.state_dict(), tmp_path / 'x.safetensors').read_bytes(), 'config.json': '{}'})
+    where = dict(state_dict=own.state_dict(), file=str(file), url=hub.add_file('x.pth', file), hf_hub_id='me/mine')
+    overlay = {'file': None, source: where[source]}
+    model = timm.create_model('test_pvt', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+    assert same(model, own) and not caplog.records
+    model = timm.create_model('test_pvt', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert [record.message for record in caplog.records] == ['The checkpoint has 3 classes, the head for 10 is new.']
+    assert model.num_classes == 10 and torch.equal(model.norm.weight, own.norm.weight)
+
+
+def test_filter_changes_neither_checkpoint_nor_model():
+    own = randomize(timm.create_model('test_pvt', num_classes=3, in_chans=4), seed=7)
+    checkpoint = dict(own.state_dict())
+    for model in (
+            timm.create_model('test_pvt'),
+            timm.create_model('test_pvt', num_classes=3, in_chans=4),
+            timm.create_model('test_pvt', class_token=False, num_classes=0, img_size=64),
+    ):
+        before = copy.deepcopy((model.pretrained_cfg, model.state_dict()))
+        filtered = checkpoint_filter_fn(checkpoint, model)
+        assert model.pretrained_cfg == before[0] and model.pretrained_cfg['num_classes'] == 10
+        assert same(model.state_dict(), before[1])
+        assert list(checkpoint) == list(own.state_dict()) and same(checkpoint, own.state_dict())
+        if model.in_chans == 4:
+            assert same(filtered, own.state_dict())
+
+
 @pytest.mark.parametrize('theirs, ours', [(1, 1), (1, 3), (2, 2), (4, 1), (4, 3), (4, 4), (4, 6), (3, 4)])
 def test_own_channels(tmp_path, theirs, ours):
     own = randomize(timm.create_model('test_pvt', in_chans=theirs), seed=7)
@@ -144,7 +178,7 @@ def test_own_channels(tmp_path, theirs, ours):
     def create():
         return timm.create_model('test_pvt', pretrained=True, in_chans=ours, pretrained_cfg_overlay=overlay)
 
-    if update_model_input_size is None and (theirs not in (1, 3) or (theirs, ours) == (1, 3)):
+    if not RECORDS_INPUT and (theirs not in (1, 3) or (theirs, ours) == (1, 3)):
         with pytest.raises((ValueError, RuntimeError, AssertionError)):  # timm < 1.0.31: not by random numbers
             create()
         return
@@ -174,7 +208,7 @@ def test_faults(request, create, hub, tiny, no_waits, kind):
 def test_wrong_variant_is_named_and_its_file_kept(hub, tiny):
     serve(hub, 'pvt_tiny.in1k', tiny)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r'\(3, 8, 27, 3\).*pvt_large.*\(2, 2, 2, 2\).*pvt_tiny'):
+        with pytest.raises(ValueError, match=r'with depths \(3, 8, 27, 3\) .*, got one with depths \(2, 2, 2, 2\)'):
             timm.create_model('pvt_tiny', pretrained=True, depths=(3, 8, 27, 3))
     assert same(timm.create_model('pvt_tiny', pretrained=True), tiny)
     assert hub.count('GET', 'model.safetensors') == 1
@@ -199,7 +233,7 @@ def test_save_for_hf(hub, token, tiny):
 
 
 def test_offline(hub, client_env, tiny, tmp_path):
-    """The tag of pvt_tiny names a revision, that of pvt_small does not: both are found in the cache."""
+    """What is in the cache is found there, whatever was pushed later."""
     def create():
         code = 'for name in sys.argv[1:]: torch.save(timm.create_model(name, True).state_dict(), name)'
         return subprocess.run(
@@ -209,11 +243,11 @@ def test_offline(hub, client_env, tiny, tmp_path):
     small = randomize(timm.create_model('pvt_small'), seed=6)
     serve(hub, 'pvt_tiny.in1k', tiny)
     serve(hub, 'pvt_small.in1k', small)
-    repo_id = timm.get_pretrained_cfg('pvt_tiny').hf_hub_id.partition('@')[0]
-    hub.add_repo(repo_id, {'model.safetensors': b'something else that was pushed later'})
     assert 'LocalEntryNotFoundError' in create().stderr and not hub.requests
     for name, source in (('pvt_tiny', tiny), ('pvt_small', small)):
         assert same(timm.create_model(name, pretrained=True), source)
+    repo_id = timm.get_pretrained_cfg('pvt_tiny').hf_hub_id
+    hub.add_repo(repo_id, {'model.safetensors': b'something else that was pushed later'})
     requests = len(hub.requests)
     run = create()
     assert run.returncode == 0 and len(hub.requests) == requests, run.stderr

@@ -1,0 +1,83 @@
+""" What this package adds where timm creates one of its models.
+
+`pvt.py` is written as timm would hold it. What only this package does stands here, around its `_create_pvt`.
+"""
+from typing import Any, Dict, Mapping, Tuple
+
+from torch import nn
+
+from timm.models import load_pretrained
+from timm.models._builder import resolve_pretrained_cfg
+
+from . import pvt
+from ._input import RECORDS_INPUT
+from .formats.mapping import map_to_timm
+from .sliced_mlp import SlicedMlp
+
+__all__ = ['create_pvt']
+
+_create_pvt = pvt._create_pvt  # the one of pvt.py, also after `pvt._create_pvt` is replaced by the one below
+
+# Where `pretrained_cfg_overlay` can say that weights are, in timm's words
+_SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')
+
+
+def create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> pvt.PyramidVisionTransformer:
+    """Do what `_create_pvt` of pvt.py does, with the MLP of this package.
+
+    Weights of one's own, from a source in `pretrained_cfg_overlay`, have their own numbers of classes and channels, not
+    those of the tag. A head that fits the model is kept, another one is left out with a warning, and the first
+    convolution is adapted from the channels that there are.
+
+    Raises:
+        ValueError: An `output_stride` other than 32 is asked for, as segmentation_models_pytorch does for its dilated
+            decoders, or the weights are not those of a PVT v1.
+    """
+    if kwargs.pop('output_stride', 32) != 32:
+        raise ValueError(
+            'PVT has output_stride 32 only: use a decoder for feature strides 4, 8, 16, 32, such as FPN or UPerNet.')
+    kwargs.setdefault('mlp_layer', SlicedMlp)
+    if pretrained:
+        kwargs = _with_facts_of_weights(variant, kwargs)
+    return _create_pvt(variant, pretrained, **kwargs)
+
+
+def _with_facts_of_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments, with the classes and channels of the user's weights in the overlay.
+
+    timm compares these with the model, after the weights have been read.
+    """
+    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    cfg: Any = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    kwargs = {'num_classes': cfg.num_classes, 'in_chans': cfg.input_size[0], **kwargs}
+    in_chans = cfg.input_size[0]
+    if any(overlay.get(name) for name in _SOURCES):
+        num_classes, in_chans = _facts(cfg.to_dict())
+        # Without a head, the tag's number stays. It tells a new head that was asked for from one that is missing.
+        overlay['num_classes'] = num_classes or cfg.num_classes
+        overlay['input_size'] = (in_chans, *cfg.input_size[1:])
+        kwargs['pretrained_cfg_overlay'] = overlay
+    if not RECORDS_INPUT and in_chans != 3 and kwargs['in_chans'] not in (1, 3):
+        raise ValueError(f'timm < 1.0.31 replaces a first convolution of {in_chans} channels by random numbers.')
+    return kwargs
+
+
+class _HaveRead(Exception):
+    """Ends timm's loading once the weights have been read."""
+
+
+def _facts(pretrained_cfg: Dict[str, Any]) -> Tuple[int, int]:
+    """Numbers of classes (0 without head) and of image channels of the weights that timm would load."""
+    found = []
+
+    def keep(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+        found.append(state_dict)
+        raise _HaveRead
+
+    try:
+        load_pretrained(nn.Module(), pretrained_cfg, filter_fn=keep)
+    except _HaveRead:
+        pass
+    state_dict = map_to_timm(found[0], quiet=True).state_dict
+    head = state_dict.get('head.weight')
+    return 0 if head is None else head.shape[0], state_dict['stages.0.patch_embed.proj.weight'].shape[1]
