@@ -8,7 +8,7 @@ import torch
 from pvt_timm import checkpoint_filter_fn
 from pvt_timm.formats.mapping import from_timm
 from pvt_timm.pvt import Attention
-from reference import features, images, load_original, logits, max_diff, randomize, tokens
+from tests.support.reference import features, images, load_original, logits, max_diff, randomize, tokens
 
 PUBLISHED = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large')
 SLOW_LARGER = [

@@ -14,11 +14,11 @@ from timm.layers import DropPath, Mlp, set_reentrant_ckpt
 from timm.models import group_parameters
 from torch.utils._pytree import tree_leaves
 
-from forms import gradients, loss_of, make_input, make_model
+from tests.support.forms import gradients, loss_of, make_input, make_model
 from pvt_timm import PyramidVisionTransformer, checkpoint_filter_fn, pvt, variants
 from pvt_timm.formats.mapping import from_timm
 from pvt_timm.sliced_mlp import SLICE_TOKENS, SlicedMlp
-from reference import images, logits, max_diff
+from tests.support.reference import images, logits, max_diff
 
 VARIANTS = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large', 'pvt_huge_v2', 'test_pvt')
 DIMS, STRIDES = (16, 32, 40, 64), (4, 8, 16, 32)

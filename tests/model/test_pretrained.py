@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 
-from convert_files import same, save, serve, wrap
+from tests.support.convert_files import same, save, serve, wrap
 from pvt_timm import checkpoint_filter_fn
 from pvt_timm._input import RECORDS_INPUT
 from pvt_timm.formats.architecture import drop_parts
 from pvt_timm.formats.mapping import from_timm
-from reference import images, randomize
+from tests.support.reference import images, randomize
 
 IN1K = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large')
 

@@ -14,7 +14,7 @@ pytest.importorskip('pycocotools')
 
 from pvt_timm.detection import detector_from_mmdet  # noqa: E402
 from pvt_timm.segmentation import semantic_fpn_from_mmseg  # noqa: E402
-from training_options import DETECTOR, MASKS, SEGMENTER  # noqa: E402
+from tests.support.training_options import DETECTOR, MASKS, SEGMENTER  # noqa: E402
 
 NAMES = {30: 'disc', 7: 'box', 18: 'triangle'}  # category ids with gaps
 

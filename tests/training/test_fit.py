@@ -23,7 +23,7 @@ from pvt_timm.detection.trained import describe_model  # noqa: E402
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn, semantic_fpn_from_mmseg  # noqa: E402
 from pvt_timm.training import load_trained  # noqa: E402
 from pvt_timm.training.published import PAPER  # noqa: E402
-from training_options import DETECTOR, MASKS, SEGMENTER  # noqa: E402
+from tests.support.training_options import DETECTOR, MASKS, SEGMENTER  # noqa: E402
 
 NAMES = ['box', 'triangle', 'disc']  # in the order of their ids, 7, 18 and 30
 
