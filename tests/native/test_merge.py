@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-import merge_into_timm
+from tests import merge_into_timm
 from pvt_timm import _input
 
 # What a model of few blocks computes, in timm and here
