@@ -163,6 +163,17 @@ def test_pictures_of_thin_images_and_long_names(tmp_path):
         drawn(draw_segments, Image.new('L', size, 128), torch.zeros(h, w).long(), rows, None, folder=tmp_path)
 
 
+def test_classes_have_the_colours_that_differ_most(tmp_path):
+    objects = [found(name, 0.9, x, 40, x + 40, 120) for name, x in (('cat', 10), ('dog', 110), ('cat', 210))]
+    pixels = drawn(draw_detections, GREY, objects, [], folder=tmp_path)
+    zoom = (pixels.shape[1] - 15) / GREY.width
+    for row, rank in zip(objects, (0, 1, 0)):
+        x1, _, x2, _ = row['box']
+        of_object = pixels[:, int((x1 - 5) * zoom):int((x2 + 20) * zoom)]
+        assert near(of_object, distinct_color(rank), 30).sum() > 100
+        assert not near(of_object, distinct_color(1 - rank), 30).sum() > 100
+
+
 def test_segments_of_like_colours_and_of_classes_without_any(tmp_path):
     labels = torch.zeros(200, 300, dtype=torch.int64)
     labels[:, 150:] = 1

@@ -247,6 +247,14 @@ def test_transformers_sees_the_same_picture(crop_pct, crop_mode, interpolation, 
     assert theirs.shape == ours.shape and (theirs - ours).abs().max() < 0.05  # rounding of pixels to 8 bits
 
 
+def test_pooling_goes_with_the_parts_that_it_needs(tmp_path):
+    source = saved(build(), tmp_path / 'source', global_pool='token')
+    convert(source, tmp_path / 'out', drop=['class_token', 'norm', 'head'])
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert 'global_pool' not in config['model_args']
+    assert timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).global_pool == 'avg'
+
+
 def test_processors_are_read(tmp_path):
     def preprocessing(n, **processor):
         return inspect(in_transformers(build(), tmp_path / f'hf{n}', processor)).preprocessing
@@ -256,7 +264,9 @@ def test_processors_are_read(tmp_path):
     assert got['mean'] == (.1,) * 3
     got = preprocessing(1, size=40, resample=3, do_center_crop=True, crop_size=32, do_normalize=False)
     assert (got['crop_pct'], got['crop_mode'], got['mean'], got['std']) == (.8, 'squash', (0,) * 3, (1,) * 3)
-    for n, wrong in enumerate((dict(do_resize=False), dict(do_rescale=False), dict(rescale_factor=1.)), 2):
+    preprocessing(2, rescale_factor=0.00392157)  # 1/255 with the digits that people write
+    wrong_ones = (dict(do_resize=False), dict(do_rescale=False), dict(rescale_factor=1.), dict(rescale_factor=1 / 256))
+    for n, wrong in enumerate(wrong_ones, 3):
         assert 'preprocessor_config.json' in refusal(preprocessing, n, **wrong)
     odd = dict(resample=9, size={'longest_edge': 3}, image_mean='x')
     report = inspect(in_transformers(build(), tmp_path / 'odd', odd))
