@@ -2,7 +2,7 @@
 
 `pvt.py` is written as timm would hold it. What only this package does stands here, around its `_create_pvt`.
 """
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 from torch import nn
 
@@ -52,7 +52,7 @@ def _with_facts_of_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, An
     kwargs = {'num_classes': cfg.num_classes, 'in_chans': cfg.input_size[0], **kwargs}
     in_chans = cfg.input_size[0]
     if any(overlay.get(name) for name in _SOURCES):
-        num_classes, in_chans = _facts(cfg.to_dict())
+        num_classes, in_chans = _facts(overlay.get('state_dict') or _read(cfg.to_dict()))
         # Without a head, the tag's number stays. It tells a new head that was asked for from one that is missing.
         overlay['num_classes'] = num_classes or cfg.num_classes
         overlay['input_size'] = (in_chans, *cfg.input_size[1:])
@@ -66,9 +66,9 @@ class _HaveRead(Exception):
     """Ends timm's loading once the weights have been read."""
 
 
-def _facts(pretrained_cfg: Dict[str, Any]) -> Tuple[int, int]:
-    """Numbers of classes (0 without head) and of image channels of the weights that timm would load."""
-    found = []
+def _read(pretrained_cfg: Dict[str, Any]) -> Mapping[str, Any]:
+    """What timm would hand to the filter of a model with this `pretrained_cfg`."""
+    found: List[Mapping[str, Any]] = []
 
     def keep(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
         found.append(state_dict)
@@ -78,6 +78,11 @@ def _facts(pretrained_cfg: Dict[str, Any]) -> Tuple[int, int]:
         load_pretrained(nn.Module(), pretrained_cfg, filter_fn=keep)
     except _HaveRead:
         pass
-    state_dict = map_to_timm(found[0], quiet=True).state_dict
+    return found[0]
+
+
+def _facts(checkpoint: Mapping[str, Any]) -> Tuple[int, int]:
+    """Numbers of classes (0 without head) and of image channels."""
+    state_dict = map_to_timm(checkpoint, quiet=True).state_dict
     head = state_dict.get('head.weight')
     return 0 if head is None else head.shape[0], state_dict['stages.0.patch_embed.proj.weight'].shape[1]

@@ -134,6 +134,8 @@ class Weights:
             'global_pool': 'token' if info.class_token and args['output_fmt'] == 'NLC' else 'avg',
             **VARIANTS[self.variant],
         }
+        if info.class_token != info.norm:
+            del defaults['output_fmt']  # always said: without a word on it, it follows the norm here, not the class token
         return {name: value for name, value in args.items() if value != defaults.get(name)}
 
     @property

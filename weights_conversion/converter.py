@@ -176,8 +176,8 @@ def _args_of(weights: Weights, info: Architecture) -> Dict[str, Any]:
     args = dict(weights.args)
     if (info.class_token, info.norm) != (weights.info.class_token, weights.info.norm):
         args.pop('output_fmt', None)
-    if not (info.class_token and info.norm) and args.get('global_pool') != '':
-        args.pop('global_pool', None)
+        if args.get('global_pool') != '':
+            args.pop('global_pool', None)
     return args
 
 

@@ -79,14 +79,15 @@ class TimmFormat(Format):
         if weights.has_bare_row:
             write_tensors({CLASS_ROW: weights.state_dict[POS_EMBED][:, :1]}, folder / CLASS_ROW_FILE)
         info, args = weights.info, weights.model_args
-        has_tokens = info.class_token and info.norm
+        output_fmt = args.get('output_fmt', 'NLC' if info.class_token else 'NCHW')
+        has_class_token = info.class_token and output_fmt == 'NLC'  # in its output
         cfg: Dict[str, Any] = {
             **weights.preprocessing,
             **weights.origin,
             'num_classes': info.num_classes,
             'min_input_size': [info.in_chans, 32, 32],
             # size of the last feature map. A model with class token returns tokens instead.
-            'pool_size': None if has_tokens else [n // 32 for n in weights.preprocessing['input_size'][1:]],
+            'pool_size': None if has_class_token else [n // 32 for n in weights.preprocessing['input_size'][1:]],
             'first_conv': 'stages.0.patch_embed.proj',
             'classifier': 'head',
         }
@@ -94,7 +95,7 @@ class TimmFormat(Format):
             'architecture': weights.variant,
             'num_classes': info.num_classes,
             'num_features': info.embed_dims[-1],
-            'global_pool': args.get('global_pool', 'token' if has_tokens else 'avg'),
+            'global_pool': args.get('global_pool', 'token' if has_class_token else 'avg'),
             'model_args': args,
         }
         if weights.label_names:

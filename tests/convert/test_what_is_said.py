@@ -179,6 +179,29 @@ def test_what_helps_to_read_is_no_argument_of_the_saved_model(tmp_path):
         timm.create_model('test_pvt', prefix='encoder.')
 
 
+@pytest.mark.parametrize('class_token', [True, False])
+@pytest.mark.parametrize('final_norm', [True, False])
+@pytest.mark.parametrize('output_fmt', ['NLC', 'NCHW'])
+def test_norm_and_format_of_the_output_are_kept(tmp_path, class_token, final_norm, output_fmt):
+    """The names of the weights tell the norm, the config tells the format. Converted again, it says what is unusual."""
+    args = dict(class_token=class_token, final_norm=final_norm, output_fmt=output_fmt)
+    model = build(**args)
+    folder = saved(model, tmp_path / 'saved', **args)
+    convert(folder, tmp_path / 'converted')
+    x = images(1, 3, 64, 96, dtype=torch.float32)
+    for place in (folder, tmp_path / 'converted'):
+        loaded = create_from_checkpoint(place).eval()
+        assert files.same(loaded, model)
+        with torch.no_grad():
+            assert torch.equal(loaded.forward_features(x), model.forward_features(x))
+            assert torch.equal(loaded(x), model(x))
+    usual = None if class_token != final_norm else 'NLC' if class_token else 'NCHW'
+    defaults = dict(class_token=True, final_norm=class_token, output_fmt=usual)
+    config = json.loads((tmp_path / 'converted' / 'config.json').read_text())
+    said = {name: value for name, value in config['model_args'].items() if name in args}
+    assert said == {name: value for name, value in args.items() if value != defaults[name]}
+
+
 # ---- position embeddings ---------------------------------------------------------------------------------------------
 
 def test_two_sizes_that_both_fit_are_named(tmp_path):
