@@ -135,7 +135,7 @@ class Weights:
             **VARIANTS[self.variant],
         }
         if info.class_token != info.norm:
-            del defaults['output_fmt']  # always said: without a word on it, it follows the norm here, not the class token
+            del defaults['output_fmt']  # always said, since without a word on it, it follows the norm here
         return {name: value for name, value in args.items() if value != defaults.get(name)}
 
     @property

@@ -79,7 +79,7 @@ def test_models_of_the_copy(copy, tmp_path):
 
 
 def test_style_of_the_copy(copy):
-    """timm has no settings for ruff and its guide says 120 columns: all rules of pycodestyle and pyflakes with those."""
+    """timm has no settings for ruff, and its guide says 120 columns: rules of pycodestyle and pyflakes with those."""
     pytest.importorskip('ruff')
     files = [copy / 'models' / 'pvt.py', copy / 'models' / '_pvt_formats']
     run = subprocess.run(
