@@ -1,8 +1,8 @@
-""" PVT under torchvision's detectors, and OpenMMLab's detectors as torchvision models.
+""" torchvision's detectors on PVT, and OpenMMLab's PVT detectors as torchvision models.
 
-`pvt_fpn_backbone` gives any torchvision detector a feature pyramid on PVT. `pvt_retinanet`, `pvt_mask_rcnn` and
-`pvt_faster_rcnn` are torchvision's detectors with the settings of the published PVT detectors, and the functions of
-`openmmlab.py` fill them with weights of OpenMMLab or of the original code, without any of their packages.
+`pvt_fpn_backbone` builds a feature pyramid on PVT for any torchvision detector. `pvt_retinanet`, `pvt_mask_rcnn` and
+`pvt_faster_rcnn` build torchvision's detectors with the settings of the published PVT detectors. The functions of
+`openmmlab.py` load weights of OpenMMLab or of the original code into them. None of OpenMMLab's packages is needed.
 """
 from .detectors import PvtFasterRCNN, PvtMaskRCNN, PvtRetinaNet, pvt_faster_rcnn, pvt_mask_rcnn, pvt_retinanet
 from .fpn import PvtFpnBackbone, pvt_fpn_backbone
