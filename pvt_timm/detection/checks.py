@@ -1,27 +1,27 @@
-""" Images and targets that detectors and segmenters refuse, as they would be wrong on them in silence. """
+""" Checks of images and targets. Without them, detectors and segmenters would give wrong results without an error. """
 from typing import Any, Dict, Sequence
 
 import torch
 
 __all__ = ['check_image', 'check_targets']
 
-# Images that somebody normalised themselves go to 3 or so, those from 0 to 255 far beyond.
+# Images that are normalised already have values up to about 3, images from 0 to 255 have far larger ones.
 _LARGEST_VALUE = 10.
-# Annotations are often rounded, so a box may end this many pixels outside of its image.
+# Annotations are often rounded, so a box may reach this many pixels beyond its image.
 _PIXELS_OUTSIDE = 1.
 
 
 def check_image(image: torch.Tensor, in_chans: int, name: str = 'the image', unit_range: bool = True) -> None:
-    """Refuse what is not an image as a model takes it.
+    """Refuse a tensor that is not an image as the models take it.
 
     Args:
-        image: Has to be (C, H, W), of floating point numbers.
-        in_chans: Number of channels that it must have.
-        name: What to call it in the message.
-        unit_range: Its values go from 0 to 1.
+        image: An image (C, H, W) of floating point numbers.
+        in_chans: Number of channels that the model takes.
+        name: Name of the image in the message.
+        unit_range: Whether its values have to be from 0 to 1.
 
     Raises:
-        ValueError: It is of another kind, shape or range.
+        ValueError: The tensor has another type, shape or range.
     """
     shape = tuple(image.shape)
     if len(shape) != 3 or shape[0] != in_chans or 0 in shape:
@@ -36,7 +36,7 @@ def check_image(image: torch.Tensor, in_chans: int, name: str = 'the image', uni
 def check_targets(
         images: Sequence[torch.Tensor], targets: Sequence[Dict[str, torch.Tensor]], first_label: int,
         num_classes: int, masks: bool) -> None:
-    """Refuse targets of a detector that are not what they should be.
+    """Refuse wrong targets of a detector.
 
     Args:
         images: Images (C, H, W).
@@ -44,7 +44,7 @@ def check_targets(
             (N, H, W) of the size of the image, of 0 and 1.
         first_label: Label of the first class.
         num_classes: Number of classes.
-        masks: Whether there have to be masks. They are not looked at otherwise.
+        masks: Whether there have to be masks. If not, masks are not checked.
 
     Raises:
         ValueError: A target is wrong. The message says which, what was expected and what came.
