@@ -1,8 +1,8 @@
 """ RetinaNet, Faster R-CNN and Mask R-CNN on PVT with the settings of the published detectors.
 
-Left as torchvision has them in two-stage detectors are the losses of boxes (smooth L1 with beta 1/9 where OpenMMLab has
-L1), the matching of proposals with objects in Mask R-CNN (each to the one that it overlaps most), and that detections
-below 0.01 pixels are dropped.
+In Faster and Mask R-CNN, three things are still torchvision's: the loss of boxes is smooth L1 with beta 1/9 (OpenMMLab
+has L1), Mask R-CNN matches each proposal with the object that it overlaps most, and boxes smaller than 0.01 pixels are
+dropped.
 
 `num_classes` never counts a background. Labels count from 0 in RetinaNet and from 1 in Faster and Mask R-CNN, where 0
 is the background: `first_label` says which.
@@ -11,7 +11,7 @@ The paper trains for 12 epochs of COCO with 16 images per step: `AdamW(lr=1e-4, 
 `lr=2e-4` for the others, 500 steps of linear warm-up, a tenth of the rate after epochs 8 and 11,
 `model_args=dict(drop_path_rate=0.1)`.
 
-A graph of ONNX for one image of any size:
+To export a model to ONNX, for one image of any size:
 
     torch.onnx.export(
         model, ([image],), 'detector.onnx', dynamo=False, opset_version=17, input_names=['image'],
@@ -61,9 +61,9 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
     def postprocess_detections(
             self, head_outputs: Dict[str, List[torch.Tensor]], anchors: List[List[torch.Tensor]],
             image_shapes: List[Tuple[int, int]]) -> List[Detection]:
-        """Leaves out boxes that lie outside of the image and so have no area."""
+        """Detections as torchvision returns them, without boxes that lie outside of the image and so have no area."""
         unlimited = copy.copy(self)
-        unlimited.detections_per_img = None  # what is left out takes nobody's place
+        unlimited.detections_per_img = None  # the limit is applied below, to the boxes that stay
         detections = RetinaNet.postprocess_detections(unlimited, head_outputs, anchors, image_shapes)
         for found in detections:
             seen = (found['boxes'][:, 2:] > found['boxes'][:, :2]).all(dim=1)
@@ -74,14 +74,20 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
 class PvtFasterRCNN(PublishedDetector, FasterRCNN):
     """torchvision's Faster R-CNN with the settings of the published PVT detectors.
 
-    Labels count from 1 to `num_classes`, in targets and in what is found. `num_classes` does not count the background,
-    label 0, which torchvision's own argument of that name does.
+    Labels count from 1 to `num_classes`, in targets and in what is found. Label 0 is the background. `num_classes` does
+    not count it, while the argument `num_classes` of torchvision's class does.
     """
     kind = 'faster_rcnn'
     first_label = 1
 
     def __init__(self, backbone: PvtFpnBackbone, num_classes: int, box_channels: int = 1024, **kwargs: Any):
-        """As `PvtRetinaNet`, on five levels with strides 4 to 64. `box_channels` is the width of the box head."""
+        """
+        Args:
+            backbone: Five levels with strides 4 to 64.
+            num_classes: Number of classes, without the background.
+            box_channels: Width of the layers of the box head.
+            kwargs: Arguments for torchvision's class, such as `min_size`, `max_size` and `box_score_thresh`.
+        """
         anchors = FixedStrideAnchors((4, 8, 16, 32, 64), [8])
         settings: Dict[str, Any] = dict(
             rpn_anchor_generator=anchors,
@@ -98,9 +104,10 @@ class PvtFasterRCNN(PublishedDetector, FasterRCNN):
 
 
 class PvtMaskRCNN(PvtFasterRCNN, MaskRCNN):
-    """torchvision's Mask R-CNN with the settings of the published PVT detectors. Classes as in `PvtFasterRCNN`.
+    """torchvision's Mask R-CNN with the settings of the published PVT detectors.
 
-    What it returns has 'masks' (N, 1, H, W) from 0 to 1 too. Targets need 'masks' (N, H, W) of 0 and 1, uint8 or bool.
+    Labels count as in `PvtFasterRCNN`. Results also have 'masks' (N, 1, H, W) with values from 0 to 1. Targets need
+    'masks' (N, H, W) of 0 and 1, of type uint8 or bool.
     """
     kind = 'mask_rcnn'
     needs_masks = True
@@ -108,7 +115,14 @@ class PvtMaskRCNN(PvtFasterRCNN, MaskRCNN):
     def __init__(
             self, backbone: PvtFpnBackbone, num_classes: int, box_channels: int = 1024, mask_channels: int = 256,
             **kwargs: Any):
-        """As `PvtFasterRCNN`. `mask_channels` is the width of the layers of the mask head."""
+        """
+        Args:
+            backbone: Five levels with strides 4 to 64.
+            num_classes: Number of classes, without the background.
+            box_channels: Width of the layers of the box head.
+            mask_channels: Width of the layers of the mask head.
+            kwargs: Arguments for torchvision's class, such as `min_size`, `max_size` and `box_score_thresh`.
+        """
         settings: Dict[str, Any] = dict(
             mask_roi_pool=AlignedRoIAlign(14),
             mask_head=MaskRCNNHeads(backbone.out_channels, (mask_channels,) * 4, dilation=1),
@@ -117,7 +131,7 @@ class PvtMaskRCNN(PvtFasterRCNN, MaskRCNN):
         super().__init__(backbone, num_classes, box_channels, **{**settings, **kwargs})
 
 
-# Functions for what README builds, as torchvision names its own
+# Functions that build the detectors, named as torchvision names its functions
 pvt_retinanet = PvtRetinaNet.on_pvt
 pvt_faster_rcnn = PvtFasterRCNN.on_pvt
 pvt_mask_rcnn = PvtMaskRCNN.on_pvt
