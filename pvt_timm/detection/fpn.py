@@ -11,8 +11,10 @@ from timm.models import create_model
 
 
 def usual_normalisation(in_chans: int) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
-    """Mean and standard deviation per channel of images from 0 to 1: ImageNet's, or their average in every channel
-    where there are not three. `pvt-timm predict` takes the same."""
+    """Mean and standard deviation per channel, for images from 0 to 1. `pvt-timm predict` uses the same.
+
+    These are the values of ImageNet. If there are not three channels, every channel gets the average of the three.
+    """
     if in_chans == 3:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     mean, std = (round(sum(values) / len(values), 6) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -20,7 +22,7 @@ def usual_normalisation(in_chans: int) -> Tuple[Tuple[float, ...], Tuple[float, 
 
 
 class LastLevelsOnInput(LastLevelP6P7):
-    """P6 and P7 from the last backbone feature, without an activation between them."""
+    """The levels P6 and P7, made from the last feature map of the backbone, without an activation between them."""
 
     def forward(
             self, p: List[torch.Tensor], c: List[torch.Tensor], names: List[str],
@@ -29,7 +31,7 @@ class LastLevelsOnInput(LastLevelP6P7):
         return p + [p6, self.p7(p6)], names + ['p6', 'p7']
 
 
-# What makes them from the channels of the last stage and of the pyramid
+# For each `extra_levels`, a function that makes the module from the channels of the last stage and of the pyramid
 _EXTRA_LEVELS: Dict[Optional[str], Callable[[int, int], Any]] = {
     'pool': lambda channels, out_channels: LastLevelMaxPool(),
     'p6p7': lambda channels, out_channels: LastLevelP6P7(out_channels, out_channels),
@@ -39,14 +41,17 @@ _EXTRA_LEVELS: Dict[Optional[str], Callable[[int, int], Any]] = {
 
 
 class PvtFpnBackbone(nn.Module):
-    """A PVT feature pyramid for torchvision's detectors: images (B, C, H, W) to a dict of maps.
+    """A feature pyramid on PVT for torchvision's detectors.
+
+    It takes images (B, C, H, W) and returns a dict of feature maps (B, out_channels, H / stride, W / stride), finest
+    first. Their names are '0', '1' and so on, then 'pool', or 'p6' and 'p7'.
 
     Attributes:
-        body: The `features_only` model.
-        fpn: torchvision's `FeaturePyramidNetwork` on it.
+        body: The timm model, created with `features_only=True`.
+        fpn: torchvision's `FeaturePyramidNetwork` on its feature maps.
         in_chans: Channels of the images.
-        model_args: Arguments that `body` was made with, beside its name.
-        out_channels: Channels of every map. They are named '0', '1', ... and 'pool' or 'p6' and 'p7'.
+        model_args: Arguments that `body` was created with, beside its name.
+        out_channels: Channels of every map that is returned.
     """
 
     def __init__(
@@ -64,10 +69,11 @@ class PvtFpnBackbone(nn.Module):
             model_name: Name of a timm model, with or without a tag.
             pretrained: Load its weights.
             out_channels: Channels of the pyramid.
-            out_indices: Stages to take, from fine to coarse, 0 to 3 have strides 4 to 32.
-            extra_levels: Coarser levels. 'pool': one, subsampled (Faster and Mask R-CNN). 'p6p7': two convolutions on
-                the last level of the pyramid (torchvision's RetinaNet and FCOS). 'p6p7_on_input': two on the last stage
-                (the published PVT RetinaNet). None: none.
+            out_indices: Stages whose feature maps are used, from fine to coarse. Stages 0 to 3 have strides 4 to 32.
+            extra_levels: Which coarser levels to add. 'pool' adds one, every second position of the last level (for
+                Faster and Mask R-CNN). 'p6p7' adds two, by convolutions on the last level of the pyramid (for
+                torchvision's RetinaNet and FCOS). 'p6p7_on_input' adds two, by convolutions on the last stage of the
+                backbone (for the published PVT RetinaNet). None adds none.
             model_args: More arguments for `timm.create_model`, such as `dict(drop_path_rate=0.1)`.
             frozen_stages: Number of stages that are not trained, from the first one on. Their parameters need no
                 gradient, and they stay in evaluation mode.
@@ -75,7 +81,7 @@ class PvtFpnBackbone(nn.Module):
         super().__init__()
         if extra_levels not in _EXTRA_LEVELS:
             raise ValueError(f'Expected extra_levels in {tuple(_EXTRA_LEVELS)}, got {extra_levels!r}.')
-        most = max(i % 4 for i in out_indices) + 1  # the others are not there
+        most = max(i % 4 for i in out_indices) + 1  # the model has no stages after the last one that is used
         if frozen_stages not in range(most + 1):
             raise ValueError(f'Expected frozen_stages from 0 to {most}, got {frozen_stages!r}.')
         self.model_args = dict(model_args or {})
@@ -95,7 +101,7 @@ class PvtFpnBackbone(nn.Module):
         return [self.body.get_submodule(f'stages_{i}') for i in range(self.frozen_stages)]
 
     def train(self, mode: bool = True) -> 'PvtFpnBackbone':
-        """Leaves frozen stages in evaluation mode: without dropout and drop path."""
+        """Set the mode of all but the frozen stages. These stay in evaluation mode, without dropout and drop path."""
         super().train(mode)
         for stage in self._frozen():
             stage.eval()
