@@ -1,7 +1,7 @@
 """ Detectors of OpenMMLab and of the original PVT code as torchvision models, and back.
 
-mmdetection 2 and 3 and the original code (which is mmdetection 2.13 with a backbone of its own) name neck and heads
-alike. A row of a table says which parameters hold the same numbers, see `formats/names.py`.
+mmdetection 2, mmdetection 3 and the original code (mmdetection 2.13 with another backbone) use the same names for neck
+and heads. A row of a table says which parameters hold the same numbers, see `formats/names.py`.
 """
 import logging
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Set, Tuple, Union
@@ -25,7 +25,8 @@ _logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, torch.Tensor]
 
-# The background is the last class in OpenMMLab and the first in torchvision, where its boxes and masks are 0.
+# The background is the last class in OpenMMLab and the first one in torchvision. OpenMMLab has no boxes and masks for
+# it. torchvision has, and does not use them: they are set to 0.
 
 def _background_first(x: torch.Tensor) -> torch.Tensor:
     return x.roll(1, dims=0)
@@ -84,37 +85,37 @@ _MASK_RCNN = (
     Row('roi_heads.mask_predictor.mask_fcn_logits.{p}',   'roi_head.mask_head.conv_logits.{p}',
         to_ours=_add_background_mask, to_theirs=_drop_background_mask),
 )
-# Kind of model -> a parameter with rows per class, rows for one class, rows for the background
+# Kind of model -> (a parameter that has rows for each class, number of rows per class, number of rows for a background)
 _HEADS = {
     'RetinaNet': ('bbox_head.retina_cls.weight', 9, 0),  # 3 scales x 3 aspect ratios
     'Mask R-CNN': ('roi_head.mask_head.conv_logits.weight', 1, 0),  # its classes are those of Faster R-CNN's
     'Faster R-CNN': ('roi_head.bbox_head.fc_cls.weight', 1, 1),
     'Semantic FPN': ('decode_head.conv_seg.weight', 1, 0),
 }
-# Kind of detector -> its class, names of what stands beside its backbone
+# Kind of detector -> (its class, table of the parameters outside of its backbone)
 _DETECTORS: Dict[str, Tuple[Any, Table]] = {
     'RetinaNet': (PvtRetinaNet, _RETINANET),
     'Faster R-CNN': (PvtFasterRCNN, _FASTER_RCNN),
     'Mask R-CNN': (PvtMaskRCNN, _MASK_RCNN),
 }
-# Arguments of `on_pvt` that loading takes beside those of the class
+# Arguments of `on_pvt` that the loading functions take, besides the arguments of the class
 _FOR_ON_PVT = ('num_classes', 'model_args', 'frozen_stages')
 
 
 def coco_categories() -> Dict[int, str]:
-    """COCO's 80 categories, id in the annotation files to name, in the order of class indices."""
+    """COCO's 80 categories in the order of class indices: a dict of ids in the annotation files to names."""
     names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta['categories']
     return {i: name for i, name in enumerate(names) if name not in ('__background__', 'N/A')}
 
 
 def describe_heads(state_dict: Mapping[str, Any]) -> Optional[Tuple[str, int]]:
-    """Tell what a state dict of OpenMMLab holds beside its backbone.
+    """The kind of detector or segmenter that a state dict of OpenMMLab holds, and its number of classes.
 
     Args:
-        state_dict: Tensors under the names of mmdetection or mmsegmentation, whatever stands before them.
+        state_dict: Tensors under the names of mmdetection or mmsegmentation, with any prefix.
 
     Returns:
-        'RetinaNet', 'Mask R-CNN', 'Faster R-CNN' or 'Semantic FPN' and its number of classes. None if none of these.
+        ('RetinaNet', 'Mask R-CNN', 'Faster R-CNN' or 'Semantic FPN', number of classes). None if it is none of these.
     """
     found = {}
     for kind, (anchor, per_class, background) in _HEADS.items():
@@ -124,19 +125,20 @@ def describe_heads(state_dict: Mapping[str, Any]) -> Optional[Tuple[str, int]]:
         if isinstance(weight, torch.Tensor) and weight.ndim:
             found[kind] = weight.shape[0] // per_class - background
     if 'Mask R-CNN' in found:
-        # Masks may be there once for all classes. What has the wrong shape then is the mask head, not the box head.
+        # Some models have one mask for all classes. The number of classes is that of the box head, so that a message
+        # about a wrong shape names the mask head.
         return 'Mask R-CNN', found.get('Faster R-CNN', found['Mask R-CNN'])
     return next(iter(found.items()), None)
 
 
 def heads_of(converted: Converted) -> Dict[str, Any]:
-    """What stands beside the backbone of a detector or segmenter, under OpenMMLab's names."""
+    """The tensors outside of the backbone of a detector or segmenter, under OpenMMLab's names."""
     root = converted.prefix.removesuffix('backbone.')
     return {k[len(root):]: v for k, v in converted.beside.items() if isinstance(k, str) and k.startswith(root)}
 
 
 def _outline(heads: Mapping[str, Any]) -> str:
-    """What stands beside a backbone and the parts of each, as 'bbox_head (cls_convs, gfl_cls), neck (fpn_convs)'."""
+    """The modules outside of a backbone and their parts, such as 'bbox_head (cls_convs, gfl_cls), neck (fpn_convs)'."""
     inner: Dict[str, Set[str]] = {}
     for key in heads:
         part, _, rest = key.partition('.')
@@ -148,19 +150,28 @@ def from_openmmlab(
         checkpoint: Checkpoint, kinds: Mapping[str, Tuple[Callable[..., Any], Table]], prefix: Optional[str] = None,
         num_classes: Optional[int] = None, model_args: Optional[Dict[str, Any]] = None,
         **kwargs: Any) -> Tuple[Any, Dict[str, Any]]:
-    """Load a whole detector or segmenter of OpenMMLab or of the original code, or nothing of it.
+    """Load a whole detector or segmenter of OpenMMLab or of the original code. All of its weights have to fit.
 
-    `describe_heads` has to say one of `kinds`. Each has what makes the model from the name of a PVT, a number of
-    classes, what the weights and the config in the file say, and `kwargs`, and a table for what is beside the backbone.
-    With another `num_classes` than in the file the layers that depend on it are new ones.
+    Args:
+        checkpoint: A file, or its content.
+        kinds: The kinds of models (as `describe_heads` returns them) that are accepted. Each has the function that
+            builds the model and the table of its parameters outside of the backbone. The function gets the name of a
+            PVT, the number of classes, the settings from the weights and from the config in the file, and `kwargs`.
+        prefix: The part before the names of the model, or of its backbone.
+        num_classes: If it differs from that of the file, the layers that depend on it are new.
+        model_args: Arguments for `timm.create_model`.
+        kwargs: More arguments for the function that builds the model.
 
     Returns:
-        The model in evaluation mode, and 'label_names' and 'palette' in the file, where there is one per class. Both
+        The model in evaluation mode, and 'label_names' and 'palette' from the file if it has one for each class. Both
         are empty for new classes.
+
+    Raises:
+        ValueError: The checkpoint holds none of `kinds`, or does not fit the model.
     """
     checkpoint = open_checkpoint(checkpoint)
     if prefix is not None and prefix.rstrip('.').rpartition('.')[2] != 'backbone':
-        prefix = f'{prefix.rstrip(".")}.backbone'.lstrip('.')  # of the whole model, not of its backbone
+        prefix = f'{prefix.rstrip(".")}.backbone'.lstrip('.')  # the caller gave the prefix of the whole model
     converted = map_to_timm(checkpoint, prefix=prefix)
     if converted.format not in ('mmdet', 'original') or not converted.prefix.endswith('backbone.'):
         raise ValueError(
@@ -183,7 +194,7 @@ def from_openmmlab(
     body = drop_parts(converted.state_dict, ('class_token', 'norm', 'head'), info.class_row)
     body, _ = from_timm(body, 'timm_features')
     ours, _, _ = to_ours(heads, table)
-    # A tensor without elements says no width: such a checkpoint is refused below
+    # Empty tensors do not tell a width. A checkpoint that has some is refused below.
     settings: Dict[str, Any] = dict(widths_of({name: x for name, x in ours.items() if x.numel()}))
     meta = checkpoint.get('meta')
     said = read_settings(meta if isinstance(meta, Mapping) else {}, kind)
@@ -233,8 +244,8 @@ def _build(
     return model
 
 
-# What training leaves beside the weights of a model: averages of mmcv's hook under names of their own (the plain names
-# hold the averaged weights), buffers of mmengine, a head for training alone
+# Starts of names that training leaves in a checkpoint and that are not used: copies of mmcv's EMA hook (the averaged
+# weights are those under the plain names), buffers of mmengine, a head that is used in training only
 _LEFTOVERS = ('ema_', 'data_preprocessor.', 'auxiliary_head.')
 
 
@@ -247,7 +258,7 @@ def _without_leftovers(heads: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
-    """Weights as OpenMMLab names and stacks them, with a backbone in format 'mmdet' or 'original'."""
+    """The weights of `model` as OpenMMLab names and stacks them, with the backbone in format 'mmdet' or 'original'."""
     state_dict = model.state_dict()
     body, _ = from_timm(map_to_timm(state_dict).state_dict, fmt)
     if fmt == 'original':
@@ -257,7 +268,7 @@ def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
 
 
 def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fmt: str = 'mmdet') -> StateDict:
-    """Weights of a detector as mmdetection, or the original code, names and stacks them.
+    """The weights of a detector, named and stacked as in mmdetection or the original code.
 
     Args:
         model: A detector of this package.
@@ -274,7 +285,7 @@ def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fm
 def detector_from_mmdet(
         checkpoint: Checkpoint, prefix: Optional[str] = None, kinds: Iterable[str] = tuple(_DETECTORS),
         **kwargs: Any) -> Any:
-    """The detector in a whole checkpoint of any of these `kinds`, otherwise as `retinanet_from_mmdet`."""
+    """Load a whole detector of any of these `kinds`. Arguments and errors are those of `retinanet_from_mmdet`."""
     checkpoint = open_checkpoint(checkpoint)
     wanted = {kind: _DETECTORS[kind] for kind in kinds}
     if is_own(checkpoint):
@@ -288,48 +299,48 @@ def detector_from_mmdet(
 
 
 def retinanet_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtRetinaNet:
-    """The RetinaNet in a whole checkpoint of mmdetection, of the original PVT code or of this package.
+    """Load a RetinaNet of mmdetection, of the original PVT code or of this package.
 
     Args:
-        checkpoint: File, of which nothing is executed, or what it holds, bare or under 'state_dict': `backbone.*`,
-            `neck.*` and `bbox_head.*`, in a two-stage detector `rpn_head.*` and `roi_head.*` instead of the last.
-            Of this package a checkpoint of `pvt-timm detector fit`, or the state dict of a detector.
-        prefix: What stands before the names of the model, or of its backbone, needed where there are several.
-        kwargs: Arguments as those of `pvt_retinanet`: for the class of the model, such as `min_size` (by default that
-            of the file, or 800), `num_classes` (with another number than in the file the layers that depend on it are
-            new, to be trained, which a warning says), `model_args` (such as `dict(drop_path_rate=0.1)`) and
-            `frozen_stages`.
+        checkpoint: A file (nothing in it is executed), or its content: a state dict, bare or under 'state_dict', with
+            `backbone.*`, `neck.*` and `bbox_head.*`. A two-stage detector has `rpn_head.*` and `roi_head.*` instead of
+            `bbox_head.*`. Of this package a checkpoint of `pvt-timm detector fit`, or the state dict of a detector.
+        prefix: The part before the names of the model, or of its backbone. It is needed where there are several.
+        kwargs: Arguments of `pvt_retinanet`, such as `min_size` (by default that of the file, or 800), `num_classes`,
+            `model_args` (such as `dict(drop_path_rate=0.1)`) and `frozen_stages`. If `num_classes` differs from that
+            of the file, the layers that depend on it are new and have to be trained. A warning names them.
 
     Returns:
         A torchvision model in evaluation mode. Variant, number of classes and widths are read off the weights. Names
         of classes, sizes and normalisation of images are those that the file says.
 
     Raises:
-        ValueError: Not such a checkpoint. The message names what is wrong.
+        ValueError: It is no such checkpoint. The message says what is wrong.
         TypeError: A keyword is not known.
     """
     return detector_from_mmdet(checkpoint, prefix, ['RetinaNet'], **kwargs)
 
 
 def faster_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtFasterRCNN:
-    """Whole Faster R-CNN checkpoint, otherwise as `retinanet_from_mmdet`."""
+    """Load a Faster R-CNN with neck and heads. Arguments and errors are those of `retinanet_from_mmdet`."""
     return detector_from_mmdet(checkpoint, prefix, ['Faster R-CNN'], **kwargs)
 
 
 def mask_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> PvtMaskRCNN:
-    """Whole Mask R-CNN checkpoint, otherwise as `retinanet_from_mmdet`."""
+    """Load a Mask R-CNN with neck and heads. Arguments and errors are those of `retinanet_from_mmdet`."""
     return detector_from_mmdet(checkpoint, prefix, ['Mask R-CNN'], **kwargs)
 
 
 def retinanet_coco(model_name: str = 'pvt_small', cache_dir: Optional[str] = None, **kwargs: Any) -> PvtRetinaNet:
     """OpenMMLab's RetinaNet on PVT, trained on COCO (published box AP: tiny 36.6, small 40.4, medium 41.7).
 
-    The file is that of the tag `retinanet_coco`, downloaded once and checked against the hash in its name.
+    The weights are the file of the tag `retinanet_coco` (a tag is timm's name for a set of published weights). It is
+    downloaded once, and compared with the hash in its name.
 
     Args:
         model_name: 'pvt_tiny', 'pvt_small' or 'pvt_medium'.
-        cache_dir: Where to keep the download, torch's hub folder by default.
-        kwargs: As for `retinanet_from_mmdet`, such as `num_classes` for a new head and `min_size`.
+        cache_dir: Folder that keeps the download, by default torch's hub folder.
+        kwargs: Arguments of `retinanet_from_mmdet`, such as `num_classes` for a new head, and `min_size`.
 
     Returns:
         The model in evaluation mode. `categories` names its 80 classes, see `coco_categories` for their ids.
