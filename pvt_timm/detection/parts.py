@@ -1,4 +1,4 @@
-""" What the published detectors do other than torchvision's, in subclasses of torchvision's own parts. """
+""" Parts in which the published detectors differ from torchvision's, as subclasses of torchvision's parts. """
 import inspect
 import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
@@ -27,12 +27,16 @@ Detector = TypeVar('Detector', bound='PublishedDetector')
 class FixedStrideAnchors(AnchorGenerator):
     """Anchors of mmdetection: not rounded, centred on multiples of fixed strides.
 
-    torchvision's take the image size over the size of the map as stride, which is 61 and not 64 for a map of 13 on 800
-    pixels.
+    torchvision divides the image size by the size of the feature map to get the stride. For 800 pixels and a map of 13
+    positions that gives 61 instead of 64.
     """
 
     def __init__(self, strides: Sequence[int], scales: Sequence[float]):
-        """Sides of the square ones are `scales` times the stride of their level."""
+        """
+        Args:
+            strides: Stride of each level.
+            scales: Sides of the square anchors, in strides of their level.
+        """
         self.strides = tuple(strides)
         sizes = tuple(tuple(stride * scale for scale in scales) for stride in self.strides)
         super().__init__(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
@@ -53,16 +57,16 @@ class FixedStrideAnchors(AnchorGenerator):
 
 
 def in_full(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers in float32, or in float64 if they are.
+    """The same numbers in float32, or in float64 if that is their type.
 
-    Half precision cannot tell pixels apart from 256 (bfloat16) or 2048 (float16) on, so coordinates and scores have no
-    place in it.
+    Half precision is not used for coordinates and scores. It cannot tell neighbouring pixels apart above 256 (bfloat16)
+    or 2048 (float16).
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ClippedBoxCoder(BoxCoder):
-    """Box coder whose change of size is bounded on both sides, and that decodes in float32 or better."""
+    """Box coder that limits how much a box may shrink as well as grow, and decodes in float32 or better."""
 
     def decode_single(self, rel_codes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         codes = in_full(rel_codes)
@@ -72,14 +76,19 @@ class ClippedBoxCoder(BoxCoder):
 
 
 class BestForObjectMatcher(Matcher):
-    """Matcher that gives the anchor with the best IoU of an object to that object, as OpenMMLab's does.
+    """Matcher that gives each object the anchor with its best IoU, as OpenMMLab's matcher does.
 
-    torchvision's gives such an anchor to the object that it overlaps most, which may be another one, and does so
-    however small the best IoU is.
+    torchvision's matcher may give this anchor to another object, which the anchor overlaps more. It also takes such
+    anchors if their IoU is very small.
     """
 
     def __init__(self, high_threshold: float, low_threshold: float, lowest_best: float):
-        """An object whose best IoU is below `lowest_best` gets no anchor that it would not have got anyway."""
+        """
+        Args:
+            high_threshold: As in torchvision's matcher.
+            low_threshold: As in torchvision's matcher.
+            lowest_best: An object whose best IoU is below this number does not get an anchor for being its best.
+        """
         super().__init__(high_threshold, low_threshold, allow_low_quality_matches=True)
         self.lowest_best = lowest_best
 
@@ -87,7 +96,7 @@ class BestForObjectMatcher(Matcher):
             self, matches: torch.Tensor, all_matches: torch.Tensor, match_quality_matrix: torch.Tensor) -> None:
         best = match_quality_matrix.amax(dim=1, keepdim=True)
         objects, anchors = torch.where((match_quality_matrix == best) & (best >= self.lowest_best))
-        # where an anchor is the best of several objects, the last one has it
+        # if an anchor is the best one of several objects, the last of them gets it
         last = torch.full_like(matches, -1).scatter_reduce(0, anchors, objects, 'amax')
         matches[last >= 0] = last[last >= 0]
 
@@ -116,10 +125,10 @@ class FullMaskPredictor(MaskRCNNPredictor):
 
 
 class BatchRetinaNetHead(RetinaNetHead):
-    """torchvision's with OpenMMLab's loss: summed over all images, divided by the positive anchors of all of them.
+    """torchvision's head with OpenMMLab's loss: the sum over all images, divided by the positive anchors of all images.
 
-    torchvision divides image by image and takes the mean, so that an object weighs more where there are fewer. As in
-    OpenMMLab an image without positive anchors counts as one. Outputs are float32 or better.
+    torchvision divides image by image and takes the mean of the images, so an object weighs more in an image with few
+    objects. As in OpenMMLab, an image without positive anchors counts as if it had one. Outputs are float32 or better.
     """
 
     def forward(self, x: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -141,10 +150,10 @@ class BatchRetinaNetHead(RetinaNetHead):
 
 
 class AlignedRoIAlign(MultiScaleRoIAlign):
-    """RoIAlign with half-pixel alignment on maps with strides 4 to 32, and as many samples as a box is large.
+    """RoIAlign with half-pixel alignment, on maps with strides 4 to 32. Larger boxes take more samples.
 
-    torchvision's infers strides from the first image that it sees, and has no such alignment. Boxes stay float32 or
-    better, whatever the maps are, and so does the sampling.
+    torchvision's class infers the strides from the first image that it sees, and has no half-pixel alignment. Boxes and
+    samples are float32 or better, whatever the type of the maps.
     """
 
     def __init__(self, output_size: int):
@@ -165,29 +174,30 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
                 feature, rois[index].to(feature.dtype), self.output_size, 1 / (4 * 2 ** level), self.sampling_ratio,
                 aligned=True))
             indices.append(index)
-        # Sorted back, not written into a tensor of as many rows: a graph that is exported would keep their number.
+        # Sorted back into their order. Writing them into an empty tensor would fix the number of boxes in an exported
+        # graph.
         return torch.cat(pooled)[torch.cat(indices).argsort()].to(maps[0].dtype)
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
     """Put masks (N, 1, M, M) that span their boxes (N, 4) into an image of height and width `size`: (N, 1, H, W).
 
-    They are sampled at the centres of its pixels, bilinearly, in float32 or better. torchvision rounds a box to pixels,
-    which moves its mask.
+    The masks are sampled at the centres of the image's pixels, bilinearly, in float32 or better. torchvision rounds a
+    box to whole pixels, which moves its mask.
     """
     masks, boxes = in_full(masks), in_full(boxes)
     x1, y1, x2, y2 = boxes.to(masks.dtype).unbind(dim=1)
     rows = _sampling_weights(y1, y2, size[0], masks.shape[2])
     columns = _sampling_weights(x1, x2, size[1], masks.shape[3])
-    with torch.autocast(masks.device.type, enabled=False):  # which would multiply in half precision
+    with torch.autocast(masks.device.type, enabled=False):  # autocast would multiply in half precision
         return (rows @ masks[:, 0] @ columns.transpose(1, 2))[:, None]
 
 
 def _sampling_weights(low: torch.Tensor, high: torch.Tensor, pixels: int, cells: int) -> torch.Tensor:
-    """What each of the cells between `low` and `high` (N,) adds to each pixel of a side of the image.
+    """Weights (N, pixels, cells) of the cells of N masks for the pixels along one side of the image.
 
-    (N, pixels, cells). Between the centres of two cells it falls from 1 to 0. It is 0 from one pixel outside of the
-    box on.
+    The cells lie between `low` and `high` (N,), the edges of the boxes on this side. The weight of a cell falls from 1
+    at its centre to 0 at the centre of the next cell. It is 0 for pixels that are more than a pixel outside of the box.
     """
     low, high = low[:, None], high[:, None]
     pixel = torch.arange(pixels, device=low.device).to(low.dtype)
@@ -198,9 +208,10 @@ def _sampling_weights(low: torch.Tensor, high: torch.Tensor, pixels: int, cells:
 
 
 def resized(width: Any, height: Any, min_size: int, max_size: int) -> Tuple[Any, Any]:
-    """Width and height whose shorter side is `min_size`, or less where the longer one would be above `max_size`.
+    """Width and height that an image is resized to, in proportion.
 
-    They are rounded, and none is below 1. In an exported graph they follow from the size of its own image.
+    The shorter side becomes `min_size`, or less if the longer side would be above `max_size`. Both are rounded, and at
+    least 1. In an exported graph they are computed from the size of the image that the graph gets.
     """
     if torch.jit.is_tracing():
         sides = torch.stack([torch.as_tensor(width), torch.as_tensor(height)]).double()
@@ -212,7 +223,10 @@ def resized(width: Any, height: Any, min_size: int, max_size: int) -> Tuple[Any,
 
 
 class RoundingTransform(GeneralizedRCNNTransform):
-    """Resizing to rounded instead of floored sides, none of them below 1, and back without rounding boxes of masks."""
+    """torchvision's transform, except that sides are rounded (not floored, and at least 1), and masks are not shifted.
+
+    torchvision rounds the boxes of masks to pixels, see `paste_masks`.
+    """
 
     def resize(
             self, image: torch.Tensor, target: Optional[Detection] = None) -> Tuple[torch.Tensor, Optional[Detection]]:
@@ -236,17 +250,20 @@ class RoundingTransform(GeneralizedRCNNTransform):
 
 
 class PublishedDetector(nn.Module):
-    """What the detectors here have beside their torchvision classes, which follow it among the bases.
+    """Base class of the detectors here: what they have in common. Their second base is a class of torchvision.
 
-    They take a list of images (C, H, W) of any sizes with values from 0 to 1. In evaluation they return one dict of
-    'boxes', 'scores' and 'labels' per image, in training (with `targets`) a dict of losses. Images and targets that
-    they would be wrong on in silence raise ValueError, keywords that torchvision would swallow TypeError.
+    A detector takes a list of images (C, H, W) of any sizes, with values from 0 to 1. In evaluation mode it returns a
+    dict for each image: 'boxes' (N, 4) as x1, y1, x2, y2 in pixels, 'scores' (N,) and 'labels' (N,). In training mode
+    it also takes `targets`, a dict with 'boxes' and 'labels' for each image, and returns a dict of losses.
+
+    ValueError is raised for images and targets that would give wrong results without an error, and TypeError for
+    keyword arguments that torchvision would ignore.
 
     Attributes:
         kind: 'retinanet', 'faster_rcnn' or 'mask_rcnn', also of subclasses.
-        num_classes: Number of classes, the background not counted. (torchvision counts it in Faster and Mask R-CNN.)
-        first_label: Label of the first class, in targets and in what is found: 0, or 1 where label 0 is the background.
-        categories: Names of the classes, the first is that of `first_label`. Empty if not known.
+        num_classes: Number of classes, without a background. (torchvision counts it in Faster and Mask R-CNN.)
+        first_label: Label of the first class, in targets and results: 0, or 1 where label 0 is the background.
+        categories: Names of the classes, starting with the one of `first_label`. Empty if not known.
     """
     kind = ''
     first_label = 0
@@ -270,12 +287,12 @@ class PublishedDetector(nn.Module):
 
     @classmethod
     def check_keywords(cls, kwargs: Mapping[str, Any]) -> None:
-        """Raise TypeError for arguments that neither the class nor its torchvision class has."""
+        """Raise TypeError for arguments that neither this class nor its torchvision class has."""
         known = {'size_divisible', 'fixed_size'}
         for base in cls.__mro__:
             known.update(inspect.signature(base).parameters)
             if not issubclass(base, PublishedDetector):
-                break  # torchvision's class; the names of those behind it are not passed on
+                break  # torchvision's class. Arguments of its own base classes are not passed on.
         unknown = [k for k in kwargs if k not in known]
         if unknown:
             raise TypeError(f'{cls.__name__} got unexpected keyword arguments: {", ".join(unknown)}')
@@ -285,16 +302,25 @@ class PublishedDetector(nn.Module):
             cls: Type[Detector], model_name: str = 'pvt_small', num_classes: int = 80,
             pretrained_backbone: bool = False, out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None,
             frozen_stages: int = 0, **kwargs: Any) -> Detector:
-        """The detector on PVT as published, with new neck and heads.
+        """Build the detector on PVT with the published settings. Its neck and heads are new and have to be trained.
+
+            model = pvt_retinanet('pvt_small', num_classes=3, pretrained_backbone=True)
 
         Args:
-            model_name: Name of a timm model, with or without a tag.
+            model_name: Name of a timm model, 'pvt_small' or with a tag 'pvt_small.in1k'. A tag is timm's name for a set
+                of published weights.
             num_classes: Number of classes, without a background class.
-            pretrained_backbone: Load its weights.
-            out_channels: Channels of the pyramid, and of RetinaNet's head.
+            pretrained_backbone: Load the published weights of the backbone. They are downloaded when first used.
+            out_channels: Channels of the feature pyramid, and of RetinaNet's head.
             model_args: Arguments for `timm.create_model`, such as `dict(drop_path_rate=0.1)`.
             frozen_stages: Number of stages of the backbone that are not trained, from the first one on.
-            kwargs: Arguments for the class, such as `min_size`.
+            kwargs: Arguments for the class of the detector, such as `min_size` and `max_size`.
+
+        Returns:
+            The detector in training mode. `first_label` of it says whether labels count from 0 or from 1.
+
+        Raises:
+            TypeError: An argument is not known.
         """
         cls.check_keywords(kwargs)  # before anything is downloaded
         backbone = PvtFpnBackbone(
@@ -305,8 +331,8 @@ class PublishedDetector(nn.Module):
     def forward(
             self, images: Sequence[torch.Tensor], targets: Optional[Sequence[Detection]] = None,
     ) -> Union[Dict[str, torch.Tensor], List[Detection]]:
-        if not torch.jit.is_tracing():  # what is exported cannot raise
-            unit_range = max(self.transform.image_std) <= 1  # not where somebody normalises images from 0 to 255
+        if not torch.jit.is_tracing():  # an exported graph cannot raise errors
+            unit_range = max(self.transform.image_std) <= 1  # otherwise the model was set up for images from 0 to 255
             for i, image in enumerate(images):
                 check_image(image, self.in_chans, f'image {i}', unit_range)
         if targets is not None:
