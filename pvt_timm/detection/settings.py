@@ -1,8 +1,8 @@
-""" What the config in a file of OpenMMLab says about a detector or segmenter: obeyed, or refused by name.
+""" Settings of a detector or segmenter in the config that OpenMMLab keeps in a checkpoint.
 
-The tensors of a checkpoint have the same shapes whatever the scales of anchors, the thresholds or the sizes of images
-were, and the detections would be others. So each setting that changes what a model finds either becomes an argument of
-our model, or has to have the one value that our model has.
+The weights do not tell the scales of anchors, the thresholds or the sizes of images, and with other values the model
+finds something else. So each setting that changes the results either becomes an argument of our model, or must have the
+one value that our model has. Any other value is refused by name.
 """
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
@@ -11,7 +11,7 @@ from ..formats.values import numbers, shown
 
 __all__ = ['read_settings']
 
-# Settings that our models have one value for: where they stand in `model` of the config, and the value
+# Settings for which our models have one value only: their place in `model` of the config, and the value
 Fixed = Dict[str, Any]
 
 _ANCHORS: Fixed = {'type': 'AnchorGenerator', 'ratios': (0.5, 1, 2), 'center_offset': 0}
@@ -84,7 +84,7 @@ FIXED: Dict[str, Fixed] = {
     'Semantic FPN': _SEMANTIC_FPN,
 }
 
-# Settings that become arguments of our models: where they stand, the argument, and its lowest and highest value
+# Settings that become arguments of our models: their place, (the argument, its lowest value, its highest value)
 _TWO_STAGES: Dict[str, Tuple[str, float, float]] = {
     'test_cfg.rpn.nms_pre': ('rpn_pre_nms_top_n_test', 1, 1e6),
     'test_cfg.rpn.max_per_img': ('rpn_post_nms_top_n_test', 1, 1e6),
@@ -107,23 +107,23 @@ OBEYED: Dict[str, Dict[str, Tuple[str, float, float]]] = {
 
 
 def read_settings(meta: Mapping[str, Any], kind: str) -> Dict[str, Any]:
-    """Read what the config in a file says.
+    """Arguments of our model from the config in a checkpoint.
 
     Args:
-        meta: What stands under 'meta' in the file.
+        meta: The entry 'meta' of the checkpoint.
         kind: 'RetinaNet', 'Faster R-CNN', 'Mask R-CNN' or 'Semantic FPN'.
 
     Returns:
-        Arguments for the class of the model, 'image_mean' and 'image_std' (of images from 0 to 1) among them, and
+        Arguments for the class of the model, among them 'image_mean' and 'image_std' (for images from 0 to 1), and
         'model_args' for its PVT. Empty without a config.
 
     Raises:
-        ValueError: The config says something that our model has no setting for. The message names it.
+        ValueError: The config has a setting with a value that our model cannot have. The message names it.
     """
     config = read_config_text(meta)
     model = config.get('model')
     model = dict(model) if isinstance(model, dict) else {}
-    test_cfg = config.get('test_cfg')  # of mmdetection 2. mmengine has its loop there.
+    test_cfg = config.get('test_cfg')  # where mmdetection 2 has it. In mmengine's configs this is the test loop.
     if 'test_cfg' not in model and isinstance(test_cfg, dict) and 'type' not in test_cfg:
         model['test_cfg'] = test_cfg
     for place, ours in FIXED[kind].items():
@@ -166,7 +166,10 @@ def _at(model: Any, place: str) -> Any:
 
 
 def _same(theirs: Any, ours: Any) -> bool:
-    """Whether a value of a config is ours. A list may stand for a tuple, and one number for several that are alike."""
+    """Whether a value of a config is the same as ours.
+
+    A list may stand for a tuple, and a single number for a tuple of equal numbers.
+    """
     if isinstance(ours, (int, float)) and not isinstance(ours, bool):
         values = numbers(theirs)
         return values is not None and all(abs(value - ours) <= 1e-6 * abs(ours) for value in values)
@@ -181,7 +184,7 @@ def _same(theirs: Any, ours: Any) -> bool:
 
 # ---- sizes of images -------------------------------------------------------------------------------------------------
 
-# What resizes images in pipelines, each by its `scale` or `img_scale`
+# Steps of a pipeline that resize images, and the names of their settings for the size
 _RESIZING = ('Resize', 'AlignResize', 'MultiScaleFlipAug', 'TestTimeAug')
 _SCALES = ('scale', 'img_scale', 'scales')
 
@@ -205,7 +208,7 @@ def _image_size(config: Dict[str, Any]) -> Dict[str, int]:
 
 
 def _pipelines(config: Dict[str, Any]) -> Iterator[Any]:
-    """What may say how images are resized in testing, the first place that says it counts."""
+    """The places that may say how images are resized in testing. The first one that says it counts."""
     data = config.get('data')
     yield _at(config, 'test_dataloader.dataset')
     yield data.get('test') if isinstance(data, dict) else None
@@ -215,7 +218,7 @@ def _pipelines(config: Dict[str, Any]) -> Iterator[Any]:
 
 
 def _as_scales(value: Any) -> Iterable[Tuple[int, int]]:
-    """(side, side) for each size that a config says. A number is a square."""
+    """(side, side) for each size in a value of a config. A single number is a square."""
     several: List[Any] = [value]
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple)):
         several = list(value)
