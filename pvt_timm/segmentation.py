@@ -1,6 +1,6 @@
 """ Semantic FPN on PVT as published, and checkpoints of mmsegmentation and of the original code for it.
 
-The paper trains it for 40,000 steps of ADE20K with 32 crops of 512x512 pixels, and so would
+The paper trains it on ADE20K for 40,000 steps of 32 crops of 512x512 pixels. This does the same:
 
     model = semantic_fpn('pvt_small', pretrained_backbone=True, model_args=dict(drop_path_rate=0.1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=1e-4)
@@ -46,7 +46,7 @@ def ade20k_classes() -> Tuple[List[str], List[Color]]:
 
 
 class SemanticFpnHead(nn.Module):
-    """Brings all levels of a pyramid to the size of the finest one, adds them up and classifies every position."""
+    """Enlarges all levels of a pyramid to the size of the finest one, adds them and classifies every position."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, drop_rate: float):
         super().__init__()
@@ -65,7 +65,7 @@ class SemanticFpnHead(nn.Module):
     def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
         x = self.branches[0](maps[0])
         for branch, feature in zip(self.branches[1:], maps[1:]):
-            # where a side is odd, twice the coarser map is smaller by one
+            # if a side of the finer map is odd, twice the side of the coarser map is one less
             x = x + F.interpolate(branch(feature), size=x.shape[2:], mode='bilinear', align_corners=False)
         return self.classifier(self.dropout(x))
 
@@ -73,8 +73,9 @@ class SemanticFpnHead(nn.Module):
 class SemanticFpn(nn.Module):
     """Semantic FPN (https://arxiv.org/abs/1901.02446) as the PVT paper uses it.
 
-    Takes images (B, C, H, W) of one size, from 32x32 up, normalised with `mean` and `std`, and returns logits (B,
-    num_classes, H, W). Classes count from 0. `segment` takes one image of any size from 0 to 1.
+    It takes a batch of images (B, C, H, W) of at least 32x32 pixels, normalised with `mean` and `std`, and returns
+    logits (B, num_classes, H, W). Classes count from 0. `segment` takes a single image of any size, with values from 0
+    to 1, and returns its classes.
 
     Attributes:
         kind: 'semantic_fpn', also of subclasses.
@@ -82,7 +83,7 @@ class SemanticFpn(nn.Module):
         categories: Names of the classes, empty if not known.
         palette: Their colours (red, green, blue), empty if not known.
         in_chans: Channels of the images.
-        mean: Mean per channel of images from 0 to 1, timm's for ImageNet (their average where there are not three).
+        mean: Mean per channel, for images from 0 to 1: that of ImageNet, see `usual_normalisation`.
         std: Standard deviation per channel.
     """
     kind = 'semantic_fpn'
@@ -98,7 +99,7 @@ class SemanticFpn(nn.Module):
     ):
         """
         Args:
-            backbone: Levels with strides 4 to 32.
+            backbone: Feature pyramid with strides 4 to 32.
             num_classes: Number of classes.
             channels: Channels of the head.
             drop_rate: Dropout of channels before the classifier.
@@ -121,14 +122,14 @@ class SemanticFpn(nn.Module):
 
     @torch.no_grad()
     def segment(self, image: torch.Tensor) -> torch.Tensor:
-        """Classes (H, W) of an image (C, H, W) from 0 to 1, in evaluation mode, which the model is in for that long.
+        """Classes (H, W) of an image (C, H, W) with values from 0 to 1. The model is in evaluation mode meanwhile.
 
-        It is resized twice, as in the original's AlignResize and mmsegmentation's ResizeToMultiple: the shorter side
-        to `min_size`, or less where the longer one would be above `max_size`, and then up to multiples of 32. Bytes
-        are not rounded to in between, as they are there.
+        The image is resized twice, as by the original's AlignResize and mmsegmentation's ResizeToMultiple. First the
+        shorter side becomes `min_size`, or less if the longer side would be above `max_size`. Then both sides are
+        enlarged to multiples of 32. Unlike there, values are not rounded to bytes in between.
 
         Raises:
-            ValueError: It has other channels, no floating point numbers, or values up to 255.
+            ValueError: The image has another number of channels, no floating point numbers, or values up to 255.
         """
         check_image(image, self.in_chans)
         h, w = image.shape[1:]
@@ -150,9 +151,9 @@ def semantic_fpn(
         model_name: str = 'pvt_small', num_classes: int = 150, pretrained_backbone: bool = False,
         out_channels: int = 256, model_args: Optional[Dict[str, Any]] = None, frozen_stages: int = 0,
         **kwargs: Any) -> SemanticFpn:
-    """Semantic FPN on PVT as published, with new neck and head.
+    """Build Semantic FPN on PVT with the published settings. Its neck and head are new and have to be trained.
 
-    Arguments as in `pvt_timm.detection.pvt_retinanet`, `kwargs` are for `SemanticFpn`.
+    The arguments are those of `pvt_timm.detection.pvt_retinanet`, but `kwargs` are for `SemanticFpn`.
     """
     inspect.signature(SemanticFpn).bind(None, num_classes, **kwargs)  # before anything is downloaded
     backbone = pvt_fpn_backbone(
@@ -162,16 +163,16 @@ def semantic_fpn(
 
 
 def segmenter_to_mmseg(model: SemanticFpn, fmt: str = 'mmdet') -> Dict[str, torch.Tensor]:
-    """Weights of a segmenter as mmsegmentation names them, with a backbone in format 'mmdet' or 'original'."""
+    """The weights of a segmenter as mmsegmentation names them, with the backbone in format 'mmdet' or 'original'."""
     return to_openmmlab(model, _TABLE, fmt)
 
 
 def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None, **kwargs: Any) -> SemanticFpn:
-    """The Semantic FPN in a whole checkpoint of mmsegmentation, of the original PVT code or of this package.
+    """Load a Semantic FPN of mmsegmentation, of the original PVT code or of this package.
 
-    Arguments and errors as in `pvt_timm.detection.retinanet_from_mmdet`, with `neck.*` and `decode_head.*` beside
-    `backbone.*`, and 512 as the shorter side if the file does not say it. Of this package a checkpoint of
-    `pvt-timm segmenter fit`, or the state dict of a segmenter.
+    Arguments and errors are those of `pvt_timm.detection.retinanet_from_mmdet`. The checkpoint has `backbone.*`,
+    `neck.*` and `decode_head.*`, and `min_size` is 512 if no config in the file says it. Of this package a checkpoint
+    of `pvt-timm segmenter fit` is taken, or the state dict of a segmenter.
 
     Returns:
         The model in evaluation mode. Variant, number of classes and widths are read off the weights. Names and colours
