@@ -33,6 +33,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 KINDS = {'retinanet': 'RetinaNet', 'mask_rcnn': 'Mask R-CNN', 'semantic_fpn': 'Semantic FPN'}
+# Training images. Of 2,000, Semantic FPN learns the edges by heart, and scores 0.04 less on held-out images than on these
+IMAGES = {'retinanet': 2000, 'mask_rcnn': 2000, 'semantic_fpn': 6000}
 SCORES = {'box/AP50': 'box AP50', 'mask/AP50': 'mask AP50', 'mIoU': 'mIoU'}
 
 
@@ -101,17 +103,19 @@ def command_line(kind: str, data: Path, output: Path, more: List[str]) -> List[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('kind', choices=list(KINDS))
-    parser.add_argument('--images', type=int, default=2000, help='training images (default 2000)')
+    parser.add_argument(
+        '--images', type=int, help=f'training images (default {", ".join(f"{v} for {k}" for k, v in IMAGES.items())})')
     parser.add_argument('--held-out', type=int, default=120, help='images to evaluate on (default 120)')
     parser.add_argument('--work', type=Path, default=Path('shapes'), help='folder for data and checkpoints')
     parser.add_argument('--results', type=Path, default=HERE.parent / 'results', help='folder for figures and pictures')
     args, more = parser.parse_known_args()  # the rest is for `fit`
 
     low, high = (128, 128) if args.kind == 'semantic_fpn' else (112, 144)
-    data, output = args.work / f'{low}-{high}', args.work / args.kind
+    images = args.images or IMAGES[args.kind]
+    data, output = args.work / f'{low}-{high}-{images}-{args.held_out}', args.work / args.kind
     held_out = make_samples(args.held_out, seed=2, low=low, high=high)
     if not (data / 'done').exists():
-        write_split(make_samples(args.images, seed=1, low=low, high=high), data, 'train')
+        write_split(make_samples(images, seed=1, low=low, high=high), data, 'train')
         write_split(held_out, data, 'val')
         (data / 'done').touch()
     goes_on = (output / 'last.ckpt').exists()
@@ -127,7 +131,7 @@ def main() -> None:
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     result: Dict[str, Any] = dict(
         command=['pvt-timm', *command_line(args.kind, Path('DATA'), Path('OUTPUT'), more)[3:]],
-        images=args.images, held_out=args.held_out, cpu_seconds=None if goes_on else round(seconds, 1),
+        images=images, held_out=args.held_out, cpu_seconds=None if goes_on else round(seconds, 1),
         torch=torch.__version__,
         parameters=sum(p.numel() for p in model.parameters()), final=figures, **history)
     result['command'][4] = f'benchmarks/demos/shapes_{args.kind}.yaml'

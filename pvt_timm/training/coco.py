@@ -1,7 +1,7 @@
 """ Annotations as COCO has them: read, checked, and as a data set.
 
 Checked is all that a detector would train on wrongly without a word. What is left out, and counted, is what the
-published settings leave out: boxes below one pixel or outside of their image, and crowds.
+published settings leave out: boxes (and masks) below one pixel or outside of their image, and crowds.
 """
 import json
 import math
@@ -19,6 +19,7 @@ from .images import DataError, read_image
 __all__ = ['CocoAnnotations', 'CocoDataset', 'CocoImage', 'decode_mask']
 
 MIN_SIDE = 32  # images with a shorter side are not trained on, as published
+FURTHEST = 10  # longer sides of an image that a polygon may be away from it
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,9 @@ def _wrong_segmentation(segmentation: Any, image: CocoImage) -> Optional[str]:
                 return 'Expected polygons, lists of numbers x, y, x, y, ...,'
             if len(polygon) < 6 or len(polygon) % 2:
                 return f'Expected polygons of three points or more, got one of {len(polygon)} numbers,'
+            furthest = max(map(abs, polygon))
+            if furthest > FURTHEST * max(image.height, image.width):  # pycocotools runs out of memory, or crashes
+                return f'Expected polygons near their image of {image.width}x{image.height}, got one with {furthest:g},'
         return None
     if isinstance(segmentation, dict):
         size, counts = segmentation.get('size'), segmentation.get('counts')
@@ -265,7 +269,7 @@ class CocoDataset(Dataset):
     """Images with their objects. An item is an image, uint8 (C, H, W), and a target.
 
     The target has 'boxes' (N, 4) as x1, y1, x2, y2, 'labels' (N,) as the detector counts them, with masks also 'masks'
-    (N, H, W) of 0 and 1, and 'image_id'. Crowds are not among the objects.
+    (N, H, W) of 0 and 1, and 'image_id'. Crowds are not among the objects, nor is what has no pixel.
 
     Attributes:
         left_out: Why and how many images and objects are not trained on, as text. Empty if none are.
@@ -300,12 +304,12 @@ class CocoDataset(Dataset):
         kept = []
         counts = {
             'images without objects': 0, f'images with a side below {MIN_SIDE} pixels': 0, 'crowds': 0,
-            'boxes below one pixel or outside of their image': 0}
+            'boxes or masks below one pixel or outside of their image': 0}
         empty, small, crowds, boxes = counts
         for index, image in enumerate(self.annotations.images):
             objects = self.annotations.objects[index]
             crowd = sum(1 for annotation in objects if annotation.get('iscrowd', 0))
-            usable = len(_usable(objects, image))
+            usable = len(_usable(objects, image, self.masks))
             counts[crowds] += crowd
             counts[boxes] += len(objects) - crowd - usable
             if min(image.height, image.width) < MIN_SIDE:
@@ -328,7 +332,7 @@ class CocoDataset(Dataset):
             raise DataError(
                 f'Expected {image.width}x{image.height} pixels as {self.annotations.file} says for image {image.id}, '
                 f'got {pixels.shape[2]}x{pixels.shape[1]}: {image.file}')
-        objects = _usable(self.annotations.objects[index], image)
+        objects = _usable(self.annotations.objects[index], image, self.masks)
         boxes = torch.tensor([_corners(o['bbox'], image) for o in objects], dtype=torch.float32).reshape(-1, 4)
         target: Dict[str, Any] = dict(
             boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),
@@ -343,6 +347,11 @@ class CocoDataset(Dataset):
                     raise DataError(f'Cannot read the mask of annotation {annotation["id"]} (image {image.id}), {e}: '
                                     f'{self.annotations.file}') from e
             target['masks'] = tv_tensors.Mask(torch.from_numpy(masks))
+            seen = torch.from_numpy(masks.any(axis=(1, 2)))
+            if not seen.all():  # slivers between the centres of pixels
+                target['boxes'] = tv_tensors.wrap(target['boxes'][seen], like=target['boxes'])
+                target['masks'] = tv_tensors.wrap(target['masks'][seen], like=target['masks'])
+                target['labels'] = target['labels'][seen]
         return tv_tensors.Image(pixels), target
 
 
@@ -352,13 +361,27 @@ def _corners(box: Sequence[float], image: CocoImage) -> Tuple[float, float, floa
     return max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height)
 
 
-def _usable(objects: Sequence[Dict[str, Any]], image: CocoImage) -> List[Dict[str, Any]]:
-    """The objects to train on: no crowds, and boxes of one pixel or more that lie in their image."""
+def _usable(objects: Sequence[Dict[str, Any]], image: CocoImage, masks: bool) -> List[Dict[str, Any]]:
+    """The objects to train on: no crowds, and boxes of one pixel or more, and with `masks` polygons of some width and
+    height, that lie in their image."""
     usable = []
     for annotation in objects:
         if annotation.get('iscrowd', 0) or min(annotation['bbox'][2:]) < 1 or annotation.get('area', 1) <= 0:
             continue
         x1, y1, x2, y2 = _corners(annotation['bbox'], image)
-        if x1 < x2 and y1 < y2:
+        if x1 < x2 and y1 < y2 and not (masks and _is_nowhere(annotation['segmentation'], image)):
             usable.append(annotation)
     return usable
+
+
+def _is_nowhere(segmentation: Any, image: CocoImage) -> bool:
+    """Whether all polygons are lines or points, or outside of their image. Run lengths are left to decoding."""
+    if not isinstance(segmentation, list):
+        return False
+    for polygon in segmentation:
+        xs, ys = polygon[::2], polygon[1::2]
+        width = min(max(xs), image.width) - max(min(xs), 0)
+        height = min(max(ys), image.height) - max(min(ys), 0)
+        if width > 0 and height > 0:
+            return False
+    return True

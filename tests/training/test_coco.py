@@ -53,7 +53,7 @@ def test_objects_and_what_is_left_out(write, tmp_path):
     train = CocoDataset(annotations, {4: 1, 90: 2}, masks=True, training=True)
     assert [annotations.images[i].id for i in train.indices] == [70, 3]
     assert train.left_out == ('1 images without objects, 1 images with a side below 32 pixels, 1 crowds, '
-                              '3 boxes below one pixel or outside of their image')
+                              '3 boxes or masks below one pixel or outside of their image')
     image, target = train[0]
     assert image.shape == (3, 40, 50) and image.dtype == torch.uint8
     assert target['boxes'].tolist() == [[10, 10, 30, 30], [30.5, 5, 50, 15.25]]  # inside of the image
@@ -67,6 +67,29 @@ def test_objects_and_what_is_left_out(write, tmp_path):
     kept = CocoDataset(annotations, {4: 0, 90: 1}, masks=True, training=True, keep_empty=True)
     assert [annotations.images[i].id for i in kept.indices] == [70, 3, 8]
     assert kept[2][1]['boxes'].shape == (0, 4) and kept[2][1]['masks'].shape == (0, 40, 50)
+
+
+def test_masks_without_a_pixel_are_left_out(write, tmp_path):
+    """Points, lines and what is outside of the image, and slivers between the centres of pixels. One of several
+    polygons is enough."""
+    data = content()
+    data['images'] = data['images'][:1]
+    polygons = [
+        [[12, 12] * 4], [[5, 5, 30, 5, 30, 5]], [[60, 5, 80, 5, 80, 20]], [[10.1, 10.1, 10.2, 10.1, 10.2, 10.2]],
+        [[60, 5, 80, 5, 80, 20], SQUARE]]
+    data['annotations'] = [
+        dict(id=i, image_id=70, category_id=4, bbox=[10, 10, 20, 20], area=400, segmentation=polygon)
+        for i, polygon in enumerate(polygons)]
+    data['annotations'].append(dict(data['annotations'][0], id=9, segmentation=dict(size=[40, 50], counts=[2000])))
+    annotations = CocoAnnotations(write(data), tmp_path, masks=True)
+    train = CocoDataset(annotations, {4: 1, 90: 2}, masks=True, training=True)
+    assert train.left_out == '3 boxes or masks below one pixel or outside of their image'
+    _, target = train[0]
+    assert target['labels'].tolist() == [1] and target['boxes'].tolist() == [[10, 10, 30, 30]]
+    assert target['masks'].shape == (1, 40, 50) and target['masks'].sum() == 400
+    assert type(target['boxes']).__name__ == 'BoundingBoxes' and type(target['masks']).__name__ == 'Mask'
+    boxes = CocoDataset(annotations, {4: 0, 90: 1}, training=True)  # a detector without masks takes their boxes
+    assert boxes.left_out == '' and len(boxes[0][1]['boxes']) == 6
 
 
 def test_nothing_to_train_on(write, tmp_path):
@@ -129,6 +152,8 @@ def drop(key):
     (change(segmentation=[[1, 2, 3, 4]]), "one of 4 numbers, as 'segmentation' of annotation 11"),
     (change(segmentation=[SQUARE[:-1]]), "one of 7 numbers, as 'segmentation' of annotation 11"),
     (change(segmentation=[[*SQUARE[:-1], None]]), "Expected polygons"),
+    (change(segmentation=[[*SQUARE[:-1], 1e12]]), 'polygons near their image of 50x40, got one with 1e.12, as .*11'),
+    (change(segmentation=[[*SQUARE[:-1], -501]]), 'polygons near their image of 50x40, got one with 501, as .*11'),
     (change(segmentation=dict(size=[50, 40], counts=[2000])), r'height and width \[40, 50\], got \[50, 40\]'),
     (change(segmentation=dict(size=[40, 50], counts=[1999])), 'add up to the 2000 pixels'),
     (change(segmentation=dict(size=[40, 50], counts=[-1, 2001])), 'add up to the 2000 pixels'),

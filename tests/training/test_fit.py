@@ -465,6 +465,25 @@ def test_wrong_command_lines(cli, shapes_folder, tmp_path, task, more, message):
     assert not (tmp_path / 'out' / 'last.ckpt').exists()
 
 
+@pytest.mark.parametrize('name, task', [
+    ('retinanet', 'detector'), ('mask_rcnn', 'detector'), ('semantic_fpn', 'segmenter')])
+def test_half_precision(cli, trained, shapes_folder, tmp_path, name, task):
+    """Losses near those of float32, weights in float32, and figures that can be measured. It goes on likewise."""
+    more = MASKS if name == 'mask_rcnn' else ('--head-args', 'score_thresh=0.001') if name == 'retinanet' else ()
+    argv = fit_args(task, shapes_folder, tmp_path / 'out', '--epochs', '2', '--eval-every', '1', *more,
+                    '--precision', 'bf16-mixed')
+    cli(*argv)
+    history, whole = (json.loads((folder / 'history.json').read_text()) for folder in (
+        tmp_path / 'out', trained / name))
+    assert history['losses'] == pytest.approx(whole['losses'], rel=0.05) and history['losses'] != whole['losses']
+    assert {x.dtype for x in last(tmp_path / 'out')['state_dict'].values() if x.is_floating_point()} == {torch.float32}
+    found = json.loads(cli(task, 'validate', '--weights', tmp_path / 'out' / 'last.ckpt', '--json',
+                           '--precision', 'bf16-mixed'))
+    assert history['evaluations'][-1] == dict(step=4, epoch=2, **found['figures'])  # as in training
+    error = cli(*argv[:-1], '32-true', code=2)
+    assert "begun with precision='bf16-mixed', now it is '32-true'" in error
+
+
 # ---- processes of their own ------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -517,6 +536,10 @@ def test_two_processes(command, trained, shapes_folder, tmp_path, name, task, la
     finish(command([*argv, *more], launcher))
     end = last(tmp_path / 'out')
     assert end['global_step'] == 4 and len(end['callbacks']['History']['losses']) == 4
+    half = [*argv, *more, '--output', tmp_path / 'half', '--precision', 'bf16-mixed', '--clip-grad', '1']
+    finish(command(half, launcher))
+    assert np.isfinite(last(tmp_path / 'half')['callbacks']['History']['losses']).all()
+    assert last(tmp_path / 'half')['global_step'] == 4
     finish(command([task, 'validate', '--weights', tmp_path / 'out' / 'last.ckpt', '--accelerator', 'cpu',
                     '--workers', '0']))
 
