@@ -12,6 +12,7 @@ import timm
 import torch
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou
 
 import pvt_timm  # noqa: F401
 from pvt_timm.detection import (
@@ -444,6 +445,23 @@ def with_masks(found, height=64, width=96):
     for mask, (x1, y1, x2, y2) in zip(masks, found['boxes'].nan_to_num().round().long().clamp(min=0).tolist()):
         mask[y1:y2, x1:x2] = 1
     return dict(found, masks=masks)
+
+
+def test_retinanet_loss_of_several_images_is_that_of_all_their_anchors():
+    """As in OpenMMLab: a sum over the images over all positive anchors. torchvision takes the mean over the images."""
+    model = build_small('retinanet').train()
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    targets = [target((2, 2, 62, 62), labels=[2]), target((4, 4, 30, 30), (20, 30, 60, 62), (1, 30, 33, 60))]
+    with torch.no_grad():
+        both, alone = model(images, targets), [model([i], [t]) for i, t in zip(images, targets)]
+        anchors, = model.anchor_generator(
+            ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)]), list(model.backbone(torch.zeros(1, 3, 64, 64)).values()))
+    counts = [int((model.proposal_matcher(box_iou(t['boxes'], anchors)) >= 0).sum()) for t in targets]
+    assert counts[0] != counts[1] and min(counts) > 1
+    for name, loss in both.items():
+        summed = sum(found[name].item() * count for found, count in zip(alone, counts))
+        assert loss.item() == pytest.approx(summed / sum(counts), rel=1e-5)
+        assert loss.item() != pytest.approx(sum(found[name].item() for found in alone) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize('targets, message', [
