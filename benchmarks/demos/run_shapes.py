@@ -26,7 +26,7 @@ from torchvision.ops import nms
 
 from pvt_timm.files import save_atomically
 from pvt_timm.training import load_trained
-from shapes import CLASSES, COLORS, Sample, make_samples, write_split
+from shapes import CLASSES, COLORS, Sample, generate_samples, make_samples, write_split
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -115,7 +115,7 @@ def main() -> None:
     data, output = args.work / f'{low}-{high}-{images}-{args.held_out}', args.work / args.kind
     held_out = make_samples(args.held_out, seed=2, low=low, high=high)
     if not (data / 'done').exists():
-        write_split(make_samples(images, seed=1, low=low, high=high), data, 'train')
+        write_split(generate_samples(images, seed=1, low=low, high=high), data, 'train')
         write_split(held_out, data, 'val')
         (data / 'done').touch()
     goes_on = (output / 'last.ckpt').exists()

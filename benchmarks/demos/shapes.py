@@ -5,7 +5,7 @@ The same seed gives the same images.
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -97,17 +97,23 @@ def make_sample(rng: np.random.Generator, size: Tuple[int, int] = (128, 128), ma
     return Sample(image, np.asarray(labels, dtype=np.int64), np.asarray(masks, dtype=bool).reshape(-1, h, w))
 
 
-def make_samples(count: int, seed: int, low: int = 128, high: int = 128) -> List[Sample]:
-    """Random images, their sides between `low` and `high`."""
+def generate_samples(count: int, seed: int, low: int = 128, high: int = 128) -> Iterator[Sample]:
+    """Random images, their sides between `low` and `high`, one at a time."""
     rng = np.random.default_rng(seed)
-    return [
-        make_sample(rng, (int(rng.integers(low, high + 1)), int(rng.integers(low, high + 1)))) for _ in range(count)]
+    for _ in range(count):
+        yield make_sample(rng, (int(rng.integers(low, high + 1)), int(rng.integers(low, high + 1))))
 
 
-def coco_annotations(samples: List[Sample], first_category: int = 1) -> Dict[str, Any]:
+def make_samples(count: int, seed: int, low: int = 128, high: int = 128) -> List[Sample]:
+    """The same as a list."""
+    return list(generate_samples(count, seed, low, high))
+
+
+def coco_annotations(samples: Iterable[Sample], first_category: int = 1) -> Dict[str, Any]:
     """COCO's annotation file for samples, image ids from 1."""
     from pycocotools import mask as coco_mask
-    images, annotations = [], []
+    images: List[Dict[str, Any]] = []
+    annotations: List[Dict[str, Any]] = []
     for n, sample in enumerate(samples, start=1):
         h, w = sample.image.shape[:2]
         images.append(dict(id=n, file_name=f'{n:05d}.png', height=h, width=w))
@@ -121,8 +127,8 @@ def coco_annotations(samples: List[Sample], first_category: int = 1) -> Dict[str
     return dict(info={}, licenses=[], images=images, annotations=annotations, categories=categories)
 
 
-def write_split(samples: List[Sample], folder: Path, split: str) -> None:
-    """Write samples as a detector and as a segmenter take them.
+def write_split(samples: Iterable[Sample], folder: Path, split: str) -> None:
+    """Write samples as a detector and as a segmenter take them, one after the other.
 
     These are `split`/*.png, COCO's annotations of them in `split`.json, and label maps in `split`_labels/*.png, where 0
     is the background.
@@ -130,8 +136,12 @@ def write_split(samples: List[Sample], folder: Path, split: str) -> None:
     images, label_maps = folder / split, folder / f'{split}_labels'
     images.mkdir(parents=True, exist_ok=True)
     label_maps.mkdir(exist_ok=True)
-    annotations = coco_annotations(samples)
-    for entry, sample in zip(annotations['images'], samples):
-        Image.fromarray(sample.image).save(images / entry['file_name'])
-        Image.fromarray(sample.semantic.astype(np.uint8)).save(label_maps / entry['file_name'])
+
+    def written() -> Iterator[Sample]:
+        for n, sample in enumerate(samples, start=1):
+            Image.fromarray(sample.image).save(images / f'{n:05d}.png')
+            Image.fromarray(sample.semantic.astype(np.uint8)).save(label_maps / f'{n:05d}.png')
+            yield sample
+
+    annotations = coco_annotations(written())
     (folder / f'{split}.json').write_text(json.dumps(annotations))
