@@ -78,8 +78,9 @@ def _parser() -> Parser:
     drawn = Parser(add_help=False)
     drawn.add_argument('--prefix', help='what stands before the names of the backbone, if the file has several')
     add_output_options(
-        drawn, 'a folder for pictures, one per image, or a file for results, or both (give --output twice)',
-        action='append')
+        drawn, 'folder for pictures, one per image, or file for the results in place of printing them, or both (give '
+        '--output twice). A file', metavar='DIR|FILE', action='append',
+        more='. Masks are in .jsonl only, and images in which nothing is found too')
 
     demo = add('demo', run_demo, 'classify handwritten digits and draw their features, without network')
     demo.add_argument(
@@ -93,7 +94,7 @@ def _parser() -> Parser:
         '--labels', type=filled, metavar='FILE', help='names of the classes: one a line, or JSON (default those that '
         'the weights come with)')
     predict.add_argument('--topk', type=count, default=5, metavar='K', help='classes to show (default 5)')
-    add_output_options(predict, 'a file for the predictions in place of printing them')
+    add_output_options(predict)
     add_many_options(predict)
     add_features_options(add('features', run_features, 'feature maps of images, drawn and as tensors', parents=[model]))
     add_embed_options(add('embed', run_embed, 'one vector per image, of many images', parents=[model]))

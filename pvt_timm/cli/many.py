@@ -39,7 +39,8 @@ _logger = logging.getLogger(__name__)
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 BATCH_SIZE = 16  # on a CPU more is not faster
-_MOST_WORKERS = 8  # by default
+_MOST_WORKERS = 16  # by default
+_MORE_EXTENSIONS = {'.avif', '.bmp', '.gif', '.jp2', '.pbm', '.pgm', '.ppm', '.tif', '.tiff', '.webp'}
 
 Prepare = Callable[[Image.Image], np.ndarray]  # an upright image to pixels (C, H, W) of 8 bits
 
@@ -49,15 +50,23 @@ Prepare = Callable[[Image.Image], np.ndarray]  # an upright image to pixels (C, 
 def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'images', nargs='+', metavar='IMAGE', help='image files, and folders: all images in them and in the folders '
-        'inside of them')
+        'inside of them, but for hidden ones')
 
 
-def add_output_options(parser: argparse.ArgumentParser, what: str, **kwargs: Any) -> None:
-    """`--output` for results as a file."""
+def add_output_options(
+        parser: argparse.ArgumentParser, what: str = 'file for the results in place of printing them', more: str = '',
+        metavar: str = 'FILE', **kwargs: Any) -> None:
+    """`--output` for results as a file.
+
+    Args:
+        what: Begin of its help.
+        more: End of its help.
+        kwargs: For `add_argument`.
+    """
     parser.add_argument(
-        '--output', type=_path, metavar='FILE', help=f'{what}: .jsonl (a line per image), .csv or .parquet (a row '
+        '--output', type=_path, metavar=metavar, help=f'{what}: .jsonl (a line per image), .csv or .parquet (a row '
         'per result) by its name. It is written as a whole in the end. Until then the results are in the folder '
-        'FILE.parts, from which the same command goes on after a crash, also with torchrun', **kwargs)
+        f'FILE.parts, from which the same command goes on after a crash, also with torchrun{more}', **kwargs)
     parser.add_argument('--overwrite', action='store_true', help='replace FILE if it is there')
 
 
@@ -88,7 +97,8 @@ def add_many_options(parser: argparse.ArgumentParser, batch_size: Optional[int] 
             help=f'images that go through the model together (default {batch_size}){how}')
     parser.add_argument(
         '--workers', type=_none_or_more, metavar='N', help='processes that read images while the model computes '
-        f'(default: one per core, {_MOST_WORKERS} at most, and none for a few images)')
+        f'(default: one for every four cores, beside an accelerator one per core, {_MOST_WORKERS} at most; none for a '
+        'few images)')
     parser.add_argument(
         '--skip-errors', action='store_true', help='go on after an image that cannot be read: it is named and counted '
         'at the end (default: the command ends there)')
@@ -118,8 +128,8 @@ class ImageFile:
 def find_images(paths: Sequence[str]) -> List[ImageFile]:
     """The images that `paths` mean: files as they stand, and all images in folders and the folders inside of them.
 
-    The images of a folder come in their natural order (2 before 10). What an image is, is told there by the extensions
-    that timm knows. Links to folders are followed, each folder once.
+    The images of a folder come in their natural order (2 before 10), and are told by their extensions. Links to folders
+    are followed, each folder once. Names that start with a dot are left out.
 
     Raises:
         OSError: A file or folder is not there or cannot be read.
@@ -142,16 +152,16 @@ def _walk(folder: str) -> Iterator[str]:
     def fail(error: OSError) -> None:  # os.walk would leave out a folder that cannot be read
         raise error
 
-    extensions = get_img_extensions(as_set=True)
+    extensions = get_img_extensions(as_set=True) | _MORE_EXTENSIONS
     seen = {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         for name in list(folders):
             real = os.path.realpath(os.path.join(root, name))
-            if real in seen:  # a link to a folder that is above it, or was walked already
+            if real in seen or name.startswith('.'):  # a link to a folder that was walked already, or is above it
                 folders.remove(name)
             seen.add(real)
         for name in files:
-            if os.path.splitext(name)[1].lower() in extensions:
+            if os.path.splitext(name)[1].lower() in extensions and not name.startswith('.'):
                 yield os.path.join(root, name)
 
 
@@ -406,7 +416,10 @@ class Stream:
         batches = math.ceil(images / self._batch_size)
         if batches < 3:  # starting processes would take longer than reading the images
             return 0
-        return max(1, min(_MOST_WORKERS, batches, _cores() // self.processes.local_count))
+        cores = _cores() // self.processes.local_count
+        if self.device.type == 'cpu':  # the model needs them more: reading an image takes a small part of its time
+            cores //= 4
+        return max(1, min(_MOST_WORKERS, batches, cores))
 
     def say(self) -> None:
         """One line on stderr: how many images, where and how fast. The numbers are those of all processes."""

@@ -54,7 +54,7 @@ def weights(tmp_path_factory):
     torch.save(dict(state_dict=detector_to_mmdet(retinanet), meta=meta), folder / 'retinanet.pth')
     segmenter = semantic_fpn('test_pvt', 150, channels=24, **small)
     segmenter.head.classifier.weight.data.mul_(100)  # more than one class
-    torch.save(dict(state_dict=segmenter_to_mmseg(segmenter), meta=dict(cfg='')), folder / 'segmenter.pth')
+    torch.save(dict(state_dict=segmenter_to_mmseg(segmenter), meta=dict(cfg=meta['cfg'])), folder / 'segmenter.pth')
     return folder
 
 
@@ -74,7 +74,7 @@ def test_images_of_folders(tmp_path):
     (tmp_path / 'a' / 'circle').symlink_to(tmp_path / 'a')
     (tmp_path / 'a' / 'linked').symlink_to(tmp_path / 'b')
     found = find_images([str(tmp_path / 'a' / 'plain'), str(tmp_path / 'a')])
-    names = ['plain', '.hidden.png', '2.JPG', '10.png', 'linked/1.bmp', 'x/1.jpeg', 'x/y/1.webp']
+    names = ['plain', '2.JPG', '10.png', 'linked/1.bmp', 'x/1.jpeg', 'x/y/1.webp']
     assert [file.name for file in found] == names
     assert [file.path for file in found] == [str(tmp_path / 'a' / name) for name in names]
 
@@ -104,7 +104,8 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path):
 @pytest.mark.parametrize('channels', [1, 3])
 def test_pixels_are_those_of_timms_transform(photos, channels):
     """To the last bit, although they leave the workers as bytes."""
-    cfg = timm.data.resolve_model_data_config(timm.create_model('test_pvt', in_chans=channels))
+    cfg = timm.data.resolve_model_data_config(timm.create_model('test_pvt'))
+    cfg.update({name: cfg[name][:channels] for name in ('mean', 'std')}, input_size=(channels, 32, 32))
     image = open_image(photos / '0.png', channels)
     for data in (cfg, dict(cfg, input_size=(channels, 64, 96)), dict(cfg, crop_mode='squash', crop_pct=1.)):
         expected = timm.data.create_transform(**data, is_training=False)(image)
