@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
         stream.say()
         return
     records = []
-    for loaded, record in stream.results(files, model.in_chans, as_pixels, compute):
+    for loaded, record in stream.results(files, model.in_chans, as_pixels, compute, prints=not args.json):
         if args.json:
             records.append(record)
         else:

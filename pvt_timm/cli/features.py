@@ -92,7 +92,8 @@ def _extract_all(args: argparse.Namespace, processes: Processes) -> None:
             check_output(level, classifier.name)
         return [[level[i].cpu().contiguous() for level in maps] for i in range(len(images))]
 
-    for loaded, maps in stream.results(processes.share(files), data['input_size'][0], prepare, compute):
+    share = processes.share(files)
+    for loaded, maps in stream.results(share, data['input_size'][0], prepare, compute, prints=True):
         size = loaded.pixels.shape[1:]
         how = 'centre, ' if args.crop else ''
         shapes = ', '.join('x'.join(map(str, level.shape)) for level in maps)

@@ -337,7 +337,8 @@ class Stream:
 
     def results(
             self, files: Sequence[ImageFile], channels: int, prepare: Prepare,
-            compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]]) -> Iterator[Tuple[Loaded, Any]]:
+            compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]],
+            prints: bool = False) -> Iterator[Tuple[Loaded, Any]]:
         """Yield every image that can be read with its result, in the order of `files`.
 
         Args:
@@ -345,6 +346,7 @@ class Stream:
             channels: Of the pixels, 1 or 3.
             prepare: What makes pixels of an image, in a process that reads images.
             compute: Results for images, of their pixels (B, C, H, W) with 8 bits on the device.
+            prints: Whether results are printed as they come. On a terminal they are the progress, without a bar.
 
         Raises:
             UnreadableImage: An image cannot be read, and errors are not skipped.
@@ -353,7 +355,7 @@ class Stream:
         loader: Any = DataLoader(
             _Images(files, channels, prepare), batch_size=self._batch_size, num_workers=self._worker_count(len(files)),
             collate_fn=list)
-        hidden = not sys.stderr.isatty() or not self.processes.is_first
+        hidden = not sys.stderr.isatty() or not self.processes.is_first or (prints and sys.stdout.isatty())
         text = f'{self._command} on {self.device}'
         with tqdm(total=len(files), desc=text, unit='image', disable=hidden, leave=False, file=sys.stderr) as bar:
             for batch in loader:

@@ -80,7 +80,7 @@ def _predict_all(args: argparse.Namespace, processes: Processes) -> None:
         stream.say()
         return
     records = []
-    for loaded, record in stream.results(files, channels, prepare, compute):
+    for loaded, record in stream.results(files, channels, prepare, compute, prints=not args.json):
         if args.json:
             records.append(record)
             continue
