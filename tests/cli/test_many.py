@@ -360,7 +360,7 @@ def test_no_network(cli, photos, tmp_path, monkeypatch, scripts, argv, model, op
     monkeypatch.setattr(network, '_SECONDS', 0.1)
     start = time.monotonic()
     error = cli(*[arg.format(image=photos / '0.png', tmp=tmp_path) for arg in argv], fails=True)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 30  # it was 59; a busy machine takes seconds to get here
     assert f'Cannot load {model}: no network to ' in error
     assert ('Temporary failure in name resolution' if how == 'no name' else 'no answer within') in error
     url = timm.models.get_pretrained_cfg(model).url
