@@ -1,4 +1,5 @@
 """ The models that the benchmarks compare, each as a function of a batch of images, all PVTs with the same weights. """
+import atexit
 import contextlib
 import copy
 import functools
@@ -23,11 +24,16 @@ DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 
 # What is allowed between the logits of a contender and those of the original algorithm in float32, of size 1 to 2
 TOLERANCE = {'fp32': 1e-4, 'tf32': 2e-2, 'bf16': 8e-2, 'fp16': 2e-2}
 CPU = ('original', 'transformers', 'eager', 'fused', 'onnxruntime', 'openvino')
+ENGINES = (
+    'original', 'eager', 'fused', 'onnxruntime', 'onnxruntime_int8', 'openvino_original', 'openvino_export',
+    'openvino_int8')
+RUNTIMES = ('onnxruntime', 'onnxruntime_int8', 'openvino', 'openvino_original', 'openvino_export', 'openvino_int8')
 CUDA = (
     'original', 'transformers', 'eager', 'channels_last', 'compiled', 'cuda_graph', 'sdpa_flash', 'sdpa_efficient',
     'sdpa_math', 'pvt_v2', 'resnet50')
 TRAIN = ('original', 'transformers', 'eager', 'unfused_attention', 'checkpointed')
 TRAIN_CUDA = (*TRAIN, 'pvt_v2', 'resnet50')
+INT8_TOLERANCE = 0.3  # with random weights and images, which int8 is calibrated on too
 NOT_PVT = ('pvt_v2', 'resnet50')
 PVT_V2 = {'tiny': 'pvt_v2_b1', 'small': 'pvt_v2_b2', 'medium': 'pvt_v2_b3', 'large': 'pvt_v2_b4'}
 
@@ -107,30 +113,61 @@ def _module(name: str, variant: str) -> torch.nn.Module:
     return reference(variant)
 
 
-def _onnx(variant: str, shape) -> str:
-    path = Path(tempfile.gettempdir()) / f'pvt_{variant}_{"x".join(map(str, shape))}_{os.getpid()}.onnx'
+@functools.cache
+def _folder() -> Path:
+    """A folder for exported models, which goes with the process."""
+    folder = tempfile.TemporaryDirectory(prefix='pvt-benchmark-')
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def _traced(name: str, variant: str, shape) -> str:
+    """A model as PyTorch's exporter writes it, for images of one shape: 'eager' or 'original'."""
+    path = _folder() / f'{name}_{variant}_{"x".join(map(str, shape))}.onnx'
     if not path.exists():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             torch.onnx.export(
-                reference(variant), (torch.zeros(shape),), str(path), dynamo=False, opset_version=17,
-                input_names=['images'], output_names=['logits'])
+                module(name, variant), (torch.zeros(shape),), str(path), dynamo=False, opset_version=17,
+                input_names=['image'], output_names=['logits'])
     return str(path)
 
 
-def _onnxruntime(variant, shape, precision, threads) -> Callable:
+@functools.cache
+def _exported(variant: str, target: str, int8: bool) -> str:
+    """A model as `pvt-timm export` writes it. For int8 it is calibrated with random images."""
+    from pvt_timm.export import TARGETS, export
+    from pvt_timm.int8 import CalibrationImages
+
+    def random_image(file: Path) -> torch.Tensor:
+        return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(int(file.stem)))
+
+    images = CalibrationImages([Path(str(i)) for i in range(8)], None, random_image) if int8 else None
+    path = _folder() / f'export_{variant}_{"int8" if int8 else "fp32"}{TARGETS[target].suffix}'
+    export(reference(variant), target, path, calibration=images)
+    return str(path)
+
+
+def _onnxruntime(name, variant, shape, precision, threads) -> Callable:
     if precision != 'fp32':
         raise Skipped('its CPU provider has no bf16')
     import onnxruntime
+    path = _exported(variant, 'onnx', int8=True) if name == 'onnxruntime_int8' else _traced('eager', variant, shape)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(_onnx(variant, shape), options, providers=['CPUExecutionProvider'])
-    return lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {'image': x.numpy()})[0])
 
 
-def _openvino(variant, shape, precision, threads) -> Callable:
+def _openvino(name, variant, shape, precision, threads) -> Callable:
     import openvino
-    compiled = openvino.Core().compile_model(_onnx(variant, shape), 'CPU', {
+    core = openvino.Core()
+    if name in ('openvino_export', 'openvino_int8'):
+        model = core.read_model(_exported(variant, 'openvino', int8=name == 'openvino_int8'))
+        model.reshape(list(shape))  # as the others are: for images of one shape
+    else:
+        model = core.read_model(_traced('original' if name == 'openvino_original' else 'eager', variant, shape))
+    compiled = core.compile_model(model, 'CPU', {
         'INFERENCE_PRECISION_HINT': {'fp32': 'f32', 'bf16': 'bf16'}[precision],
         'INFERENCE_NUM_THREADS': threads,
         'PERFORMANCE_HINT': 'LATENCY',
@@ -188,16 +225,16 @@ def build(
     """
     threads = threads or torch.get_num_threads()
     try:
-        if name == 'onnxruntime':
-            return _onnxruntime(variant, shape, precision, threads)
-        if name == 'openvino':
-            return _openvino(variant, shape, precision, threads)
+        if name.startswith('onnxruntime'):
+            return _onnxruntime(name, variant, shape, precision, threads)
+        if name.startswith('openvino'):
+            return _openvino(name, variant, shape, precision, threads)
         if name == 'transformers' and tuple(shape[2:]) != (224, 224):
             raise Skipped('takes 224x224 only')
         dtype = DTYPES[precision]
         model = module(name, variant).requires_grad_(False).to(device=device, dtype=dtype)
     except ImportError as e:
-        raise Skipped(f'{e.name} is not installed') from e
+        raise Skipped(f'{e.name or e}' + (' is not installed' if e.name else '')) from e
     if name == 'fused':
         return pvt_timm.fuse(model, inplace=True)
     if name == 'channels_last':
@@ -224,9 +261,14 @@ def autocast(precision: str, device: str) -> Any:
     return torch.autocast(device, DTYPES[precision]) if mixed else contextlib.nullcontext()
 
 
+def tolerance(name: str, precision: str) -> float:
+    """What is allowed between the logits of a contender and those of ours in float32, over the largest of these."""
+    return INT8_TOLERANCE if name.endswith('int8') else TOLERANCE[precision]
+
+
 def input_dtype(name: str, precision: str) -> torch.dtype:
     """Type of the images that a contender takes. OpenVINO and onnxruntime convert inside."""
-    return torch.float32 if name in ('onnxruntime', 'openvino') else DTYPES[precision]
+    return torch.float32 if name in RUNTIMES else DTYPES[precision]
 
 
 def set_precision(precision: str, device: str) -> None:

@@ -1,17 +1,22 @@
 """ Table and plots from the JSON that run.py writes: `python benchmarks/speed/report.py results/cpu_avx2.json`. """
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Callable, Dict, List
 
 LABELS = dict(
     original='original code', transformers='transformers', eager='ours', fused='ours, fused',
     unfused_attention='ours, attention not fused', checkpointed='ours, checkpointing', compiled='ours, compiled',
-    pvt_v2='timm pvt_v2 (like size)', resnet50='torchvision ResNet-50', onnxruntime='onnxruntime', openvino='OpenVINO',
+    pvt_v2='timm pvt_v2 (like size)', resnet50='torchvision ResNet-50', onnxruntime='onnxruntime',
+    onnxruntime_int8='onnxruntime, our int8', openvino='OpenVINO', openvino_original='OpenVINO, original code',
+    openvino_export='OpenVINO, our export', openvino_int8='OpenVINO, our int8',
     channels_last='ours, channels_last', cuda_graph='ours, CUDA graph', sdpa_flash='ours, flash attention',
     sdpa_efficient='ours, efficient attention', sdpa_math='ours, plain attention')
 COLOURS = dict(
     original='#999999', transformers='#e69f00', eager='#56b4e9', fused='#d62728', compiled='#0072b2',
     checkpointed='#0072b2', pvt_v2='#cc79a7', resnet50='#b8860b', onnxruntime='#009e73', openvino='#111111',
+    onnxruntime_int8='#66c2a5', openvino_original='#777777', openvino_export='#333333', openvino_int8='#9467bd',
     channels_last='#7f7fff', cuda_graph='#d62728', unfused_attention='#009e73',
     sdpa_flash='#2ca02c', sdpa_efficient='#98df8a', sdpa_math='#bcbd22')
 
@@ -49,8 +54,14 @@ INFERENCE = (
 TRAINING = (
     ('eager', 'original'), ('eager', 'transformers'), ('unfused_attention', 'original'),
     ('unfused_attention', 'transformers'), ('checkpointed', 'eager'), ('eager', 'pvt_v2'), ('eager', 'resnet50'))
+ENGINES = (
+    ('openvino_export', 'openvino_original'), ('openvino_int8', 'openvino_export'),
+    ('onnxruntime_int8', 'onnxruntime'), ('fused', 'eager'), ('eager', 'original'), ('fused', 'openvino_original'),
+    ('fused', 'openvino_export'))
 MEMORY = (('fused', 'eager'), ('fused', 'original'), ('eager', 'original'), ('eager', 'pvt_v2'))
-PAIRS = dict(throughput=INFERENCE, latency=INFERENCE, training=TRAINING, training_memory=TRAINING, memory=MEMORY)
+PAIRS = dict(
+    throughput=INFERENCE, latency=INFERENCE, engines=ENGINES, training=TRAINING, training_memory=TRAINING,
+    memory=MEMORY)
 
 
 def ratios(results) -> list:
@@ -100,6 +111,7 @@ def markdown(results, device) -> str:
     for section, title, key, scale, digits in (
             ('throughput', 'Milliseconds per batch', 'median', 1, ms),
             ('latency', 'Latency by resolution, ms', 'median', 1, ms),
+            ('engines', 'Engines, ms', 'median', 1, ms),
             ('training', 'Forward and backward pass, ms', 'median', 1, ms),
             ('memory', 'Peak memory over the loaded model, MB', 'bytes', 1e-6, 0),
             ('training_memory', 'Peak memory of forward and backward pass, MB', 'bytes', 1e-6, 0)):
@@ -118,86 +130,90 @@ def markdown(results, device) -> str:
     return '\n'.join(lines)
 
 
-def _bars(axis, groups, unit):
-    """`groups`: list of (label, {contender: value})."""
-    names = [n for n in LABELS if any(n in g for _, g in groups)]
-    width = 0.85 / max(1, len(names))
-    for i, name in enumerate(names):
-        at = [(x + (i - (len(names) - 1) / 2) * width, g[name]) for x, (_, g) in enumerate(groups) if name in g]
-        axis.bar([x for x, _ in at], [y for _, y in at], width * 0.92, color=COLOURS[name], label=LABELS[name])
-    axis.set_xticks(range(len(groups)), [label for label, _ in groups])
-    axis.set_ylabel(unit)
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(axis='y', alpha=.3)
-    axis.set_axisbelow(True)
+@dataclass
+class Panel:
+    """One chart: a bar for each contender that was measured."""
+    title: str
+    values: Dict[str, float]
+    unit: str
+    digits: int = 0
 
 
-def plots(results, output, device) -> None:
+def draw_panels(rows: List[List[Panel]], output: Path) -> None:
+    """Draw rows of panels. Every panel names its own contenders, so there are no gaps for what was not measured."""
+    from matplotlib.figure import Figure
+
+    columns = max(map(len, rows))
+    heights = [0.6 + 0.24 * max(len(panel.values) for panel in row) for row in rows]
+    figure = Figure(figsize=(4.6 * columns, sum(heights) + 0.2), layout='constrained')
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for axes, row in zip(grid, rows):
+        for axis, panel in zip(axes, row):
+            draw_panel(axis, panel, places=max(len(other.values) for other in row))
+        for axis in axes[len(row):]:
+            axis.set_axis_off()
+    figure.savefig(output, dpi=110)
+
+
+def draw_panel(axis: Any, panel: Panel, places: int) -> None:
+    """Horizontal bars in the order of `LABELS`, each with its name and its value, in as many `places`."""
+    names = [name for name in LABELS if name in panel.values]
+    values = [panel.values[name] for name in names]
+    bars = axis.barh(range(len(names)), values, color=[COLOURS[name] for name in names], height=0.8)
+    axis.bar_label(bars, [f'{value:,.{panel.digits}f}' for value in values], padding=3, fontsize=8)
+    axis.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=8)
+    axis.set_ylim(places - 0.5, -0.5)
+    axis.set_xlim(0, 1.18 * max(values, default=1))
+    axis.set_xticks([])
+    axis.set_title(f'{panel.title}, {panel.unit}', fontsize=9, loc='left')
+    axis.spines[['top', 'right', 'bottom']].set_visible(False)
+    axis.tick_params('y', length=0)
+
+
+def panels_of(results: Dict[str, Any]) -> Dict[str, List[List[Panel]]]:
+    """The charts, by name: rows of panels, a row for each precision."""
+    order = list(results['gmacs'])
+    digits = 1 if results['machine']['gpu'] else 0  # milliseconds are few there
+
+    def rows(
+            section: str, unit: str, value: Callable[[Any, float], float], key: str = 'median', digits: int = 0,
+    ) -> List[List[Panel]]:
+        found = sorted(
+            results.get(section, []),
+            key=lambda row: (order.index(row['variant']), row['shape'][2] * row['shape'][3], row['shape'][0]))
+        by_precision = []
+        for precision in dict.fromkeys(row['precision'] for row in found):
+            by_precision.append([
+                Panel(
+                    f'{row["variant"]} {_size(row["shape"])} {precision}',
+                    {name: value(row, c[key]) for name, c in row['contenders'].items() if key in c}, unit, digits)
+                for row in found if row['precision'] == precision])
+        return by_precision
+
+    charts = dict(
+        throughput=rows('throughput', 'images/s', lambda row, ms: row['shape'][0] / ms * 1e3),
+        latency=[
+            [panel for panel in row if panel.title.startswith('small') or len(panel.values) > 2]
+            for row in rows('latency', 'ms', lambda row, ms: ms, digits=digits)],
+        engines=rows('engines', 'ms', lambda row, ms: ms, digits=digits),
+        training=rows('training', 'ms, forward and backward', lambda row, ms: ms, digits=digits),
+        memory=rows('memory', 'MB over the loaded model', lambda row, n: n / 1e6, 'bytes'))
+    shares = peak_shares(results)
+    charts['peak'] = [
+        [Panel(label, {name: 100 * share for name, share in some.items()}, '% of the matrix-product peak')
+         for label, some in shares if label.endswith(precision)]
+        for precision in dict.fromkeys(label.rpartition(' ')[2] for label, _ in shares)]
+    return {name: [row for row in chart if row] for name, chart in charts.items() if any(chart)}
+
+
+def plots(results: Dict[str, Any], output: Path, device: str) -> None:
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
         print('matplotlib is not installed, no plots')
         return
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    def save(name, figure, axes):
-        handles = {}
-        for axis in axes:
-            handles.update(zip(*reversed(axis.get_legend_handles_labels())))
-        figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4, frameon=False, fontsize=9)
-        figure.savefig(output / f'{device}_{name}.png', dpi=130)
-        plt.close(figure)
-
-    def panels(section, draw, name, height=4.2):
-        precisions = list(dict.fromkeys(r['precision'] for r in results[section]))
-        if not precisions:
-            return
-        figure, axes = plt.subplots(
-            1, len(precisions), figsize=(6 * len(precisions), height), squeeze=False, layout='constrained')
-        for axis, precision in zip(axes[0], precisions):
-            draw(axis, [r for r in results[section] if r['precision'] == precision])
-            axis.set_title(precision)
-        save(name, figure, axes[0])
-
-    order = list(results['gmacs'])
-
-    def bars(unit, key='median', value=lambda row, x: x):
-        def draw(axis, rows):
-            _bars(axis, [(f'{r["variant"]} {_size(r["shape"])}', {
-                n: value(r, c[key]) for n, c in r['contenders'].items() if key in c})
-                for r in sorted(rows, key=lambda r: order.index(r['variant']))], unit)
-            axis.tick_params('x', labelsize=8)
-        return draw
-
-    panels('throughput', bars('images/s', value=lambda row, ms: row['shape'][0] / ms * 1e3), 'throughput')
-
-    def latency(axis, rows):
-        rows = sorted((r for r in rows if r['variant'] == 'small'), key=lambda r: r['shape'][2] * r['shape'][3])
-        for name in _names(rows):
-            points = [(r['shape'][2] * r['shape'][3], c['median'])
-                      for r in rows if 'median' in (c := r['contenders'].get(name, {}))]
-            if points:
-                axis.plot(*zip(*points), 'o-', color=COLOURS[name], label=LABELS[name], ms=4,
-                          lw=2.4 if name == 'fused' else 1.4)
-        axis.set(xscale='log', yscale='log', xlabel='image size', ylabel='ms per image')
-        axis.spines[['top', 'right']].set_visible(False)
-        axis.grid(alpha=.3)
-        axis.xaxis.set_major_locator(FixedLocator([r['shape'][2] * r['shape'][3] for r in rows]))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticklabels([_size(r['shape'])[2:] for r in rows], fontsize=8)
-    panels('latency', latency, 'latency')
-    panels('training', bars('ms, forward and backward'), 'training')
-    panels('memory', bars('MB over the loaded model', 'bytes', lambda row, n: n / 1e6), 'memory')
-
-    shares = peak_shares(results)
-    if shares:
-        figure, axis = plt.subplots(figsize=(1.6 * len(shares) + 4, 4), layout='constrained')
-        axis.tick_params('x', labelsize=8)
-        groups = [(label, {n: v * 100 for n, v in share.items()}) for label, share in shares]
-        _bars(axis, groups, '% of the measured matrix-product peak')
-        save('peak', figure, [axis])
+    for name, rows in panels_of(results).items():
+        draw_panels(rows, output / f'{device}_{name}.png')
 
 
 def report(results, output, device) -> None:

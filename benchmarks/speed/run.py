@@ -30,13 +30,13 @@ import torch  # noqa: E402
 
 import contenders  # noqa: E402
 from pvt_timm.files import save_atomically  # noqa: E402
-from contenders import CPU, CUDA, NOT_PVT, TOLERANCE, TRAIN, TRAIN_CUDA, Skipped  # noqa: E402
+from contenders import CPU, CUDA, ENGINES, NOT_PVT, RUNTIMES, TRAIN, TRAIN_CUDA, Skipped  # noqa: E402
 
 GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included
 PAUSE = 0.05  # s before a contender runs: threads of other libraries spin for a while after theirs
 HERE = Path(__file__).resolve().parents[1]
-SECTIONS = ('throughput', 'latency', 'training', 'memory', 'training_memory')
-PACKAGES = ('torch', 'timm', 'torchvision', 'transformers', 'onnxruntime', 'openvino', 'pvt-timm')
+SECTIONS = ('throughput', 'latency', 'engines', 'training', 'memory', 'training_memory')
+PACKAGES = ('torch', 'timm', 'torchvision', 'transformers', 'onnxruntime', 'openvino', 'nncf', 'pvt-timm')
 
 
 def machine(device: str) -> dict:
@@ -99,7 +99,7 @@ def summary(ms: list) -> dict:
 def check(name, precision, shape, out, expected) -> float:
     """Largest difference from the expected logits, over the largest of these. Ends the run if they are not equal."""
     error = ((out.detach().float().cpu() - expected).abs().max() / expected.abs().max()).item()
-    if error > TOLERANCE[precision]:
+    if not error <= contenders.tolerance(name, precision):  # which NaN is not
         raise SystemExit(f'{name} {precision} {shape}: relative error {error:.1e}, nothing to time.')
     return error
 
@@ -217,7 +217,7 @@ def memory_of(name, variant, shape, precision, device, train=False) -> int:
         forward_backward(model, x, precision, device) if train else model(x)
 
     with torch.set_grad_enabled(train):
-        if name not in ('transformers', 'onnxruntime', 'openvino', 'original'):
+        if name not in ('transformers', 'original', *RUNTIMES):
             model(torch.zeros(1, 3, 64, 64, dtype=x.dtype, device=device))
         gc.collect()
         if device == 'cuda':
@@ -278,6 +278,12 @@ def suite(args):
             yield 'latency', inference, main, (1, 3, *size), precision, some, args
             for variant in () if cuda else others:  # what is promised for all: fused is not slower than plain
                 yield 'latency', inference, variant, (1, 3, *size), precision, ['eager', 'fused'], args
+        if not cuda:
+            for variant in (main,) if quick else (main, 'tiny'):
+                yield 'engines', inference, variant, (1, 3, 224, 224), precision, ENGINES, args
+                yield 'engines', inference, variant, (batches[0], 3, 224, 224), precision, ENGINES, args
+            if not quick:
+                yield 'engines', inference, main, (1, 3, 800, 1344), precision, ENGINES, args
         yield 'training', training, main, train, precision, TRAIN_CUDA if cuda else TRAIN, args
     if not cuda and not os.access('/proc/self/clear_refs', os.W_OK):
         return

@@ -81,7 +81,7 @@ def load_model(
             if not kwargs and weights.problem_type == 'regression':
                 raise ValueError(f'Expected weights of a classifier, {Path(weights.source.name).name} predicts numbers')
             network = weights.create_model(**kwargs)
-            name, notes = f'{weights.variant} from {Path(weights.source.name).name}', weights.notes
+            name, notes = f'{weights.variant} with weights from {Path(weights.source.name).name}', weights.notes
             multi_label = weights.multi_label
     if not kwargs and not network.num_classes:
         raise ValueError(f'{name} {_NO_HEAD}')

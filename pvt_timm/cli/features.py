@@ -136,4 +136,5 @@ def _draw(
     else:
         image = open_image(loaded.file.path, channels)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw_pyramid(image, maps, size, picture, classifier.name)
+    draw_pyramid(
+        image, maps, size, picture, f'Features of {classifier.name}', Path(loaded.file.name).name)

@@ -10,7 +10,7 @@ from PIL import Image
 from ..files import save_atomically
 from .errors import clean
 
-__all__ = ['draw_pyramid', 'false_colour', 'new_figure', 'pca', 'picture_text']
+__all__ = ['draw_pyramid', 'false_colour', 'new_figure', 'pca', 'picture_text', 'with_gaps']
 
 # Arrangements of the image (I) and four levels (0 to 3), for images from the narrowest to the widest
 _MOSAICS = ('I0123', 'II01;II23', 'II;II;01;23', 'I;0;1;2;3')
@@ -62,9 +62,28 @@ def false_colour(levels: Sequence[torch.Tensor], image: torch.Tensor) -> List[np
     return colours
 
 
+def with_gaps(pixels: np.ndarray, cells: Tuple[int, int], cell_size: Tuple[int, int]) -> np.ndarray:
+    """A sheet of images (H, W, 3) with white gaps between them, an eighth of an image wide.
+
+    Args:
+        pixels: The sheet, or a feature map of it, bytes or from 0 to 1.
+        cells: Rows and columns of images.
+        cell_size: Height and width that each of them is enlarged to, multiples of those that it has.
+    """
+    white = 255 if pixels.dtype == np.uint8 else 1
+    for axis in (0, 1):
+        pixels = pixels.repeat(cell_size[axis] * cells[axis] // pixels.shape[axis], axis)
+        gap = np.full_like(pixels.take(range(cell_size[axis] // 8), axis), white)
+        parts = []
+        for part in np.split(pixels, cells[axis], axis):
+            parts += [part, gap]
+        pixels = np.concatenate(parts[:-1], axis)
+    return pixels
+
+
 def draw_pyramid(
         image: Image.Image, features: Sequence[torch.Tensor], img_size: Tuple[int, int], output: Union[str, Path],
-        title: str, note: str = '', cells: Tuple[int, int] = (1, 1)) -> None:
+        title: str, name: str = 'image', note: str = '', cells: Tuple[int, int] = (1, 1)) -> None:
     """Draw an image and its four feature levels, each labelled with stride, channels, height and width.
 
     Args:
@@ -73,14 +92,15 @@ def draw_pyramid(
         img_size: Height and width that the model saw.
         output: File to write, its extension says the format (png, pdf, svg, jpg...).
         title: Line above everything.
+        name: What the image is called, above it.
         note: Line below everything, before what the colours are.
-        cells: Rows and columns of an image that is a sheet of images, to draw lines between them.
+        cells: Rows and columns of an image that is a sheet of images, to draw gaps between them.
     """
     image = image.convert('RGB')
     image.thumbnail((2000, 2000))
     rgb = np.array(image)
     height, width = img_size
-    panels = {'I': (f'image\n{height} × {width} pixels', rgb)}
+    panels = {'I': (f'{picture_text(name, 60)}\n{height} × {width} pixels', rgb)}
     colours = false_colour(features, torch.from_numpy(rgb).permute(2, 0, 1))
     for i, (level, colour) in enumerate(zip(features, colours)):
         C, H, W = level.shape
@@ -92,12 +112,12 @@ def draw_pyramid(
     figure = new_figure(figsize=(inches, min(8.6, (panel + 0.5) * len(mosaic) + 0.7)), layout='constrained')
     for key, axes in figure.subplot_mosaic('\n'.join(mosaic)).items():
         text, pixels = panels[key]
+        if cells != (1, 1):
+            pixels = with_gaps(pixels, cells, (height // cells[0], width // cells[1]))
         axes.imshow(pixels, interpolation='nearest', extent=(0, width, height, 0))
         axes.set_title(text, loc='left', fontsize=10)
         axes.set_anchor('N')
         axes.set_axis_off()
-        axes.hlines(np.arange(1, cells[0]) * height / cells[0], 0, width, color='white', linewidth=1)
-        axes.vlines(np.arange(1, cells[1]) * width / cells[1], 0, height, color='white', linewidth=1)
     figure.suptitle(picture_text(title, 100), fontsize=15, weight='bold')
     below = f'{picture_text(note)}\nColours: first three principal components of each level. Sizes: height × width.'
     figure.supxlabel(below.strip(), fontsize=9)

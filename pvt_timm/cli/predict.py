@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import timm
@@ -128,9 +129,9 @@ def run_demo(args: argparse.Namespace) -> None:
     sheet = Image.fromarray(np.hstack([np.vstack([*map(np.asarray, images)]) for images in by_digit.values()]))
     backbone = load_model('test_pvt', dense=True)
     draw_pyramid(
-        sheet, *extract(backbone, sheet, (sheet.height, sheet.width)), picture, backbone.name,
-        cells=(len(by_digit['0']), len(by_digit)),
-        note=f'{count} handwritten digits, a column each for 0 to 9. At stride 32 a digit is one position.')
+        sheet, *extract(backbone, sheet, (sheet.height, sheet.width)), picture, f'Features of {backbone.name}',
+        f'{count} handwritten digits as one image', cells=(len(by_digit['0']), len(by_digit)),
+        note='A column for each digit. The model does not see the gaps. At stride 32 a digit is one position.')
     print(f'Features of all of them as one image of {sheet.height}x{sheet.width} (height x width): '
           f'{clean(picture, 4096)}')
     print(f'\nNext, with your own image (weights come from the Hugging Face Hub):\n'
@@ -139,15 +140,29 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_list(args: argparse.Namespace) -> None:
     print(f'{"model":<26} {"params":>8} {"GMACs":>7}  {"at":<7} {"top-1":>6}  weights')
+    addresses: Dict[str, List[str]] = {}
     for name in (name for variant in VARIANTS for name in timm.list_models(variant, include_tags=True)):
         cfg: Any = get_pretrained_cfg(name)
         model = timm.create_model(name, num_classes=cfg.num_classes, device='meta', weight_init='skip')
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             model.eval()(torch.empty(1, *cfg.input_size, device='meta'))
         params, gmacs = sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
-        weights = cfg.hf_hub_id and f'hf-hub:{cfg.hf_hub_id}', cfg.url, cfg.file and 'in the package'
+        places = []
+        if cfg.hf_hub_id:
+            places.append('Hugging Face Hub')
+            addresses.setdefault(name, []).append(f'hf-hub:{cfg.hf_hub_id}')
+        if cfg.url:
+            places.append(urlsplit(cfg.url).hostname or '')
+            addresses.setdefault(name, []).append(cfg.url)
+        if cfg.file:
+            places.append('in the package')
         decimals = 2 if gmacs > 0.01 else 4
         size = 'x'.join(map(str, cfg.input_size[1:]))
         print(f'{name.removesuffix(".untrained"):<26} {params:6.2f} M {gmacs:7.{decimals}f}  {size:<7} '
-              f'{TOP1.get(name, "-"):>6}  {" or ".join(filter(None, weights)) or "none"}')
+              f'{TOP1.get(name, "-"):>6}  {", ".join(places) or "none"}')
     print('\ntop-1: ImageNet-1K as published (test_pvt: held-out digits). retinanet_coco: backbones, no classifier.')
+    print('\nWhere the weights come from, the first address is tried first:')
+    for name, some in addresses.items():
+        print(f'  {name}')
+        for address in some:
+            print(f'    {address}')

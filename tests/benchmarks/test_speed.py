@@ -38,3 +38,29 @@ def test_report(tmp_path):
     assert '| ours, fused | 102% |' in text  # 16 * 7.64 GFLOP in 0.6 s of 200 GFLOP/s
     assert sorted(p.name for p in tmp_path.glob('*.png')) == [
         f'cpu_avx2_{name}.png' for name in ('latency', 'memory', 'peak', 'throughput', 'training')]
+
+
+def test_charts_have_no_gaps_and_show_values():
+    """Each chart has the contenders that were measured there and no others, each with its name and its value."""
+    figure = pytest.importorskip('matplotlib.figure')
+    row = dict(variant='small', shape=[1, 3, 224, 224], precision='fp32', contenders=dict(
+        transformers=dict(median=70.2), eager=dict(median=70.1), openvino=dict(skipped='not there')))
+    results = dict(
+        machine=dict(gpu=None), gmacs=run.GMACS, peak=[], throughput=[], training=[], memory=[], latency=[row])
+    panels = report.panels_of(results)
+    assert list(panels) == ['latency']
+    (panel,), = panels['latency']
+    assert panel.values == dict(transformers=70.2, eager=70.1)
+    axis = figure.Figure().subplots()
+    report.draw_panel(axis, panel, places=2)
+    assert [text.get_text() for text in axis.get_yticklabels()] == ['transformers', 'ours']
+    assert [text.get_text() for text in axis.texts] == ['70', '70']
+    assert [bar.get_y() + bar.get_height() / 2 for bar in axis.patches] == [0, 1]  # neither hides the other
+
+
+def test_int8_may_differ_by_more_and_nan_never_passes():
+    expected = run.torch.ones(1, 4)
+    assert run.check('openvino_int8', 'fp32', [], expected * 1.2, expected) == pytest.approx(0.2)
+    for name, out in (('openvino_export', expected * 1.001), ('openvino_int8', expected * float('nan'))):
+        with pytest.raises(SystemExit, match=name):
+            run.check(name, 'fp32', [], out, expected)

@@ -67,12 +67,28 @@ def test_demo(cli, tmp_path):
 
 
 def test_list(cli):
-    rows = {line.split()[0]: ' '.join(line.split()[1:]) for line in cli('list').splitlines() if line}
-    in1k = 'hf-hub:Zetatech/pvt-small-224 or https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth'
-    assert rows['pvt_small.in1k'] == f'24.49 M 3.82 224x224 79.8 {in1k}'
-    assert rows['pvt_small.retinanet_coco'].startswith('23.97 M ') and '- https://' in rows['pvt_small.retinanet_coco']
+    out = cli('list')
+    table, note, addresses = out.rstrip().split('\n\n')
+    rows = {line.split()[0]: ' '.join(line.split()[1:]) for line in table.splitlines()}
+    assert rows['pvt_small.in1k'] == '24.49 M 3.82 224x224 79.8 Hugging Face Hub, github.com'
+    assert rows['pvt_small.retinanet_coco'] == '23.97 M 3.81 224x224 - download.openmmlab.com'
     assert rows['pvt_huge_v2'] == '304.95 M 50.49 224x224 - none'
     assert rows['test_pvt.digits'] == '0.15 M 0.0009 32x32 99.2 in the package'
+    assert note.startswith('top-1: ')
+    small = addresses.splitlines()
+    small = small[small.index('  pvt_small.in1k') + 1:]
+    assert small[:2] == [
+        '    hf-hub:Zetatech/pvt-small-224',
+        '    https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth']
+    assert 'test_pvt' not in addresses and 'pvt_huge_v2' not in addresses
+
+
+def test_lines_of_list_fit_a_terminal(cli):
+    """But addresses, which stand alone, so that they can be copied."""
+    lines = cli('list').splitlines()
+    assert max(len(line) for line in lines if '://' not in line) <= 100
+    for line in lines:
+        assert '://' not in line or len(line.split()) == 1, line
 
 
 def predictions(cli, *argv):

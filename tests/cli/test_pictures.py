@@ -10,7 +10,7 @@ from PIL import Image
 
 from pvt_timm.cli.overlays import draw_detections, draw_segments
 from pvt_timm.cli.errors import clean
-from pvt_timm.cli.pictures import draw_pyramid, false_colour, pca
+from pvt_timm.cli.pictures import draw_pyramid, false_colour, pca, with_gaps
 
 
 def test_pca_is_that_of_the_covariance():
@@ -69,6 +69,28 @@ def test_sizes_are_height_by_width(tmp_path):
         assert caption in text, caption
 
 
+def test_the_image_has_its_name_and_the_title_says_features(tmp_path, cli):
+    """A title such as 'pvt_tiny from tiny' above a picture called 'image' says nothing."""
+    Image.new('RGB', (64, 64), 'red').save(tmp_path / 'red.png')
+    cli('features', tmp_path / 'red.png', '--model', 'test_pvt', '--output', tmp_path / 'a.svg')
+    assert 'Features of test_pvt.digits' in text_of(tmp_path / 'a.svg')
+    assert 'red.png' in text_of(tmp_path / 'a.svg')
+
+
+@pytest.mark.parametrize('stride', [1, 4, 16, 32])
+def test_gaps_between_the_images_of_a_sheet(stride):
+    """In the image and in each level at the same places, and nothing is covered by them."""
+    sheet = np.random.default_rng(0).random((64 // stride, 96 // stride, 3))
+    apart = with_gaps(sheet, (2, 3), (32, 32))
+    assert apart.shape == (64 + 4, 96 + 2 * 4, 3)
+    assert (apart[32:36] == 1).all() and (apart[:, 32:36] == 1).all() and (apart[:, 68:72] == 1).all()
+    large = sheet.repeat(stride, 0).repeat(stride, 1)
+    for row in range(2):
+        for column in range(3):
+            cell = apart[36 * row:36 * row + 32, 36 * column:36 * column + 32]
+            assert (cell == large[32 * row:32 * row + 32, 32 * column:32 * column + 32]).all()
+
+
 ODD_TEXT = ['a $ b', '$x^{', '$\\frac$ and $y$', '_underlined', 'a\nb\x1b[2J', '\\$5', 'x' * 100_000]
 
 
@@ -81,8 +103,8 @@ def text_of(svg):
 def test_text_from_elsewhere(text, tmp_path):
     """Is no formula, is not left out, is one line, and does not make the picture wide."""
     levels = [torch.randn(8, 16 // s, 16 // s) for s in (1, 2, 4, 8)]
-    draw_pyramid(Image.new('RGB', (64, 64)), levels, (64, 64), tmp_path / 'a.svg', text, text)
-    draw_pyramid(Image.new('RGB', (64, 64)), levels, (64, 64), tmp_path / 'a.png', text, text)
+    draw_pyramid(Image.new('RGB', (64, 64)), levels, (64, 64), tmp_path / 'a.svg', text, text, text)
+    draw_pyramid(Image.new('RGB', (64, 64)), levels, (64, 64), tmp_path / 'a.png', text, text, text)
     found = text_of(tmp_path / 'a.svg')
     assert (text if text.isprintable() and len(text) < 60 else clean(text)[:60]) in found
     boxes = [dict(name=text, score=0.9, box=[10, 10, 50, 50])]
