@@ -2,16 +2,19 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.data import create_transform
 
+from ..detection import retinanet_coco
 from ..export import TARGETS, Exported, export
 from ..int8 import CalibrationImages, Int8Change, find_images
-from .errors import clean
 from ..files import refuse_same_file
-from .predict import Classifier, load_model, open_image
+from ..labels import read_labels
+from ..training.checkpoints import load_any
+from .errors import clean
+from .predict import DEFAULT_MODEL, Classifier, check_finite, load_model, open_image
 
 __all__ = ['add_export_options', 'run_export']
 
@@ -20,7 +23,12 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument('--to', required=True, choices=list(TARGETS), help='the runtime')
     suffixes = ', '.join(f'{kind.suffix} for {name}' for name, kind in TARGETS.items())
     command.add_argument('--output', required=True, type=Path, metavar='FILE', help=f'file to write ({suffixes})')
-    command.add_argument('--features', action='store_true', help='the maps of all stages, in place of the logits')
+    what = command.add_mutually_exclusive_group()
+    what.add_argument('--features', action='store_true', help='the maps of all stages, in place of the logits')
+    what.add_argument(
+        '--detector', action='store_true', help='a detector (onnx and openvino): that of --checkpoint, or '
+        "OpenMMLab's RetinaNet on --model (pvt_tiny, pvt_small, pvt_medium)")
+    what.add_argument('--segmenter', action='store_true', help='the segmenter of --checkpoint')
     command.add_argument('--half', action='store_true', help='weights in float16')
     command.add_argument('--int8', action='store_true', help='weights and activations in 8 bits (onnx and openvino)')
     command.add_argument(
@@ -33,9 +41,30 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> None:
     if args.int8 != (args.calibrate is not None):
         raise ValueError('Expected --int8 and --calibrate FOLDER together')
+    if args.int8 and (args.detector or args.segmenter):
+        raise ValueError('Expected a classifier or --features with --int8')
     if args.calibrate is not None:
         find_images(args.calibrate)  # before weights are downloaded
     refuse_same_file(args.output, args.checkpoint)
+    if args.detector or args.segmenter:
+        name, done = _export_whole(args)
+    else:
+        name, done = _export_pvt(args)
+    if args.json:
+        print(json.dumps(_as_json(name, done), indent=2))
+        return
+    print(f'{done.path}: {clean(name)} for {done.target}, {done.bytes / 1e6:.1f} MB, {done.seconds:.0f} s')
+    differences = ', '.join(f'{_size(size)}: {value:.0e}' for size, value in done.differences.items())
+    of_what = "of boxes as a share of an image's side, of scores and masks" if args.detector else (
+        'as a share of the largest value')
+    print(f'  largest difference from PyTorch, {of_what}: {differences}')
+    if done.int8 is not None:
+        for line in _int8_lines(done.int8):
+            print(f'  {line}')
+
+
+def _export_pvt(args: argparse.Namespace) -> Tuple[str, Exported]:
+    """Export a classifier or its features. Returns the name of the model too."""
     classifier = load_model(
         args.model, args.checkpoint, dense=args.features, img_size=args.img_size, labels=args.labels,
         prefix=args.prefix)
@@ -44,15 +73,32 @@ def run_export(args: argparse.Namespace) -> None:
         classifier.model, args.to, args.output, features=args.features, img_size=classifier.data['input_size'][1:],
         half=args.half, preprocessing=classifier.data, labels=classifier.labels, name=classifier.name,
         calibration=calibration)
-    if args.json:
-        print(json.dumps(_as_json(classifier.name, done), indent=2))
-        return
-    print(f'{done.path}: {clean(classifier.name)} for {done.target}, {done.bytes / 1e6:.1f} MB, {done.seconds:.0f} s')
-    differences = ', '.join(f'{_size(size)}: {value:.0e}' for size, value in done.differences.items())
-    print(f'  largest difference from PyTorch, as a share of the largest value: {differences}')
-    if done.int8 is not None:
-        for line in _int8_lines(done.int8):
-            print(f'  {line}')
+    return classifier.name, done
+
+
+def _export_whole(args: argparse.Namespace) -> Tuple[str, Exported]:
+    """Export a detector or segmenter. Returns the name of the model too."""
+    if args.checkpoint is None:
+        if args.segmenter:
+            raise ValueError('Expected --checkpoint with --segmenter, none are published at a fixed address')
+        variant = (args.model or DEFAULT_MODEL).removesuffix('.retinanet_coco')
+        if args.prefix is not None:
+            raise ValueError('Expected --checkpoint with --prefix, the models of --model have one detector each')
+        name, model = f'RetinaNet on {variant}', retinanet_coco(variant)
+    else:
+        if args.model is not None:
+            raise ValueError(f'Expected no --model, the checkpoint says what its {_task(args)} is made of')
+        model = load_any(args.checkpoint, _task(args), args.prefix)
+        name = f'{type(model).__name__.removeprefix("Pvt")} with weights from {Path(args.checkpoint).name}'
+    check_finite(model, name)
+    labels = read_labels(args.labels, model.num_classes) if args.labels else model.categories
+    done = export(
+        model, args.to, args.output, img_size=args.img_size, half=args.half, labels=labels, name=name)
+    return name, done
+
+
+def _task(args: argparse.Namespace) -> str:
+    return 'detector' if args.detector else 'segmenter'
 
 
 def _calibration_images(classifier: Classifier, folder: Path) -> CalibrationImages:

@@ -215,7 +215,9 @@ def resized(width: Any, height: Any, min_size: int, max_size: int) -> Tuple[Any,
     """
     if torch.jit.is_tracing():
         sides = torch.stack([torch.as_tensor(width), torch.as_tensor(height)]).double()
-        scale = torch.minimum(max_size / sides.max(), min_size / sides.min())
+        # tensors over tensors: of a number over a tensor OpenVINO takes the tensor itself
+        limits = torch.tensor([max_size, min_size], dtype=torch.float64)
+        scale = (limits / torch.stack([sides.max(), sides.min()])).min()
         width, height = (sides * scale + 0.5).long().clamp(min=1).unbind()
         return width, height
     scale = min(max_size / max(width, height), min_size / min(width, height))

@@ -1,6 +1,7 @@
 """READMEs can be typed as they stand: every command and snippet of theirs is run, section by section.
 
-Those of recipes/ and weights_conversion/ have tests of their own (test_from_folder.py, convert/test_convert.py).
+Those of recipes/ and weights_conversion/ have tests of their own (test_from_folder.py, export/test_engines.py,
+convert/test_convert.py).
 """
 import glob
 import importlib.util
@@ -28,7 +29,7 @@ from weights_conversion.cli import main as convert_main
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ('README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', 'benchmarks/training/README.md')
-LINKED = (*DOCS, 'weights_conversion/README.md', 'pvt_timm/recipes/README.md')
+LINKED = (*DOCS, 'weights_conversion/README.md', 'pvt_timm/recipes/README.md', 'pvt_timm/recipes/EXPORT.md')
 TEXTS = {doc: (ROOT / doc).read_text(encoding='utf-8') for doc in LINKED}
 PUBLISHED = ('pvt_small', 'pvt_large')  # those that they fetch
 SMALL = '--epochs 1 --warmup-epochs 0 --batch-size 2 --workers 0 --img-size 32'.split()  # what makes training quick

@@ -1,70 +1,28 @@
 """ Files for other runtimes: the model's numbers, read by the runtime alone, and nothing written where they differ. """
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import pvt_timm
-from pvt_timm import export as export_module
 from pvt_timm.cli.main import _parser, main
-from pvt_timm.export import TARGETS, export, read_metadata
+from pvt_timm import export as export_package
+from pvt_timm.detection import detector_to_mmdet, pvt_faster_rcnn, pvt_mask_rcnn, pvt_retinanet
+from pvt_timm.export import TARGETS, comparing, export, read_metadata
+from pvt_timm.export.graphs import make_graph
 from pvt_timm.int8 import find_images
+from pvt_timm.segmentation import semantic_fpn
 from tests.support.forms import make_input, make_model
+from tests.support.runtimes import read_alone
 
 DENSE = dict(class_token=False, num_classes=0, global_pool='avg')
-
-# A program that has nothing but the runtime: it reads images from a file and writes outputs to another.
-READERS = {
-    'onnx': '''
-import onnxruntime
-session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-outputs = session.run(None, {'image': x})
-''',
-    'openvino': '''
-import openvino
-compiled = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-outputs = list(compiled({'image': x}).values())
-''',
-    'torch': '''
-import torch
-outputs = [output.detach().numpy() for output in torch.export.load(path).module()(torch.from_numpy(x))]
-''',
-    'executorch': '''
-import torch
-from executorch.runtime import Runtime
-method = Runtime.get().load_program(path).load_method('forward')
-outputs = [output.numpy() for output in method.execute([torch.from_numpy(x)])]
-''',
-}
-READ = '''
-import sys
-import numpy as np
-path, images, results = sys.argv[1:]
-x = np.load(images)
-{reader}
-np.savez(results, *outputs)
-assert not {{'pvt_timm', 'timm'}} & sys.modules.keys()
-'''
-
 
 def skip_without(target):
     for package in TARGETS[target].packages:
         pytest.importorskip(package.split('.')[0])
-
-
-def read_alone(target, path, x, tmp_path):
-    np.save(tmp_path / 'images.npy', x.numpy())
-    program = READ.format(reader=READERS[target])
-    subprocess.run(
-        [sys.executable, '-c', program, path, tmp_path / 'images.npy', tmp_path / 'results.npz'],
-        check=True, cwd=tmp_path, timeout=300)
-    with np.load(tmp_path / 'results.npz') as results:
-        return [torch.from_numpy(results[name]) for name in results.files]
 
 
 def assert_near(actual, expected, tolerance):
@@ -121,8 +79,8 @@ def test_a_file_that_differs_is_not_written(monkeypatch, tmp_path, change, messa
     pytest.importorskip('onnxruntime')
     path = tmp_path / 'model.onnx'
     path.write_bytes(b'an older one')
-    load = export_module._load_onnx
     target = TARGETS['onnx']
+    load = target.load
     monkeypatch.setitem(TARGETS, 'onnx', type(target)(**{
         **vars(target), 'load': lambda path: lambda x: change(load(path)(x))}))
     with pytest.raises(ValueError, match=message):
@@ -135,7 +93,8 @@ def test_a_file_that_differs_is_not_written(monkeypatch, tmp_path, change, messa
     (dict(output='model.bin'), r'Expected a file name that ends in \.onnx for onnx, got model\.bin'),
     (dict(output='none/model.onnx'), 'No such folder: '),
     (dict(features=True), 'Expected a dense model for features'),
-    (dict(model=torch.nn.Linear(2, 2)), 'Expected a PyramidVisionTransformer, got Linear'),
+    (dict(model=torch.nn.Linear(2, 2)), 'Expected a PyramidVisionTransformer, a detector or a segmenter of this '
+                                        'package, got Linear'),
     (dict(model=make_model(num_classes=0)), 'Expected a model with a classifier'),
     (dict(model=make_model().double()), 'Expected a model in float32 on the CPU'),
     (dict(target='torch', output='model.pt2', img_size=32), 'Expected an img_size of at least 64 for torch, got'),
@@ -149,6 +108,192 @@ def test_what_cannot_be_is_refused(tmp_path, kwargs, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         export(**kwargs)
     assert not list(tmp_path.iterdir())
+
+
+DETECTORS = dict(retinanet=pvt_retinanet, faster_rcnn=pvt_faster_rcnn, mask_rcnn=pvt_mask_rcnn)
+
+
+def make_detector(kind, score=0.3):
+    """One that finds objects in random images, of different scores and classes."""
+    torch.manual_seed(0)
+    channels = dict(retinanet={}, faster_rcnn=dict(box_channels=48), mask_rcnn=dict(box_channels=48, mask_channels=24))
+    model = DETECTORS[kind](
+        'test_pvt', 3, out_channels=32, model_args=dict(img_size=64), min_size=64, max_size=128, **channels[kind])
+    for m in (model.head if kind == 'retinanet' else model.rpn).modules():
+        if isinstance(m, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(m.weight)
+    comparing.thresholds_of(model).score_thresh = score
+    model.categories = ['ant', 'bee', 'cat']
+    return model.eval()
+
+
+def assert_same_objects(actual, expected, tolerance):
+    """Each object has one of the same class at the same place in the other list, and the masks are as large."""
+    assert [output.shape for output in actual] == [output.shape for output in expected] and len(expected[0]) > 2
+    for some, others in ((actual, expected), (expected, actual)):
+        same = some[2][:, None] == others[2]
+        same &= (some[0][:, None] - others[0]).abs().amax(dim=2) < 0.05
+        same &= (some[1][:, None] - others[1]).abs() < tolerance
+        if len(some) > 3:
+            same &= (some[3][:, None] - others[3][None]).abs().amax(dim=(2, 3, 4)) < 0.1
+        assert same.any(dim=1).all()
+
+
+@pytest.mark.parametrize('half', [False, True], ids=['float32', 'half'])
+@pytest.mark.parametrize('target', ['onnx', pytest.param('openvino', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', DETECTORS)
+def test_detectors_are_read_by_the_runtime_alone(kind, target, half, tmp_path):
+    """Images of other content and size than the export saw."""
+    skip_without(target)
+    pytest.importorskip('onnx')
+    model = make_detector(kind)
+    path = tmp_path / f'model{TARGETS[target].suffix}'
+    done = export(model, target, path, half=half, name='mine')
+    assert len(done.differences) == 3 and max(done.differences.values()) < (5e-2 if kind == 'mask_rcnn' else 1e-4)
+    said = read_metadata(path)
+    assert said['labels'] == ['ant', 'bee', 'cat'] and said['model'] == 'mine'
+    assert said['outputs'] == ['boxes', 'scores', 'labels'] + ['masks'] * (kind == 'mask_rcnn')
+    assert said['preprocessing'] == dict(input_size=[3, None, None], value_range=[0, 1], min_size=64, max_size=128)
+
+    if half:  # rounded after matrices of attention were multiplied, and a list of boxes changes with any last digit
+        module = make_graph(model, half=True).module
+        assert all(torch.equal(p, p.half().float()) for p in module.parameters() if p.ndim > 1)
+    else:
+        module = DetectionsOf(model)
+    image = torch.rand(3, 50, 141, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = module(image)
+    actual = read_alone(target, path, image, tmp_path)
+    assert actual[2].dtype == torch.int64
+    assert_same_objects(actual, expected, 1e-4)
+
+
+class DetectionsOf(torch.nn.Module):
+    """Boxes, scores, labels from 0 and masks of one image."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image):
+        found = self.model([image])[0]
+        masks = [found['masks']] if 'masks' in found else []
+        return [found['boxes'], found['scores'], found['labels'] - self.model.first_label, *masks]
+
+
+def test_half_precision_halves_a_detector(tmp_path):
+    pytest.importorskip('onnxruntime')
+    model, path = make_detector('retinanet'), tmp_path / 'model.onnx'
+    sizes = [export(model, 'onnx', path, half=half).bytes for half in (False, True)]
+    weights = sum(p.numel() for p in model.parameters())
+    assert sizes[0] - sizes[1] > 1.8 * weights  # of the 2 bytes that each weight can save
+
+
+def test_detectors_that_find_nothing_are_compared_with_a_lower_score(tmp_path, monkeypatch):
+    """Otherwise any two files that find nothing would be equal."""
+    pytest.importorskip('onnxruntime')
+    lowest = []
+    compare = export_package.compare_detections
+    monkeypatch.setattr(export_package, 'compare_detections', lambda run, reference, *args: (
+        lowest.append(comparing.thresholds_of(reference.model).score_thresh), compare(run, reference, *args))[1])
+    model = make_detector('retinanet', score=0.999)
+    export(model, 'onnx', tmp_path / 'model.onnx')
+    assert lowest == [0., 0.999] and model.score_thresh == 0.999
+    assert [file.name for file in tmp_path.iterdir()] == ['model.onnx']
+
+
+def one_more(outputs):
+    """The first object twice, with a score of its own."""
+    boxes, scores, *rest = (torch.cat([output, output[:1]]) for output in outputs)
+    scores[-1] += 0.01
+    return [boxes, scores, *rest]
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda outputs: [outputs[0] + 0.5, *outputs[1:]], 'have no counterpart of the same class'),
+    (lambda outputs: [outputs[0], outputs[1] * 0.99, *outputs[2:]], 'have no counterpart'),
+    (lambda outputs: [outputs[0], outputs[1], (outputs[2] + 1) % 3, *outputs[3:]], 'have no counterpart'),
+    (lambda outputs: [output[1:] for output in outputs], 'have no counterpart'),
+    (one_more, 'have no counterpart'),
+    (lambda outputs: [*outputs[:3], outputs[3] * 0.8], 'have no counterpart'),
+    (lambda outputs: [*outputs[:3], outputs[3][..., 1:]], 'masks have the shape'),
+], ids=['boxes', 'scores', 'labels', 'one less', 'one more', 'masks', 'size of masks'])
+def test_a_detector_that_differs_is_not_written(monkeypatch, tmp_path, change, message):
+    pytest.importorskip('onnxruntime')
+    target = TARGETS['onnx']
+    model = make_detector('mask_rcnn')
+
+    def load(path):
+        return torch.no_grad()(lambda image: change(DetectionsOf(model)(image)))
+
+    monkeypatch.setitem(TARGETS, 'onnx', type(target)(**{
+        **vars(target), 'write': lambda graph, path: path.touch(), 'load': load}))
+    with pytest.raises(ValueError, match=message):
+        export(model, 'onnx', tmp_path / 'model.onnx')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('target', ['torch', 'executorch'])
+def test_targets_without_detectors_refuse_them_by_name(target, tmp_path, monkeypatch):
+    monkeypatch.setitem(TARGETS, target, type(TARGETS[target])(**{**vars(TARGETS[target]), 'packages': ()}))
+    with pytest.raises(ValueError, match=f'Expected one of onnx, openvino as target for detectors, got {target}'):
+        export(make_detector('retinanet'), target, tmp_path / f'model{TARGETS[target].suffix}')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(features=True), 'Expected features of a backbone, got a detector'),
+    (dict(img_size=64), 'Expected no img_size for a detector'),
+    (dict(calibration=()), 'Expected a classifier or features for int8'),
+])
+def test_what_a_detector_cannot_have(kwargs, message, tmp_path):
+    pytest.importorskip('onnxruntime')
+    with pytest.raises(ValueError, match=message):
+        export(make_detector('retinanet'), 'onnx', tmp_path / 'model.onnx', **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('target', [
+    'onnx',
+    pytest.param('openvino', marks=pytest.mark.slow),
+    pytest.param('torch', marks=pytest.mark.slow),
+    pytest.param('executorch', marks=pytest.mark.slow),
+])
+def test_segmenters_are_read_by_the_runtime_alone(target, tmp_path):
+    skip_without(target)
+    torch.manual_seed(0)
+    model = semantic_fpn('test_pvt', 5, out_channels=32, channels=16, model_args=dict(img_size=64)).eval()
+    model.categories = list('abcde')
+    path = tmp_path / f'model{TARGETS[target].suffix}'
+    export(model, target, path, img_size=64)
+    x = make_input(*((2, 96, 160) if TARGETS[target].dynamic else (1, 64, 64)))
+    with torch.no_grad():
+        assert_near(read_alone(target, path, x, tmp_path), [model(x)], 1e-5)
+    said = read_metadata(path)
+    assert said['labels'] == list('abcde') and said['outputs'] == ['logits']
+    assert said['preprocessing']['mean'] == list(model.mean) and said['preprocessing']['size_divisible'] == 32
+
+
+def test_command_for_detectors_and_segmenters(tmp_path, capsys):
+    pytest.importorskip('onnxruntime')
+    torch.save({'meta': {}, 'state_dict': detector_to_mmdet(make_detector('mask_rcnn'))}, tmp_path / 'mask_rcnn.pth')
+    output = tmp_path / 'model.onnx'
+    start = ['export', '--checkpoint', str(tmp_path / 'mask_rcnn.pth'), '--to', 'onnx', '--output', str(output)]
+    assert main([*start, '--detector', '--json']) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said['model'] == 'MaskRCNN with weights from mask_rcnn.pth' and said['outputs'][3] == 'masks'
+    assert len(said['differences']) == 3
+    output.unlink()
+    for argv, message in (
+            ([*start, '--segmenter'], 'Expected'),
+            ([*start, '--detector', '--model', 'pvt_tiny'], 'Expected no --model'),
+            ([*start, '--detector', '--int8', '--calibrate', str(tmp_path)], 'with --int8'),
+            ([*start, '--detector', '--img-size', '64'], 'Expected no img_size for a detector'),
+            ([*start[:1], *start[3:], '--segmenter'], 'Expected --checkpoint with --segmenter')):
+        assert main(argv) == 2, argv
+        error = capsys.readouterr().err
+        assert error.count('\n') == 1 and message in error, error
+    assert [file.name for file in tmp_path.iterdir()] == ['mask_rcnn.pth']
 
 
 @pytest.mark.parametrize('target, package', [
@@ -232,5 +377,3 @@ def test_commands_of_the_readme():
     for line in lines:
         args = _parser().parse_args(shlex.split(line)[3:])
         assert args.output.suffix == TARGETS[args.to].suffix and args.int8 == (args.calibrate is not None)
-    for target, kind in TARGETS.items():
-        assert f'| `{target}` | {kind.suffix}' in text

@@ -1,0 +1,146 @@
+""" How far the outputs of an exported file are from those of PyTorch. """
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from .graphs import Graph, Size
+
+__all__ = [
+    'AT_THE_END', 'HALF_TOLERANCE', 'TOLERANCE', 'compare', 'compare_detections', 'distance', 'scores_to_compare',
+    'sizes_to_check', 'thresholds_of',
+]
+
+Runner = Callable[[torch.Tensor], List[torch.Tensor]]
+
+# How far outputs may be from PyTorch's, as a share of the largest value or of 1. Boxes: as a share of the longer side.
+TOLERANCE = 1e-4
+HALF_TOLERANCE = 2e-2
+# Values of a mask go from 0 to 1 within a pixel or less where its box is small, so they move with the box.
+MASK_TOLERANCE = 5e-2
+# An object less than this above the lowest score of a list may be missing in another list.
+AT_THE_END = 1e-4
+# Objects that there have to be in each image for a comparison of detectors
+_ENOUGH = 10
+
+
+def sizes_to_check(img_size: Tuple[int, int], smallest: int, dynamic: bool) -> List[Size]:
+    """Three sizes: that of the export, and where the target can a larger one and one that no stride divides."""
+    height, width = img_size
+    if not dynamic:
+        return [(1, height, width)]
+    odd = max(smallest, height // 2) + 3, max(smallest, width // 2) + 17
+    return [(1, height, width), (2, height + 96, width + 32), (3, *odd)]
+
+
+@torch.no_grad()
+def compare(
+        run: Runner, reference: nn.Module, graph: Graph, sizes: Sequence[Size], tolerance: float) -> Dict[Size, float]:
+    """The largest difference of outputs at each size, as a share of the largest value or of 1.
+
+    Raises:
+        ValueError: It is more than `tolerance`, or an output has another shape.
+    """
+    differences = {}
+    for size in sizes:
+        x = graph.example(*size)
+        largest = 0.
+        for name, actual, expected in zip(graph.outputs, run(x), reference(x), strict=True):
+            if actual.shape != expected.shape:
+                raise ValueError(f'{name} has the shape {tuple(actual.shape)} for {size}, not {tuple(expected.shape)}')
+            difference = (actual - expected).abs().max() / expected.abs().max().clamp(min=1)
+            largest = max(largest, difference.item() if actual.isfinite().all() else float('inf'))
+        differences[size] = largest
+    if max(differences.values()) > tolerance:
+        found = ', '.join(f'{"x".join(map(str, size))}: {value:.1e}' for size, value in differences.items())
+        raise ValueError(f'Outputs differ from those of PyTorch by more than {tolerance:.0e} of the largest: {found}')
+    return differences
+
+
+# detectors ------------------------------------------------------------------------------------------------------------
+
+def thresholds_of(model: Any) -> Any:
+    """The part of a detector that has `score_thresh`, the lowest score, and `detections_per_img`, the longest list."""
+    return model if hasattr(model, 'score_thresh') else model.roi_heads
+
+
+@torch.no_grad()
+def scores_to_compare(reference: Any, graph: Graph) -> float:
+    """The lowest score at which there are objects to compare in the images, the model's own if that is enough.
+
+    Images without objects would agree whatever the file computes.
+    """
+    part = thresholds_of(reference.model)
+    own = part.score_thresh
+    try:
+        part.score_thresh = 0.
+        scores = [reference(graph.example(*size))[1].sort(descending=True)[0] for size in graph.example_sizes()]
+    finally:
+        part.score_thresh = own
+    enough = [found[:_ENOUGH][-1].item() for found in scores if len(found)]
+    if not enough:
+        raise ValueError('The detector finds nothing in random images at any score, so its file cannot be compared')
+    return own if min(enough) > own + AT_THE_END else 0.
+
+
+@torch.no_grad()
+def compare_detections(run: Runner, reference: Any, graph: Graph, tolerance: float) -> Dict[Size, float]:
+    """The largest difference of boxes (as a share of the longer side), scores and masks, at each size.
+
+    Each object has to be in both lists, but those at the very end of a list: it ends at a score, or at a number of
+    objects, so that the last digit says which are the last ones.
+
+    Raises:
+        ValueError: An object is missing in one of the lists, or masks have another size.
+    """
+    part = thresholds_of(reference.model)
+    differences = {}
+    compared = 0
+    for size in graph.example_sizes():
+        image = graph.example(*size)
+        actual, expected = ([output.float() for output in outputs] for outputs in (run(image), reference(image)))
+        if len(actual) > 3 and actual[3].shape[1:] != expected[3].shape[1:]:
+            shapes = [tuple(masks.shape) for masks in (actual[3], expected[3])]
+            raise ValueError(f'masks have the shape {shapes[0]} for {size}, not {shapes[1]}')
+        lowest = part.score_thresh
+        for scores in (actual[1], expected[1]):
+            if len(scores) == part.detections_per_img:
+                lowest = max(lowest, scores.min().item())
+        compared += int((expected[1] > lowest + AT_THE_END).sum())
+        side = max(size[1:])
+        forth, missing = distance(actual, expected, lowest + AT_THE_END, side, tolerance)
+        back, left_over = distance(expected, actual, lowest + AT_THE_END, side, tolerance)
+        if missing or left_over:
+            raise ValueError(
+                f'Objects differ from those of PyTorch in an image of {size[1]}x{size[2]} pixels: of '
+                f'{len(expected[1])} found by PyTorch and {len(actual[1])} by the file, {missing + left_over} have no '
+                f'counterpart of the same class whose box, score and mask are the same to {tolerance:.0e}')
+        differences[size] = max(forth, back)
+    if not compared and part.score_thresh == 0:
+        raise ValueError('The scores of all objects are alike to the fourth digit, as those of a detector that was not '
+                         'trained are, so its file cannot be compared')
+    return differences
+
+
+def distance(
+        some: List[torch.Tensor], others: List[torch.Tensor], lowest: float, side: int, tolerance: float,
+) -> Tuple[float, int]:
+    """How far objects with a score above `lowest` are from their counterparts, and how many have none."""
+    largest, missing = 0., 0
+    boxes, scores, labels, *masks = some
+    for i in (scores > lowest).nonzero()[:, 0].tolist():
+        if not all(output[i].isfinite().all() for output in some):
+            missing += 1
+            continue
+        away = (others[0] - boxes[i]).abs().amax(dim=1) / side
+        away = torch.maximum(away, (others[1] - scores[i]).abs())
+        away = away.masked_fill(others[2] != labels[i], float('inf'))
+        near = away <= tolerance
+        if masks:
+            away = torch.maximum(away, (others[3] - masks[0][i]).abs().amax(dim=(1, 2, 3)))
+            near &= away <= max(tolerance, MASK_TOLERANCE)
+        if not near.any():
+            missing += 1
+            continue
+        largest = max(largest, away[near].min().item())
+    return largest, missing
