@@ -330,7 +330,9 @@ def main(argv=None) -> int:
         parser.error(f'Expected --only to name some of {", ".join(SECTIONS)}, got {args.only!r}.')
     results = dict(machine=machine(args.device), clock=args.clock, gmacs=GMACS, peak=[])
     results.update((section, []) for section in SECTIONS)
-    name = args.device if args.device == 'cuda' else f'cpu_{results["machine"]["capability"].lower()}'
+    # engines have a file of their own, as they may be measured on another machine than the rest
+    kind = 'engines' if list(only) == ['engines'] else args.device
+    name = kind if kind == 'cuda' else f'{kind}_{results["machine"]["capability"].lower()}'
     path = output / f'{name}.json'
     if args.only and path.is_file():
         before = json.loads(path.read_text())
