@@ -45,13 +45,15 @@ def create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> pvt.Pyr
 def _with_facts_of_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """The arguments, with the classes and channels of the user's weights in the overlay.
 
-    timm compares these with the model, after the weights have been read.
+    timm compares these with the model, after the weights have been read. What a config says of them is not asked: if
+    it were wrong, timm would put a new head in place of the trained one, without a word.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     cfg: Any = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     kwargs = {'num_classes': cfg.num_classes, 'in_chans': cfg.input_size[0], **kwargs}
     in_chans = cfg.input_size[0]
-    if any(overlay.get(name) for name in _SOURCES):
+    has_own_config = not isinstance(kwargs.get('pretrained_cfg') or '', str)  # of a folder, of the hub or of the user
+    if has_own_config or any(overlay.get(name) for name in _SOURCES):
         num_classes, in_chans = _facts(overlay.get('state_dict') or _read(cfg.to_dict()))
         # Without a head, the tag's number stays. It tells a new head that was asked for from one that is missing.
         overlay['num_classes'] = num_classes or cfg.num_classes

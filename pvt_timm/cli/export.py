@@ -14,7 +14,7 @@ from ..files import refuse_same_file
 from ..labels import read_labels
 from ..training.checkpoints import load_any
 from .errors import clean
-from .predict import DEFAULT_MODEL, Classifier, check_finite, load_model, open_image
+from .classifiers import DEFAULT_MODEL, Classifier, check_finite, load_model, open_image
 
 __all__ = ['add_export_options', 'run_export']
 

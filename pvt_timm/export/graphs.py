@@ -139,6 +139,7 @@ def reference_of(model: nn.Module, graph: Graph, features: bool) -> nn.Module:
     changes with the last digit of a weight, so that other weights give other lists of boxes.
     """
     if graph.is_detector:
+        assert isinstance(model, PublishedDetector)
         return graph.module if graph.half else _DetectionsOf(model.eval())
     return _OutputsOf(model.eval(), features)
 
@@ -167,7 +168,7 @@ class _DetectionsOf(nn.Module):
         self.model = model
 
     def forward(self, image: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        found: Any = self.model([image])[0]  # type: ignore[index]
+        found: Any = self.model([image])[0]
         masks = (found['masks'],) if self.model.needs_masks else ()
         return (found['boxes'], found['scores'], found['labels'] - self.model.first_label, *masks)
 

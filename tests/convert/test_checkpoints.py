@@ -327,6 +327,7 @@ def test_half_of_a_pair(state):
 def test_gap_in_the_blocks(state):
     source = {k.replace('stages.1.blocks.1.', 'stages.1.blocks.3.'): v for k, v in state.items()}
     assert 'stages.1.blocks.1' in error(checkpoint_filter_fn, source, small())
+    assert error(describe, source) == 'Missing in the checkpoint: stages.1.blocks.1.'
     for part in ('patch_embed', 'blocks.0'):
         assert f'stages.1.{part}' in error(describe, {k: v for k, v in state.items() if f'stages.1.{part}' not in k})
 
