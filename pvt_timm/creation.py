@@ -2,7 +2,8 @@
 
 `pvt.py` is written as timm would hold it. What only this package does stands here, around its `_create_pvt`.
 """
-from typing import Any, Dict, List, Mapping, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 from torch import nn
 
@@ -54,7 +55,7 @@ def _with_facts_of_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, An
     in_chans = cfg.input_size[0]
     has_own_config = not isinstance(kwargs.get('pretrained_cfg') or '', str)  # of a folder, of the hub or of the user
     if has_own_config or any(overlay.get(name) for name in _SOURCES):
-        num_classes, in_chans = _facts(overlay.get('state_dict') or _read(cfg.to_dict()))
+        num_classes, in_chans = _facts(overlay.get('state_dict') or _read(cfg.to_dict(), kwargs.get('cache_dir')))
         # Without a head, the tag's number stays. It tells a new head that was asked for from one that is missing.
         overlay['num_classes'] = num_classes or cfg.num_classes
         overlay['input_size'] = (in_chans, *cfg.input_size[1:])
@@ -68,7 +69,7 @@ class _HaveRead(Exception):
     """Ends timm's loading once the weights have been read."""
 
 
-def _read(pretrained_cfg: Dict[str, Any]) -> Mapping[str, Any]:
+def _read(pretrained_cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]]) -> Mapping[str, Any]:
     """What timm would hand to the filter of a model with this `pretrained_cfg`."""
     found: List[Mapping[str, Any]] = []
 
@@ -77,7 +78,7 @@ def _read(pretrained_cfg: Dict[str, Any]) -> Mapping[str, Any]:
         raise _HaveRead
 
     try:
-        load_pretrained(nn.Module(), pretrained_cfg, filter_fn=keep)
+        load_pretrained(nn.Module(), pretrained_cfg, filter_fn=keep, cache_dir=cache_dir)
     except _HaveRead:
         pass
     return found[0]

@@ -153,6 +153,19 @@ def test_own_head_from_any_source(hub, tmp_path, caplog, source):
     assert model.num_classes == 10 and torch.equal(model.norm.weight, own.norm.weight)
 
 
+@pytest.mark.parametrize('source', ['url', 'hf_hub_id'])
+def test_own_weights_go_into_the_cache_that_was_asked_for(hub, own_caches, tmp_path, source):
+    own = timm.create_model('test_pvt')
+    file = save(own.state_dict(), tmp_path / 'x.safetensors')
+    hub.add_repo('me/mine', {'model.safetensors': file.read_bytes(), 'config.json': '{}'})
+    where = dict(url=hub.add_file('x.pth', save(own.state_dict(), tmp_path / 'x.pth')), hf_hub_id='me/mine')
+    overlay = {'file': None, source: where[source]}
+    model = timm.create_model(
+        'test_pvt', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache')
+    assert same(model, own) and list((tmp_path / 'cache').iterdir())
+    assert not [path for path in own_caches.rglob('*') if path.is_file()]
+
+
 def test_filter_changes_neither_checkpoint_nor_model():
     own = randomize(timm.create_model('test_pvt', num_classes=3, in_chans=4), seed=7)
     checkpoint = dict(own.state_dict())
