@@ -50,7 +50,7 @@ def draw_objects(model: Any, samples: List[Sample], path: Path, title: str, min_
     figure, axes = plt.subplots(2, 4, figsize=(11, 6.1), constrained_layout=True)
     for ax, sample in zip(axes.flat, samples):
         found = model([sample.tensor()])[0]
-        keep = nms(found['boxes'], found['scores'], 0.5)  # detectors keep one per object and class: show the best
+        keep = nms(found['boxes'], found['scores'], 0.5)  # detectors keep a box per class of an object: take the best
         keep = keep[found['scores'][keep] >= min_score]
         ax.imshow(sample.image, interpolation='nearest')
         for x1, y1, x2, y2 in sample.boxes:
@@ -94,7 +94,7 @@ def draw_classes(model: Any, samples: List[Sample], path: Path, title: str) -> N
 
 
 def command_line(kind: str, data: Path, output: Path, more: List[str]) -> List[str]:
-    """What trains, as somebody would type it."""
+    """The command line that trains."""
     task = 'segmenter' if kind == 'semantic_fpn' else 'detector'
     return [sys.executable, '-m', 'pvt_timm', task, 'fit', '--config', str(HERE / f'shapes_{kind}.yaml'),
             '--data', str(data), '--output', str(output), *more]

@@ -78,7 +78,7 @@ def make_sample(rng: np.random.Generator, size: Tuple[int, int] = (128, 128), ma
     labels: List[int] = []
     masks: List[np.ndarray] = []
     for _ in range(int(rng.integers(1, max_objects + 1))):
-        for _ in range(10):  # a place where nothing lies yet
+        for _ in range(10):  # tries, until the place is free
             label = int(rng.integers(len(CLASSES)))
             radius = rng.uniform(0.1, 0.24) * min(h, w)
             centre = np.array([rng.uniform(radius, w - radius), rng.uniform(radius, h - radius)])
@@ -130,8 +130,8 @@ def coco_annotations(samples: Iterable[Sample], first_category: int = 1) -> Dict
 def write_split(samples: Iterable[Sample], folder: Path, split: str) -> None:
     """Write samples as a detector and as a segmenter take them, one after the other.
 
-    These are `split`/*.png, COCO's annotations of them in `split`.json, and label maps in `split`_labels/*.png, where 0
-    is the background.
+    The images are `split`/*.png. `split`.json has COCO's annotations of them, and `split`_labels/*.png are label maps,
+    where 0 is the background.
     """
     images, label_maps = folder / split, folder / f'{split}_labels'
     images.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-""" Time and memory of converting PVT-Large, next to reading and writing the bytes of its file.
+""" Time and memory of converting PVT-Large, compared with copying its file.
 
-    python benchmarks/convert_large.py [--repeats 5] [--output results.json]
+    python benchmarks/reliability/convert_large.py [--repeats 5] [--output results.json]
 
 Each measurement runs in a process of its own. 'start-up' imports what the converter imports, 'copy' reads the bytes and
 writes and syncs them, as the converter syncs its output. The result is checked before a time is reported.

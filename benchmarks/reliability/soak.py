@@ -35,8 +35,8 @@ from pvt_timm.files import save_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
 
-# MB per 1,000 requests after warm-up, resident and allocated. A leak of one output per request would be hundreds.
-# The lists that this script keeps grow by 0.3.
+# MB by which memory may grow per 1,000 requests after warm-up: resident memory, and allocated memory. If each request
+# leaked one output, it would be hundreds of MB. The lists of this script grow by 0.3 MB.
 ALLOWED_SLOPE = 10.
 ALLOWED_SLOPE_IN_USE = 1.
 FUSED_TOLERANCE = 1e-4
@@ -95,7 +95,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def in_use() -> float:
-    """What is allocated and not freed, as glibc counts it (0 with another C library)."""
+    """Memory that is allocated and not freed, as glibc counts it (0 with another C library)."""
     try:
         function = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError):
@@ -152,11 +152,11 @@ def soak(requests: int, largest: int, every: int = 100, seed: int = 0) -> Dict[s
 
 
 def share(threads: int = 8, requests: int = 16, largest: int = 256, seed: int = 1) -> Dict[str, Any]:
-    """Threads that send the same requests in different orders to the same models, against one thread."""
+    """Let threads send the same requests in different orders to the same models, and compare with a single thread."""
     rng = random.Random(seed)
     models = make_models()
     jobs = [(key, *request(rng, largest)[1:]) for key in models for _ in range(max(1, requests // len(models)))]
-    reference = make_models()  # so that the threads are also the first to use theirs
+    reference = make_models()  # other models, so that the first requests to `models` come from the threads
     expected = [outputs(reference[key], image(shape, s)) for key, shape, s in jobs]
     differences, errors, barrier = [], [], threading.Barrier(threads)
 

@@ -1,4 +1,4 @@
-"""What torch.compile gives and how long it takes: the whole model, or its blocks, most of which are alike.
+"""How much faster torch.compile makes a model, and how long it takes: for the whole model, and for its blocks alone.
 
     python benchmarks/speed/compile_blocks.py                   # PVT-Large, 4 images of 224x224: results/compile.json
     python benchmarks/speed/compile_blocks.py --model pvt_tiny --output /tmp
@@ -21,7 +21,7 @@ import timm
 
 
 def measure(how: str, name: str, batch_size: int, rounds: int) -> dict:
-    """Seconds of the first forward, then milliseconds of one, plain and compiled in turns."""
+    """Seconds of the first forward pass, and milliseconds of a later one, for the plain and the compiled model."""
     model, x = timm.create_model(name).eval(), torch.randn(batch_size, 3, 224, 224)
     with torch.no_grad():
         expected = model(x)
@@ -56,7 +56,7 @@ def main() -> None:
         return
     results = dict(machine=machine('cpu'), model=args.model, batch_size=args.batch_size)
     for how in ('blocks', 'whole'):
-        with tempfile.TemporaryDirectory() as cache:  # each compiles from nothing, in a process of its own
+        with tempfile.TemporaryDirectory() as cache:  # an empty cache and a process for each, so that nothing is reused
             out = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], '--how', how], check=True, stdout=subprocess.PIPE,
                 env={**os.environ, 'TORCHINDUCTOR_CACHE_DIR': cache})

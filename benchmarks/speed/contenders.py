@@ -21,7 +21,8 @@ from pvt_timm.formats.mapping import from_timm  # noqa: E402
 from pvt_timm.formats.original import import_original  # noqa: E402
 
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-# What is allowed between the logits of a contender and those of the original algorithm in float32, of size 1 to 2
+# Largest difference that is allowed between the logits of a contender and those of the original algorithm in float32,
+# which are about 1 to 2
 TOLERANCE = {'fp32': 1e-4, 'tf32': 2e-2, 'bf16': 8e-2, 'fp16': 2e-2}
 CPU = ('original', 'transformers', 'eager', 'fused', 'onnxruntime', 'openvino')
 ENGINES = (
@@ -44,16 +45,16 @@ def has_bf16() -> bool:
 
 
 class Skipped(Exception):
-    """A contender that cannot run here, and why."""
+    """A contender cannot run here. The message says why."""
 
 
-@functools.cache  # to draw weights takes longer than most of what is measured
+@functools.cache  # random weights take longer to draw than most measurements
 def reference(variant: str) -> torch.nn.Module:
-    """Ours, with the weights that all PVTs get."""
+    """Our model, with the weights that all PVTs get."""
     torch.manual_seed(0)
     model = timm.create_model(f'pvt_{variant}').eval()
     with torch.no_grad():
-        model.head.weight.mul_(10)  # logits of size 1 to 2 from initial weights, as trained ones give
+        model.head.weight.mul_(10)  # makes the logits of random weights about as large as those of trained ones, 1 to 2
     return model
 
 
@@ -81,7 +82,7 @@ def _transformers(variant: str) -> torch.nn.Module:
     ours = reference(variant)
     model = PvtForImageClassification(PvtConfig(depths=list(ours.depths), num_labels=1000))
     model.load_state_dict(from_timm(ours.state_dict(), 'transformers')[0])
-    for name, m in model.named_modules():  # its 1e-6 everywhere would be another function
+    for name, m in model.named_modules():  # transformers has 1e-6 everywhere, which gives other outputs
         if isinstance(m, torch.nn.LayerNorm) and ('patch_embeddings' in name or 'attention.self' in name):
             m.eps = 1e-5
     return _Logits(model)
@@ -192,7 +193,7 @@ def _cuda_graph(model: torch.nn.Module, shape, dtype) -> Callable:
     with torch.cuda.graph(graph):
         out = model(static)
 
-    def forward(x, model=model):  # which has to live as long as the graph, that knows only addresses
+    def forward(x, model=model):  # keeps the model alive: the graph only knows the addresses of its weights
         static.copy_(x)
         graph.replay()
         return out
@@ -221,7 +222,7 @@ def build(
     """A contender as a function from a batch of images (float32, or `input_dtype`) to logits.
 
     Raises:
-        Skipped: It cannot run here.
+        Skipped: The contender cannot run here.
     """
     threads = threads or torch.get_num_threads()
     try:
@@ -251,12 +252,12 @@ def build(
 
 
 def training_dtype(precision: str, device: str) -> torch.dtype:
-    """Type of the weights and images in training: on a GPU float32, with mixed precision for the low ones."""
+    """Type of weights and images in training. On a GPU it is float32, and mixed precision serves bf16 and fp16."""
     return torch.float32 if device == 'cuda' else DTYPES[precision]
 
 
 def autocast(precision: str, device: str) -> Any:
-    """What a forward pass in training runs under."""
+    """The context for a forward pass in training: autocast for mixed precision on a GPU, else an empty one."""
     mixed = device == 'cuda' and DTYPES[precision] != torch.float32
     return torch.autocast(device, DTYPES[precision]) if mixed else contextlib.nullcontext()
 

@@ -65,7 +65,7 @@ PAIRS = dict(
 
 
 def ratios(results) -> list:
-    """How many times faster (or smaller) the first is than the second, by medians of the same run."""
+    """Rows that say how many times faster (or smaller) one contender is than another, by medians of the same run."""
     found = []
     for section, pairs in PAIRS.items():
         key = 'bytes' if 'memory' in section else 'median'
@@ -81,7 +81,7 @@ def ratios(results) -> list:
 
 
 def peak_shares(results) -> list:
-    """(label, {contender: share}) of the measured matrix-product peak, nominal operations of PVT over time."""
+    """(label, {contender: share}): nominal operations of PVT per second, as a share of the measured matrix product."""
     peaks = {p['precision']: p['gflops'] for p in results['peak']}
     shares = []
     for row in results['throughput']:

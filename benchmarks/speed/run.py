@@ -40,7 +40,7 @@ PACKAGES = ('torch', 'timm', 'torchvision', 'transformers', 'onnxruntime', 'open
 
 
 def machine(device: str) -> dict:
-    """What the figures depend on."""
+    """A description of the machine and the versions, on which the figures depend."""
     cpu = platform.processor()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:
@@ -72,10 +72,10 @@ CLOCKS = dict(wall=time.perf_counter, cpu=time.process_time)
 
 
 def interleave(functions: dict, rounds: int, device: str, clock: str = 'wall') -> dict:
-    """Time functions in turns, so that what else the machine does hits all of them alike."""
+    """Time functions in turns, so that other work of the machine slows all of them down alike."""
     now = CLOCKS[clock]
     times = {name: [] for name in functions}
-    pause, calls = (0, 5) if device == 'cuda' else (PAUSE, 1)  # an idle GPU takes time to be awake again
+    pause, calls = (0, 5) if device == 'cuda' else (PAUSE, 1)  # no pauses on a GPU, which is slow at first after them
     for _ in range(rounds):
         for name, function in functions.items():
             synchronize(device)
@@ -97,7 +97,7 @@ def summary(ms: list) -> dict:
 
 
 def check(name, precision, shape, out, expected) -> float:
-    """Largest difference from the expected logits, over the largest of these. Ends the run if they are not equal."""
+    """Largest difference from the expected logits, divided by the largest of them. Ends the run if it is too large."""
     error = ((out.detach().float().cpu() - expected).abs().max() / expected.abs().max()).item()
     if not error <= contenders.tolerance(name, precision):  # which NaN is not
         raise SystemExit(f'{name} {precision} {shape}: relative error {error:.1e}, nothing to time.')
@@ -204,7 +204,7 @@ def memory(field: str) -> int:
 
 
 def memory_of(name, variant, shape, precision, device, train=False) -> int:
-    """How many bytes memory rises over that of the loaded (and packed) model in one forward (and backward)."""
+    """Bytes that one forward (and backward) pass takes at most, beyond those of the loaded (and packed) model."""
     contenders.set_precision(precision, device)
     dtype = contenders.training_dtype(precision, device) if train else contenders.input_dtype(name, precision)
     x = torch.randn(shape).to(device=device, dtype=dtype)

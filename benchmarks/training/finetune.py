@@ -20,7 +20,7 @@ from training_runs import read_summary, run
 
 from pvt_timm.files import save_atomically
 
-# only the head learns: timm leaves layers out whose share of the learning rate is under the limit
+# With these only the head learns: timm does not train layers whose share of the learning rate is below the limit
 FREEZE = ('--layer-decay', '0.01', '--layer-decay-no-opt-scale', '0.5', '--drop-path', '0')
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'

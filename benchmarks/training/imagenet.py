@@ -1,4 +1,4 @@
-""" ImageNet-1K top-1 of the published weights against the published numbers.
+""" Measure the ImageNet-1K top-1 of the published weights and compare it with the published numbers.
 
     python benchmarks/training/imagenet.py --data-dir IMAGENET [--device cuda] [--json results.json]
 
@@ -34,7 +34,7 @@ ALLOWED = 0.15
 
 
 class Images(torch.utils.data.Dataset):
-    """Images with labels. What cannot be read comes back as the error, to be raised with its name."""
+    """Images with labels. For a file that cannot be read, the item is the error, which the caller raises."""
 
     def __init__(self, samples: List[Tuple[str, int]], transform) -> None:
         self.samples, self.transform = samples, transform
@@ -61,7 +61,7 @@ def find_samples(data_dir: os.PathLike, split: str, num_classes: int) -> List[Tu
     """Files and labels of a split.
 
     Raises:
-        ValueError: The folders are not as many as the model has classes.
+        ValueError: The number of folders is not the number of the model's classes.
     """
     names = [split, 'val'] if split == 'validation' else [split]
     folder = next((Path(data_dir, name) for name in names if Path(data_dir, name).is_dir()), None)
@@ -84,7 +84,7 @@ def evaluate(
         batch_size: int = 128,
         workers: int = 4,
 ) -> Dict[str, Any]:
-    """Score of a model as its data config says: resize, centre crop.
+    """Score of a model, with images resized and cropped as its data config says.
 
     Args:
         name: Model with tag.
@@ -143,7 +143,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Evaluate the models and compare. Returns 1 if one is not within what is allowed."""
+    """Evaluate the models and compare. Returns 1 if one differs by more than is allowed, else 0."""
     results: Dict[str, Any] = {}
     unknown = [m for m in args.models if m not in PUBLISHED]
     if unknown:
@@ -161,7 +161,7 @@ def compare(args: argparse.Namespace) -> int:
         lines, r['ok'] = compare_figures(figures, {'top-1': PUBLISHED[name]}, args.allowed)
         results[name] = r
         print('\n'.join([name, *lines]), flush=True)
-        if args.json:  # after every model, they take long
+        if args.json:  # written after every model, since each one takes long
             text = json.dumps(dict(
                 torch=torch.__version__, timm=timm.__version__, device=args.device, allowed=args.allowed,
                 models=results), indent=1) + '\n'

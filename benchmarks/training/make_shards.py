@@ -1,4 +1,4 @@
-""" An image folder as WebDataset shards with the index that timm's reader looks for.
+""" Write an image folder as WebDataset shards, with the index that timm's reader looks for.
 
     python benchmarks/training/make_shards.py FOLDER SHARDS [--images 1000]
 

@@ -1,4 +1,4 @@
-""" One process against two, and a worker that is killed, with timm's train.py and torchrun on one machine.
+""" Compare training in one process and in two, and kill a worker, with timm's train.py and torchrun on one machine.
 
     TIMM_CHECKOUT=... python benchmarks/training/scale_out.py
 
@@ -30,7 +30,7 @@ EXACT = ['--no-aug', '--drop-path', '0', '--smoothing', '0', '--log-interval', '
 
 
 def whole(data: Path, output: Path, epochs: int = 40, images: int = 640) -> Dict[str, Any]:
-    """All images in every step, by one process and by two."""
+    """Train with all images in every step, in one process and in two."""
     results = {}
     for processes in (1, 2):
         name = f'whole{processes}'
@@ -47,7 +47,7 @@ def whole(data: Path, output: Path, epochs: int = 40, images: int = 640) -> Dict
 
 
 def batches(data: Path, output: Path, epochs: int = 20) -> Dict[str, Any]:
-    """The digits recipe by one process and by two, and by one with another seed for comparison."""
+    """Train with the digits recipe, in one process and in two, and in one with another seed for comparison."""
     results = {}
     for name, processes, seed in (('processes1', 1, 0), ('processes2', 2, 0), ('processes1_other_seed', 1, 1)):
         args = ['--config', 'digits', '--data-dir', data, '--output', output, '--experiment', f'batches_{name}',
@@ -83,7 +83,7 @@ def largest_difference(a: Any, b: Any) -> float:
 
 
 def killed(data: Path, output: Path, epochs: int = 6, kill_epoch: int = 3, batch_size: int = 8) -> Dict[str, Any]:
-    """Two processes of which one is killed in the middle of an epoch, and the same left alone."""
+    """Train in two processes, once with one of them killed in the middle of an epoch and once without."""
     args = ['--config', 'digits', '--data-dir', data, '--output', output, *EXACT, '--batch-size', batch_size,
             '--epochs', epochs, '--warmup-epochs', '2', '--model-ema', '--model-ema-decay', '0.9']
     alone = run([*args, '--experiment', 'alone'], 2)
@@ -103,7 +103,7 @@ def killed(data: Path, output: Path, epochs: int = 6, kill_epoch: int = 3, batch
     assert event, 'nothing was killed'
     (output / 'killed.log').write_text(log)
     steps = read_steps(log)
-    # the steps start over where the epoch number falls back or the first step comes again
+    # the restart is where the first step of the epoch comes a second time
     restart = next(i for i in range(1, len(steps)) if steps[i]['epoch'] == kill_epoch and steps[i]['step'] == 0 and
                    steps[i - 1]['epoch'] == kill_epoch)
     rows, rows_alone = read_summary(output / 'killed'), read_summary(output / 'alone')

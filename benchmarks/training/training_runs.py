@@ -1,4 +1,4 @@
-""" Runs of timm's train.py as the scripts here and the tests need them: start, follow, kill, read the results. """
+""" Start, watch and end runs of timm's train.py, and read their results, for the scripts here and the tests. """
 import csv
 import os
 import re
@@ -29,7 +29,7 @@ def environment() -> Dict[str, str]:
 
 
 def command(args: Sequence[str], processes: int = 1, max_restarts: int = 0) -> List[str]:
-    """`pvt_timm train` in one process, or in several under torchrun."""
+    """The command line of `pvt_timm train`, in one process or in several under torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ['-m', 'torch.distributed.run', f'--nproc-per-node={processes}', f'--max-restarts={max_restarts}',
@@ -44,7 +44,7 @@ def run(
         on_line: Optional[Callable[[str, psutil.Process], None]] = None,
         timeout: float = 600,
 ) -> str:
-    """Run to the end and return what it printed.
+    """Run train.py to its end and return what it printed.
 
     Args:
         args: Arguments of train.py.
@@ -72,7 +72,7 @@ def run(
 
 
 def end_all(process: psutil.Popen) -> None:
-    """End a process and what it started."""
+    """End a process and the processes that it started."""
     if process.is_running():
         children = process.children(recursive=True)
         process.kill()
@@ -91,7 +91,7 @@ def worker(process: psutil.Process, rank: int) -> psutil.Process:
 
 
 def read_summary(folder: Path) -> Dict[int, Dict[str, float]]:
-    """Epochs of a summary.csv. A restart writes the header again, and an epoch that was done twice counts once."""
+    """The epochs of a summary.csv. A restart writes the header again, and the last run of a repeated epoch counts."""
     rows, header = {}, None
     with open(folder / 'summary.csv', newline='') as f:
         for row in csv.reader(f):
@@ -111,7 +111,7 @@ def read_steps(log: str) -> List[Dict[str, float]]:
 
 
 def small_copy(source: Path, target: Path, train: int, validation: int) -> Path:
-    """The first images of every class of an image folder."""
+    """Copy the first images of every class of an image folder."""
     for split, count in (('train', train), ('validation', validation)):
         for folder in sorted((source / split).iterdir()):
             (target / split / folder.name).mkdir(parents=True)
