@@ -33,10 +33,18 @@ def test_release_notes(python, tmp_path):
         (tmp_path / name).parent.mkdir()
         shutil.copy(ROOT / name, tmp_path / name)
     news = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8') + '\n## [0.0.1] - 2020-01-01\n\n- Older news\n'
-    for date, tag, says in (('2026-01-31', f'v{__version__}', ''), ('soon', f'v{__version__}', 'Expected a section'),
-                            ('2026-01-31', 'v9', 'Expected the tag')):
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    address = re.search(r'^Repository = "https://github\.com/(.+)"$', project, re.MULTILINE)[1]
+    this, day = f'v{__version__}', '2026-01-31'
+    for date, tag, repository, says in (
+            (day, this, 'someone/pvt-timm', ''),
+            ('soon', this, 'someone/pvt-timm', 'Expected a section'),
+            (day, 'v9', 'someone/pvt-timm', 'Expected the tag'),
+            (day, this, 'OWNER/pvt-timm', 'Expected the address'),
+            (day, this, 'someone-else/pvt-timm', 'Expected the address')):
         text = re.sub(r'## \[(Unreleased\]|\d.*)', f'## [{__version__}] - {date}', news, count=1)
         (tmp_path / 'CHANGELOG.md').write_text(text, encoding='utf-8')
-        done = python('.ci/release_notes.py', tag)
+        (tmp_path / 'pyproject.toml').write_text(project.replace(address, repository), encoding='utf-8')
+        done = python('.ci/release_notes.py', tag, GITHUB_REPOSITORY='someone/pvt-timm')
         assert done.returncode == bool(says) and says in done.stderr
         assert done.stdout.startswith('### Added') != bool(says) and 'Older' not in done.stdout
