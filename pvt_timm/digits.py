@@ -18,7 +18,7 @@ from . import pvt
 from .variants import VARIANTS
 
 SEED = 0
-HELD_OUT_PER_LABEL = 36  # of 174 to 183, a fifth of all
+HELD_OUT_PER_LABEL = 36  # a fifth of the images of a label, which has 174 to 183
 
 default_cfgs = generate_default_cfgs({
     'test_pvt.digits': pvt._cfg(
@@ -36,14 +36,17 @@ def test_pvt(pretrained: bool = False, **kwargs: Any) -> pvt.PyramidVisionTransf
     return pvt._create_pvt('test_pvt', pretrained=pretrained, **dict(VARIANTS['test_pvt'], **kwargs))
 
 
-test_pvt.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a test where it is imported
+test_pvt.__test__ = False  # type: ignore[attr-defined]  # otherwise pytest takes it for a test, because of its name
 
 
 def write_digits(output: Union[str, Path]) -> Path:
     """Write the image folder `output` and return it. Needs scikit-learn and Pillow.
 
     `output/train/<label>/*.png` are 1437 images, `output/validation/<label>/*.png` the 360 held-out ones, 36 of every
-    label, 32x32 grey levels, the same every time. A folder that holds a split already is left alone.
+    label. They have 32x32 grey levels. Every call writes the same images.
+
+    Raises:
+        FileExistsError: The folder already holds one of the splits. Nothing in it is changed.
     """
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -58,7 +61,7 @@ def write_digits(output: Union[str, Path]) -> Path:
     images = (large * 255 / 16 + 0.5).byte().numpy()
     rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
     output.mkdir(parents=True, exist_ok=True)
-    # written aside first, so that a split is there completely or not at all
+    # written into another folder first, so that a split appears completely or not at all
     with tempfile.TemporaryDirectory(prefix='.digits-', dir=output) as aside:
         for label in range(10):
             for split in splits:
