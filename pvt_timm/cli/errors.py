@@ -1,4 +1,4 @@
-""" The one place that turns an exception into a command's line on stderr and its exit code. """
+""" Turn an exception into the one line that a command prints on stderr, and into its exit code. """
 import argparse
 import contextlib
 import http.client
@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 __all__ = ['EXPECTED', 'Parser', 'clean', 'filled', 'one_line', 'run_command']
 
 
-# What files, networks and arguments make the libraries raise. The hub's error derives from that of the HTTP client
-# in use, which changes with its version and is the base of the transport errors too.
+# Errors that the libraries raise because of files, networks and arguments. The base classes of the hub's error are
+# added because they differ between versions of the hub's client: they are those of its HTTP client, from which errors
+# of the connection are derived too.
 EXPECTED: Tuple[Type[BaseException], ...] = (
     ValueError, OSError, RuntimeError, AssertionError, MemoryError, ImportError,
     SafetensorError, pickle.UnpicklingError, http.client.HTTPException,
@@ -28,28 +29,28 @@ EXPECTED: Tuple[Type[BaseException], ...] = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line."""
+    """A parser that reports a wrong command line in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: error: {clean(message, 1000)} (see {self.prog} --help)\n')
 
 
 def filled(text: str) -> str:
-    """The value of an option, which is refused when it is empty, as that of a variable that is not set in a shell."""
+    """The value of an option. An empty one is refused: in a shell it is often a variable that is not set."""
     if not text:
         raise argparse.ArgumentTypeError('expected a value, got an empty one')
     return text
 
 
 def clean(text: Any, limit: int = 300) -> str:
-    """Text from elsewhere as one line that cannot change a terminal."""
+    """Text of unknown origin as one line, without characters that control a terminal, cut off after `limit`."""
     text = str(text)[:4 * limit]
     text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
     return text if len(text) <= limit else text[:limit - 3] + '...'
 
 
 def one_line(error: BaseException, limit: int = 1000) -> str:
-    """What an exception says, in one line."""
+    """The message of an exception, in one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f'{error.strerror}: {error.filename}'
@@ -59,19 +60,19 @@ def one_line(error: BaseException, limit: int = 1000) -> str:
 def run_command(prog: str, command: Callable[[], Optional[int]], debug: bool = False) -> int:
     """Run a command of the program `prog`.
 
-    An error that the user can put right is one line on stderr, with nothing before it: warnings are shown when the
-    command has ended without one. With `debug`, or the environment variable PVT_TIMM_DEBUG, warnings and the traceback
-    come before the line. Another error is a mistake of the package, which passes through.
+    For an error that the user can correct (one of `EXPECTED`), one line is printed on stderr, and nothing before it.
+    Warnings are printed at the end, if there is no error. With `debug`, or the environment variable PVT_TIMM_DEBUG,
+    warnings and the traceback come before the line. Any other error is a fault of this package and is raised.
 
     Returns:
-        What the command returns or 0, 2 after an error that the user can put right, 130 after Ctrl-C.
+        What the command returns, or 0 if that is None. 2 after an error that the user can correct, 130 after Ctrl-C.
     """
     debug = debug or os.environ.get('PVT_TIMM_DEBUG', '0') not in ('', '0')
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # closed by the shell, and the next file to be opened would take its place
+        if getattr(sys, name) is None:  # the shell has closed it. The next file to be opened would take its number.
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # a file name may hold what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):  # a file name may have characters that the terminal cannot show
             stream.reconfigure(errors='backslashreplace')
     try:
         with _warnings_at_the_end(prog, debug):
@@ -96,15 +97,15 @@ def run_command(prog: str, command: Callable[[], Optional[int]], debug: bool = F
 
 
 def _drop_stdout() -> None:
-    """Let the rest of stdout go nowhere, so that Python does not report it again when it ends."""
+    """Discard the rest of stdout. Otherwise Python reports the error once more when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def _warnings_at_the_end(prog: str, always: bool) -> Iterator[None]:
-    """Hold back what Python's warnings and logging would write to stderr, and show it after the block, a line each.
+    """Hold back messages of Python's warnings and logging, and print them on stderr after the block, a line each.
 
-    After an error it is shown only with `always`. Logging that an application has set up is left alone.
+    After an error they are printed only with `always`. If an application has set up logging, it is not changed.
     """
     root = logging.getLogger()
     held = logging.handlers.BufferingHandler(capacity=sys.maxsize)
