@@ -1,4 +1,4 @@
-""" What a run writes beside its progress: checkpoints, history, curve. """
+""" Callbacks for Lightning that write the checkpoints, the history and the curve of a run. """
 import json
 import math
 import warnings
@@ -20,7 +20,7 @@ CHECK_EVERY = 50  # steps
 
 
 class CompleteFiles(TorchCheckpointIO):
-    """Checkpoints that are there completely or not at all, and of which nothing is executed."""
+    """Writes checkpoints completely or not at all, and reads them without executing anything in them."""
 
     def save_checkpoint(self, checkpoint: Dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
         save_atomically(path, lambda f: torch.save(checkpoint, f))
@@ -30,7 +30,7 @@ class CompleteFiles(TorchCheckpointIO):
 
 
 class History(Callback):
-    """Keeps the loss of every step and the figures of every evaluation, also over interruptions.
+    """Keeps the loss of every step and the figures of every evaluation. They survive interruptions.
 
     Ends training if the loss is no number.
 
@@ -102,7 +102,7 @@ class History(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """Writes last.ckpt after every epoch, from which training goes on, and best.ckpt, weights alone.
+    """Writes last.ckpt after every epoch, for a training that goes on, and best.ckpt, which has weights alone.
 
     Attributes:
         best: The best score so far, None before the first one.
