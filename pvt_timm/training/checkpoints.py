@@ -43,7 +43,7 @@ def load_any(checkpoint: Checkpoint, task: str, prefix: Optional[str] = None) ->
     """A detector or segmenter from any checkpoint: of this package, of OpenMMLab or of the original code.
 
     Args:
-        checkpoint: File, of which nothing is executed, or what it holds.
+        checkpoint: A file (nothing in it is executed), or its content.
         task: 'detector' or 'segmenter'.
         prefix: What stands before the names of the model, or of its backbone, needed where there are several.
 
@@ -57,7 +57,7 @@ def load_any(checkpoint: Checkpoint, task: str, prefix: Optional[str] = None) ->
 def copy_weights(model: Any, source: Any) -> List[str]:
     """Start a model from another one of its kind.
 
-    Where the classes are not the same, the layers whose rows are classes stay as they are.
+    If the classes differ, the layers that have rows for each class keep their own weights.
 
     Returns:
         Names of the parameters that stay.
