@@ -1,4 +1,4 @@
-""" Annotations as COCO has them: read, checked, and as a data set.
+""" Read annotations in COCO's format, check them, and make a data set of them.
 
 Checked is all that a detector would train on wrongly without a word. What is left out, and counted, is what the
 published settings leave out: boxes (and masks) below one pixel or outside of their image, and crowds.
@@ -32,9 +32,10 @@ class CocoImage:
 
 
 class PackedList:
-    """A list of plain values in one array.
+    """A list of plain values, stored in one array.
 
-    Loader processes that are forked share it. They would copy a list of objects bit by bit, as they count references.
+    Forked loader processes share this array. A list of objects would be copied into each of them little by little,
+    because Python writes reference counts into objects that it reads.
     """
 
     def __init__(self, values: Sequence[Any]):
@@ -164,8 +165,8 @@ class CocoAnnotations:
     def truth(self) -> Dict[str, Any]:
         """The annotations as pycocotools evaluates against.
 
-        They are numbered from 1, as pycocotools takes the id 0 for no match. 'area' and 'iscrowd' are added where the
-        file does not say them.
+        Their ids count from 1, because pycocotools takes the id 0 for 'no match'. 'area' and 'iscrowd' are added where
+        the file does not have them.
         """
         annotations: List[Dict[str, Any]] = []
         for index, image in enumerate(self.images):
@@ -233,10 +234,10 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def _check_run_lengths(text: str, pixels: int) -> None:
-    """Refuse compressed run lengths that do not add up to an image, which pycocotools would write past its end for.
+    """Refuse compressed run lengths that do not add up to an image. pycocotools would write beyond the image's end.
 
-    A count is written in groups of five bits, the lowest first, with a sixth bit for 'more follow'. From the fourth
-    on it is the difference to the count before the last.
+    A count is written in groups of five bits, the lowest first. A sixth bit says that more groups follow. From the
+    fourth count on, the difference to the count two places before is written.
     """
     counts: List[int] = []
     value = shift = 0
