@@ -11,9 +11,9 @@ __all__ = ['Augmented', 'Batches', 'EpochSampler', 'Share']
 class EpochSampler(Sampler):
     """The images of one epoch for one process, each as its index and the seed of its transforms.
 
-    All epochs together are one stream: the images in a random order, again in another order, and so on. An epoch is
-    the next `steps * images_per_step` of it, of which the processes take turns. So every step is full, and an epoch is
-    the same whatever the number of processes and whether or not training was interrupted.
+    All epochs together are one stream: all images in a random order, then all in another random order, and so on. An
+    epoch is the next `steps * images_per_step` images of the stream, and the processes take turns to take one. So every
+    step is full. The images of an epoch do not depend on the number of processes, or on interruptions of the training.
     """
 
     def __init__(self, size: int, steps: int, images_per_step: int, seed: int, process: int = 0, processes: int = 1):
@@ -50,7 +50,7 @@ class EpochSampler(Sampler):
 
 
 class Augmented(Dataset):
-    """Transformed items of a data set. The seed beside an index decides on what is random."""
+    """Transformed items of a data set. An index comes with a seed for the random part of its transform."""
 
     def __init__(self, dataset: Any, transform: Any):
         self.dataset, self.transform = dataset, transform
@@ -67,10 +67,10 @@ class Augmented(Dataset):
 
 
 class Share(Dataset):
-    """Every n-th item of a data set, for one of n processes, and whether it counts.
+    """The items of a data set for one of n processes: every n-th item, and whether it counts.
 
-    All processes get equally many, as they wait for each other. Where there are too few the first ones come again and
-    do not count.
+    All processes get the same number of items, as they wait for each other. If the items are too few for that, some of
+    the first ones are repeated. The repeated ones do not count.
     """
 
     def __init__(self, dataset: Any, process: int = 0, processes: int = 1):
@@ -86,7 +86,7 @@ class Share(Dataset):
 
 
 def _listed(items: List[Tuple[Any, ...]]) -> Tuple[List[Any], ...]:
-    """Images of different sizes cannot be stacked."""
+    """A list for each column of the items. Images of different sizes cannot be stacked."""
     return tuple(list(column) for column in zip(*items))
 
 
@@ -96,10 +96,10 @@ def _stacked(items: List[Tuple[torch.Tensor, torch.Tensor]]) -> Tuple[torch.Tens
 
 
 class Batches(pl.LightningDataModule):
-    """The batches of a run for Lightning, which says what process this is.
+    """The batches of a run, for Lightning.
 
-    In training lists of images and targets, or tensors where they are stacked. In evaluation one image at a time, as a
-    batch pads images to the size of the largest, which changes what is found.
+    In training, a batch is a list of images and a list of targets, or a tensor of each with `stack`. In evaluation, a
+    batch is one image: several would be padded to the size of the largest, which changes the results.
     """
 
     def __init__(
