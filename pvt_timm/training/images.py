@@ -18,7 +18,7 @@ class DataError(ValueError):
     """Something in a data set is wrong. The message names the file, and the id if there is one."""
 
     def __init__(self, message: Any):
-        # What a loader's process raises arrives here again, with its traceback before the message.
+        # An error of a loader process is raised again in the main process, with its traceback before the message.
         super().__init__(str(message).rpartition('DataError: ')[2].strip())
 
 
