@@ -1,4 +1,4 @@
-""" A folder of images and one of label maps, as ADE20K has them. """
+""" A data set of a folder of images and a folder of label maps, as ADE20K has them. """
 from pathlib import Path
 from typing import Dict, Tuple
 
@@ -16,7 +16,7 @@ IGNORED = 255  # the value of pixels without a class
 class LabelMapDataset(Dataset):
     """Images with the class of every pixel. An item is an image, uint8 (C, H, W), and classes, int64 (H, W).
 
-    An image and its label map have the same name but for the suffix, also in folders inside of theirs.
+    An image and its label map have the same name, except for the suffix. They may be in subfolders of the same names.
     """
 
     def __init__(
