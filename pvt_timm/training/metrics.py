@@ -44,7 +44,7 @@ def coco_rows(detections: Mapping[str, torch.Tensor], image_id: int, category_id
 
 
 def coco_figures(truth: Dict[str, Any], rows: Rows, kind: str) -> Dict[str, float]:
-    """COCO's twelve figures, from 0 to 1, and -1 where there is no such object.
+    """COCO's twelve figures, from 0 to 1. A figure is -1 if there are no objects that it could be measured on.
 
     Args:
         truth: Content of an annotation file.
@@ -86,7 +86,7 @@ class CocoEvaluation:
         self.rows[image_id] = rows
 
     def gather(self) -> None:
-        """Take over what the other processes found."""
+        """Add the detections of the other processes."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
         parts: List[Any] = [None] * torch.distributed.get_world_size()
