@@ -19,7 +19,7 @@ __all__ = ['DetectorModule', 'SegmenterModule', 'learning_rate_factor']
 
 
 def learning_rate_factor(settings: Settings, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:
-    """What the learning rate is multiplied with in a step, counted from 0."""
+    """The factor of the learning rate in a step. Steps count from 0."""
     unit = steps_per_epoch if settings.epochs is not None else 1
     drops = [drop * unit for drop in settings.lr_drops]
 
@@ -39,7 +39,7 @@ def learning_rate_factor(settings: Settings, steps_per_epoch: int, total_steps: 
 
 
 class TrainingModule(pl.LightningModule):
-    """What detectors and segmenters share.
+    """The parts of training that detectors and segmenters share.
 
     Attributes:
         model: The detector or segmenter.
@@ -70,8 +70,9 @@ class TrainingModule(pl.LightningModule):
         return self
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # What the model draws (proposals, stochastic depth) follows from the step, also after an interruption. The hook
-        # at the start of an epoch would not do: Lightning does not call it when it goes on.
+        # Random numbers of the model (proposals, stochastic depth) depend on the step alone, so that they are the same
+        # after an interruption. The hook for the start of an epoch cannot do this: Lightning does not call it when it
+        # goes on in the middle of an epoch.
         place = 1_000_003 * self.global_step + 9973 * batch_idx + self.global_rank
         torch.manual_seed(self.settings.seed + place)
 
