@@ -1,9 +1,9 @@
-""" The published figures of detection and segmentation, and how near a measured one has to be. """
+""" The published figures of detection and segmentation, and how close measured figures have to be to them. """
 from typing import Dict, List, Mapping, Optional, Tuple
 
 __all__ = ['ALLOWED', 'OPENMMLAB', 'PAPER', 'compare', 'published_figures']
 
-ALLOWED = 0.2  # half a unit of the published digit, and other decoders of JPEG and other resizing for the rest
+ALLOWED = 0.2  # 0.05 for the rounding of the published figure, the rest for other JPEG decoders and other resizing
 
 # Percent on COCO val2017, of the 1x schedule; (kind, model, shorter side of images) -> figures
 PAPER: Dict[Tuple[str, str, int], Dict[str, float]] = {
@@ -27,7 +27,7 @@ OPENMMLAB = {'pvt_tiny': {'box/AP': 36.6}, 'pvt_small': {'box/AP': 40.4}, 'pvt_m
 
 
 def published_figures(kind: str, model: str, min_size: int, num_classes: int) -> Optional[Dict[str, float]]:
-    """Figures in percent of the paper's model, None if there are none for it."""
+    """Published figures of the paper's model, in percent. None if there are none for it."""
     expected = 150 if kind == 'semantic_fpn' else 80
     return PAPER.get((kind, model, min_size)) if num_classes == expected else None
 
@@ -35,7 +35,7 @@ def published_figures(kind: str, model: str, min_size: int, num_classes: int) ->
 def compare(
         measured: Mapping[str, float], published: Mapping[str, float], allowed: float = ALLOWED,
 ) -> Tuple[List[str], bool]:
-    """Lines that show measured beside published figures, all in percent, and whether they are near enough.
+    """Lines that show measured and published figures, all in percent, and whether they are close enough.
 
     Args:
         measured: Figures by name.
