@@ -1,4 +1,4 @@
-""" What a run of `fit` or `validate` is: a recipe or a YAML file, and options that replace parts of it.
+""" The settings of a run of `fit` or `validate`: a recipe or a YAML file, and options that replace values of it.
 
 Every field of `DetectorSettings` and `SegmenterSettings` is a key of a YAML file and an option of the command, with
 '-' for '_'. Does not need the `train` extra.
@@ -21,7 +21,7 @@ AnySettings = TypeVar('AnySettings', bound='Settings')
 
 
 def option(default: Any, what: str, choices: Optional[Tuple[str, ...]] = None) -> Any:
-    """A field with a default, what it is, and the only values that it takes."""
+    """A field with its default, a text for `--help`, and the values that it may have (any if there are none)."""
     metadata = dict(what=what, choices=choices)
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -177,7 +177,7 @@ def settings_from(kind: Type[AnySettings], values: Mapping[str, Any], where: str
 def read_settings(
         kind: Type[AnySettings], config: Optional[str], given: Mapping[str, Any], below: Mapping[str, Any] = {},
 ) -> AnySettings:
-    """Settings of a recipe or a YAML file, replaced by what is given.
+    """Settings of a recipe or a YAML file, where the given values replace those of the file.
 
     Args:
         kind: `DetectorSettings` or `SegmenterSettings`.
@@ -196,7 +196,7 @@ def read_settings(
             raise ValueError(f'Cannot read the config {file}: {e}') from e
         if not isinstance(content, dict):
             raise ValueError(f'Expected names and values in {file}')
-        settings_from(kind, content, str(file))  # what is wrong in the file is reported with its name
+        settings_from(kind, content, str(file))  # an error in the file is reported with the file's name
         values.update(content)
     for name, value in given.items():
         before = values.get(name)
@@ -218,7 +218,7 @@ class _Pairs(argparse.Action):
 
 
 def add_options(parser: argparse.ArgumentParser, kind: Type[Settings]) -> None:
-    """An option for every field. Those that are not given are not in what the parser returns."""
+    """Add an option for every field. The parser returns only those that are given."""
     group = parser.add_argument_group('settings', 'replace those of --config')
     hints = get_type_hints(kind)
     for f in dataclasses.fields(kind):
