@@ -1,4 +1,4 @@
-""" What is done to images in training, as transforms of torchvision. They take and return uint8. """
+""" Transforms of images in training, as classes of torchvision's v2 transforms. They take and return uint8. """
 from typing import Any, Dict, List, Sequence
 
 import torch
@@ -13,14 +13,14 @@ __all__ = [
 
 
 def detection_transform(flip: float = 0.5) -> v2.Transform:
-    """The published one for detectors: a horizontal flip. The detector itself resizes and normalises."""
+    """The published transform for detectors: a horizontal flip. The detector itself resizes and normalises."""
     return v2.RandomHorizontalFlip(flip)
 
 
 def segmentation_transform(
         scale: Sequence[int] = (2048, 512), ratios: Sequence[float] = (0.5, 2.0), crop: int = 512,
         max_share: float = 0.75, flip: float = 0.5, distort: bool = True) -> v2.Transform:
-    """The published one for Semantic FPN on ADE20K.
+    """The published transforms for Semantic FPN on ADE20K.
 
     Args:
         scale: Longest and shorter side that images are resized into, before the ratio.
@@ -56,9 +56,9 @@ class JitteredSize(v2.Transform):
 
 
 class VariedCrop(v2.Transform):
-    """Cuts a square out of an image and its classes in which no class has more than a share.
+    """Cuts a square out of an image and its classes, where no class may have more than a share of the square.
 
-    After ten attempts the last one is taken.
+    After ten attempts the last square is taken, even if a class has more.
     """
     attempts = 10
 
@@ -85,7 +85,8 @@ class VariedCrop(v2.Transform):
 class PadTo(v2.Transform):
     """Pads an image and its classes to a square, on the right and below.
 
-    The image gets ImageNet's mean colour, which is 0 (but for the rounding) once it is normalised, the classes get 255.
+    Padding of the image has ImageNet's mean colour, which normalisation turns into 0 (apart from rounding). Padding of
+    the classes has 255.
     """
     fill = (124, 116, 104)  # 123.675, 116.28, 103.53
 
@@ -104,9 +105,10 @@ class PadTo(v2.Transform):
 
 
 class PhotometricDistortion(v2.Transform):
-    """Changes brightness, contrast, saturation and hue of an image, each one time out of two, as mmsegmentation does.
+    """Changes brightness, contrast, saturation and hue of an image, each with probability 1/2, as mmsegmentation does.
 
-    torchvision's own one scales brightness and mixes contrast with the mean instead.
+    torchvision's transform of this name computes something else: it scales the brightness, and for the contrast it
+    mixes the image with its mean.
     """
     _transformed_types = (tv_tensors.Image,)
 
