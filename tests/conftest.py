@@ -3,6 +3,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,27 @@ def pytest_sessionfinish(session):
     path = session.config.getoption('allowed_skips')
     if path is None or hasattr(session.config, 'workerinput'):
         return
-    allowed = [line for line in Path(path).read_text().splitlines() if line and not line.startswith('#')]
+    lines = Path(path).read_text(encoding='utf-8').splitlines()
+    allowed = [line for line in lines if line and not line.startswith('#')]
     reporter = session.config.pluginmanager.get_plugin('terminalreporter')
     reasons = {report.longrepr[2] for report in reporter.stats.get('skipped', []) if isinstance(report.longrepr, tuple)}
     for reason in sorted(reason for reason in reasons if not any(re.search(line, reason) for line in allowed)):
         reporter.write_line(f'\nNot on {path}: {reason}', red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Where skips are checked, name the tests that want for a checkout."""
+    if config.getoption('allowed_skips') is None:
+        return
+    for name in ('PVT_CHECKOUT', 'TIMM_CHECKOUT'):
+        reports = terminalreporter.stats.get('skipped', [])
+        skipped = [r for r in reports if isinstance(r.longrepr, tuple) and name in r.longrepr[2]]
+        counts = Counter(report.nodeid.partition('[')[0] for report in skipped)
+        if counts:
+            terminalreporter.section(f'not run without {name}: {len(skipped)} tests')
+            for test, count in sorted(counts.items()):
+                terminalreporter.write_line(f'{count:4d} {test}')
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,7 @@ def main():
                   f'({work / copy:.2f}x the copy; {(start + work) / (start + copy):.2f}x with start-up), peak memory '
                   f'{peak / 1e6:.0f} MB, over start-up {added / 1e6:.0f} MB ({added / size:.2f}x the file)', flush=True)
     if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=2) + '\n')
+        Path(args.output).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

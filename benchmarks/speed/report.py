@@ -223,4 +223,4 @@ def report(results, output, device) -> None:
 
 if __name__ == '__main__':
     path = Path(sys.argv[1])
-    report(json.loads(path.read_text()), path.parent, path.stem)
+    report(json.loads(path.read_text(encoding='utf-8')), path.parent, path.stem)

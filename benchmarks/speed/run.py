@@ -43,7 +43,7 @@ def machine(device: str) -> dict:
     """A description of the machine and the versions, on which the figures depend."""
     cpu = platform.processor()
     if os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo') as f:
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
             text = f.read()
         cpu = ', '.join(
             f'{key} {match[1]}' for key in ('model name', 'cpu family', 'model')
@@ -199,7 +199,7 @@ def peak(precision: str, device: str, clock: str) -> dict:
 # --- Memory, on CPU each figure in its own process ---
 
 def memory(field: str) -> int:
-    with open('/proc/self/status') as f:
+    with open('/proc/self/status', encoding='utf-8') as f:
         return int(re.search(rf'{field}:\s+(\d+)', f.read())[1]) * 1024
 
 
@@ -226,7 +226,7 @@ def memory_of(name, variant, shape, precision, device, train=False) -> int:
             before = torch.cuda.memory_allocated()
             step()
             return torch.cuda.max_memory_allocated() - before
-        with open('/proc/self/clear_refs', 'w') as f:
+        with open('/proc/self/clear_refs', 'w', encoding='utf-8') as f:
             f.write('5')  # the peak starts anew
         before = memory('VmRSS')
         step()

@@ -93,7 +93,7 @@ def worker(process: psutil.Process, rank: int) -> psutil.Process:
 def read_summary(folder: Path) -> Dict[int, Dict[str, float]]:
     """The epochs of a summary.csv. A restart writes the header again, and the last run of a repeated epoch counts."""
     rows, header = {}, None
-    with open(folder / 'summary.csv', newline='') as f:
+    with open(folder / 'summary.csv', encoding='utf-8', newline='') as f:
         for row in csv.reader(f):
             if row[0] == 'epoch':
                 header = row

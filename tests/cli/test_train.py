@@ -87,7 +87,7 @@ def test_takes_what_the_machine_has(start, folder, monkeypatch, gpu, bfloat16, c
     assert code == 0
     assert err.count('\n') == bool(changed) and all(f'{k}: {v}' in err for k, v in changed.items())
     settings.update(changed)
-    assert yaml.safe_load(Path(argv[-1]).read_text()) == settings
+    assert yaml.safe_load(Path(argv[-1]).read_text(encoding='utf-8')) == settings
     assert fused == ([False] if gpu is None and settings.get('amp') and settings['amp_dtype'] == 'bfloat16' else [])
 
 
@@ -267,7 +267,7 @@ def test_goes_on_with_the_same_model(start, folder, kept, now):
 ])
 def test_values_that_are_no_text(cli, script, tmp_path, monkeypatch, text, says):
     monkeypatch.chdir(tmp_path)
-    Path('x.yaml').write_text(text)
+    Path('x.yaml').write_text(text, encoding='utf-8')
     more = [] if text.startswith('experiment') else ['--experiment', 'x']
     assert says in cli('train', 'train.py', '--config', 'x.yaml', *more, fails=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['train.py', 'x.yaml']
@@ -303,6 +303,6 @@ def test_nothing_is_said_before_an_error(start, folder, monkeypatch):
 ])
 def test_wrong_input(cli, script, tmp_path, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)
-    Path('list.yaml').write_text('- 1')
-    Path('bad.yaml').write_text('a: [')
+    Path('list.yaml').write_text('- 1', encoding='utf-8')
+    Path('bad.yaml').write_text('a: [', encoding='utf-8')
     assert says in cli('train', *args, fails=True)

@@ -1,4 +1,5 @@
 """ CONTRIBUTING's way to add a format, on an invented one: a new file and one line in the list, in a copy. """
+import json
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,21 @@ FORMATS = [InventedFormat()]
 '''.replace('\\\\b', '\\b')
 
 
+PROGRAM = '''
+import json, os, sys
+import weights_conversion
+from weights_conversion.cli import main
+
+print(os.path.dirname(weights_conversion.__file__))
+*conversions, last = json.loads(sys.argv[1])
+for argv in conversions:
+    code = main([*argv, '--quiet'])
+    if code:
+        sys.exit(code)
+sys.exit(main(last))
+'''
+
+
 def test_one_file_and_one_line(tmp_path, client_env):
     for package in ('pvt_timm', 'weights_conversion'):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns('__pycache__'))
@@ -62,22 +78,24 @@ def test_one_file_and_one_line(tmp_path, client_env):
     listing.write_text(text)
     assert text.count('invented') == 1
 
-    def program(*argv):
-        done = subprocess.run(
-            [sys.executable, '-m', 'weights_conversion', *map(str, argv)], cwd=tmp_path, capture_output=True, text=True,
-            env={**client_env, 'PYTHONPATH': str(tmp_path)})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+    # the commands that they would type, one after the other in a process that imports the copy
     source = files.save(files.make('original', num_classes=3), tmp_path / 'x.pth')
-    program(source, '--output', 'invented', '--to', 'invented')
-    out = program('inspect', 'invented')
+    commands = [
+        [str(source), '--output', 'invented', '--to', 'invented'],
+        ['invented', '--output', 'timm', '--prefix', ''],
+        ['timm', '--output', 'back', '--to', 'invented'],
+        ['timm', '--output', 'original', '--to', 'original'],
+        ['inspect', 'invented'],
+    ]
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM, json.dumps(commands)], cwd=tmp_path, capture_output=True, text=True,
+        env={**client_env, 'PYTHONPATH': str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    folder, out = done.stdout.split('\n', 1)
+    assert Path(folder) == tmp_path / 'weights_conversion'
     assert 'format   invented' in out and 'class_token, norm, head; 3 classes' in out and 'tower.*.*.keys.*' in out
     card = (tmp_path / 'invented' / 'README.md').read_text()
     assert '`Tower.load(FOLDER)`' in card and 'towers count from 1' in card
-    program('invented', '--output', 'timm', '--prefix', '')
-    program('timm', '--output', 'back', '--to', 'invented')
-    program('timm', '--output', 'original', '--to', 'original')
     read = read_checkpoint
     assert files.same(read(tmp_path / 'back'), read(tmp_path / 'invented'))
     assert files.same(read(tmp_path / 'original'), read(source))

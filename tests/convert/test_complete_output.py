@@ -1,4 +1,5 @@
 """ An output of the converter is complete or not there, and says nothing that it must not. """
+import contextlib
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pvt_timm.formats.mapping import map_to_timm
 from pvt_timm.files import read_checkpoint
 from weights_conversion import convert
 from tests.support import convert_files as files
+from tests.support.systems import mkfifo, symlink
 
 
 @pytest.fixture
@@ -45,96 +47,168 @@ def test_names_cannot_break_out_of_the_card_or_the_terminal(tmp_path):
     assert all(line.isprintable() for line in (*card.splitlines(), *report.to_text().splitlines()))
 
 
-# For each output a conversion of its own, in a process that gets the signal at the next one of all moments: before or
-# after an operation on files. One process does the imports, its children do the work.
-_SIGNALLED = '''
-import os, sys
-from pathlib import Path
-import weights_conversion.converter
-from pvt_timm.formats import timm
-from weights_conversion import card
-from weights_conversion.cli import main
-left = int(sys.argv[1])
-def tick():
-    global left
-    left -= 1
-    if left == -1:
-        os.kill(os.getpid(), int(sys.argv[2]))
-def watch(home, name):
-    inner = getattr(home, name)
-    def outer(*args, **kwargs):
-        tick()
-        result = inner(*args, **kwargs)
-        tick()
-        return result
-    setattr(home, name, outer)
-for home, name in ((timm, 'write_tensors'), (timm, 'write_json'), (card.ModelCard, 'from_template'),
-                   (os, 'rename'), (os, 'replace'), (os, 'link'), (Path, 'mkdir')):
-    watch(home, name)
-for out in sys.argv[4:]:
-    if os.fork() == 0:
-        os._exit(main([sys.argv[3], '--output', out, '--quiet', '--force']))
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
-    left += 1
-'''
-
-
 def visible(out: Path):
     """Name to content of the files that are not hidden."""
     return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} if out.is_dir() else None
 
 
-@pytest.mark.parametrize('number, code, there, tries', [  # as many tries as there are moments, and a few more
-    (signal.SIGKILL, -signal.SIGKILL, None, 17),
-    (signal.SIGKILL, -signal.SIGKILL, 'empty', 23),
-    (signal.SIGKILL, -signal.SIGKILL, 'training', 23),
-    (signal.SIGKILL, -signal.SIGKILL, 'old', 35),
-    (signal.SIGTERM, 130, None, 17),
-    (signal.SIGTERM, 130, 'old', 35),
-])
-def test_stopped_at_any_moment(number, code, there, tries, program, tmp_path):
-    """What is found then is old, new, or no weights at all, with the old files aside. Other files stay.
+# ---- stopped in the middle -------------------------------------------------------------------------------------------
 
-    `there`: nothing, an empty folder, an earlier output with a thesis, a training with a checkpoint.
+class Moments:
+    """Calls a function before every operation of Python on files in a folder, while `watching`.
+
+    Python announces these operations to its audit hooks, whichever function of whichever module does them.
     """
-    old, new = (files.save(files.make('original', seed=n), tmp_path / f'{n}.pth') for n in (1, 2))
-    convert(new, tmp_path / 'finished')
-    convert(old, tmp_path / 'earlier')
-    (tmp_path / 'earlier' / 'thesis.tex').write_text('years of work')
-    written = set(visible(tmp_path / 'finished'))
-    outs = [tmp_path / f'place {n}' / 'out' for n in range(tries)]
-    for out in outs:
-        out.parent.mkdir()
-        if there == 'old':
-            shutil.copytree(tmp_path / 'earlier', out)
-        elif there:
-            out.mkdir()
-        if there == 'training':
-            files.save(files.make('original', seed=3), out / 'epoch_1.pth')
-    before = visible(outs[0])
-    complete = {**(before or {}), **visible(tmp_path / 'finished')}
-    done = program(_SIGNALLED, 0, int(number), new, *outs)
-    assert done.returncode == 0 and done.stderr == ''
-    codes = list(map(int, done.stdout.split()))
-    moments = codes.index(0)
-    assert 12 <= moments < tries and codes == [code] * moments + [0] * (tries - moments)
-    ends = [visible(out) for out in outs]
-    assert ends[0] == before and ends[moments - 1] == complete
-    between = [out for out, end in zip(outs, ends) if end not in (before, complete)]
-    assert bool(between) == (bool(there) and number == signal.SIGKILL)
+    MAKE = ('open', 'os.link', 'os.mkdir', 'os.rename')  # os.replace is announced as os.rename
+    REMOVE = ('os.remove', 'os.rmdir')
+
+    def __init__(self):
+        self.folder, self.events, self.act = None, (), None
+        sys.addaudithook(self._hook)  # which cannot be removed again
+
+    def _hook(self, event, args):
+        if self.folder is None or event not in self.events:
+            return
+        if event == 'open' and not set(args[1] or '') & set('wax+'):
+            return
+        if any(isinstance(arg, (str, os.PathLike)) and os.fspath(arg).startswith(self.folder) for arg in args):
+            act, folder, self.folder = self.act, self.folder, None  # what `act` does to files is not announced
+            try:
+                act()
+            finally:
+                self.folder = folder
+
+    @contextlib.contextmanager
+    def watching(self, folder, act, events=MAKE):
+        self.folder, self.act, self.events = str(folder), act, events
+        try:
+            yield
+        finally:
+            self.folder = None
+
+
+@pytest.fixture(scope='module')
+def moments():
+    return Moments()
+
+
+@pytest.fixture
+def place(request, tmp_path):
+    """A folder for an output with what is there before (nothing, an empty folder, an earlier output, a training)."""
+    out = tmp_path / 'place' / 'out'
+    out.parent.mkdir()
+    if request.param == 'old':
+        convert(files.save(files.make('original', seed=1), tmp_path / '1.pth'), out)
+        (out / 'thesis.tex').write_text('years of work', encoding='utf-8')
+    elif request.param != 'nothing':
+        out.mkdir()
+    if request.param == 'training':
+        files.save(files.make('original', seed=3), out / 'epoch_1.pth')
+    return out
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The file to convert, and the files that it becomes."""
+    file = files.save(files.make('original', seed=2), tmp_path / '2.pth')
+    convert(file, tmp_path / 'finished')
+    return file, visible(tmp_path / 'finished')
+
+
+PLACES = pytest.mark.parametrize('place', ['nothing', 'empty', 'training', 'old'], indirect=True)
+
+
+@PLACES
+def test_killed_at_any_moment(place, finished, moments, tmp_path):
+    """What a kill would leave behind is old, new, or no weights at all, with the old files aside. Other files stay.
+
+    A process that is killed leaves what is on the disk then: a copy of the folder, taken at every moment.
+    """
+    file, new = finished
+    before = visible(place)
+    complete = {**(before or {}), **new}
+    copies = []
+
+    def copy():
+        copies.append(shutil.copytree(place.parent, tmp_path / f'copy {len(copies)}') / 'out')
+
+    with moments.watching(place.parent, copy, Moments.MAKE + Moments.REMOVE):
+        convert(file, place, force=True)
+    assert visible(place) == complete and len(copies) > len(new)
+    ends = [visible(out) for out in copies]
+    assert ends[0] == before and ends[-1] == complete
+    between = [out for out, end in zip(copies, ends) if end not in (before, complete)]
+    assert bool(between) == (before is not None)
     for out in between:
         with pytest.raises(ValueError, match='pvt-convert was'):  # the start of the text that stands for the weights
             read_checkpoint(out)
         aside, = out.glob('.out-*.partial')
-        assert str(aside) in (out / 'model.safetensors').read_text()
+        assert str(place / aside.name) in (out / 'model.safetensors').read_text(encoding='utf-8')
         for name, content in (before or {}).items():
-            assert (aside / 'old' / name if name in written else out / name).read_bytes() == content
-    if number == signal.SIGTERM:
-        assert all([p.name for p in out.parent.iterdir()] in ([], ['out']) for out in outs)
-        assert all(not list(out.glob('.*')) for out in outs)
-    for out in (outs[moments // 2], *between[:1]):  # whatever was left behind is in nobody's way
-        convert(new, out, force=True)
+            assert (aside / 'old' / name if name in new else out / name).read_bytes() == content
+    for out in (copies[len(copies) // 2], *between[:1]):  # whatever was left behind is in nobody's way
+        convert(file, out, force=True)
         assert visible(out) == complete
+
+
+@PLACES
+def test_interrupted_at_any_moment(place, finished, moments, tmp_path):
+    """Ctrl-C at every moment, one after the other: the folder is as it was, or complete, and nothing else is left."""
+    file, new = finished
+    before = visible(place)
+    complete = {**(before or {}), **new}
+    original = shutil.copytree(place.parent, tmp_path / 'original')
+    wait, codes = 0, []
+    while codes[-1:] != [0]:
+        left = wait
+
+        def interrupt():
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+
+        with moments.watching(place.parent, interrupt):
+            codes.append(files.run(file, '--output', place, '--quiet', '--force')[0])
+        assert [p.name for p in place.parent.iterdir()] in ([], ['out'])
+        assert visible(place) == (before if codes[-1] else complete) and not list(place.parent.glob('**/.*'))
+        shutil.rmtree(place.parent)
+        shutil.copytree(original, place.parent)
+        wait += 1
+    assert set(codes[:-1]) == {130} and len(codes) > len(new)
+
+
+_SIGNALLED = '''
+import os, signal, sys
+import weights_conversion.converter
+from weights_conversion.cli import main
+
+def kill(event, args):
+    if event == 'os.rename' and sys.argv[2] in str(args[1]):
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+
+sys.addaudithook(kill)
+sys.exit(main([sys.argv[3], '--output', sys.argv[4], '--quiet', '--force']))
+'''
+
+
+@pytest.mark.parametrize('place', ['old'], indirect=True)
+@pytest.mark.parametrize('name', ['SIGKILL', 'SIGTERM'])
+def test_signal(name, place, finished, program):
+    """A process gets the signal in the middle of replacing files, before the first one but the weights."""
+    if not hasattr(signal, name) or os.name != 'posix':  # on Windows every signal kills at once
+        pytest.skip(f'needs the signal {name} of POSIX')
+    file, new = finished
+    before = visible(place)
+    done = program(_SIGNALLED, name, 'README.md', file, place)
+    assert done.returncode == (-signal.SIGKILL if name == 'SIGKILL' else 130), done.stderr
+    hidden = [p.name for p in place.glob('.*')]
+    if name == 'SIGTERM':
+        assert visible(place) == before and not hidden
+    else:
+        assert len(hidden) == 1 and hidden[0].endswith('.partial')
+        with pytest.raises(ValueError, match='pvt-convert was'):
+            read_checkpoint(place)
 
 
 def test_files_come_back_after_an_error(tmp_path, monkeypatch):
@@ -164,7 +238,7 @@ def test_files_come_back_after_an_error(tmp_path, monkeypatch):
     failing[:] = [4, 5]
     with pytest.raises(OSError, match=r'Cannot put back .*\.partial/old: ') as error:
         convert(file, out, force=True, keep_source=True)
-    kept = Path(re.search(r'in (/\S+/old)', str(error.value))[1])
+    kept = Path(re.search(r'they are in (.+?): ', str(error.value))[1])
     assert all((kept / name).read_bytes() == content for name, content in before.items() if name != 'config.json')
 
 
@@ -192,10 +266,12 @@ def test_other_files_of_a_folder_stay(to, tmp_path):
     (out / 'thesis.tex').write_text('years of work')
     (out / 'sub').mkdir()
     (out / 'sub' / 'config.json').write_text('{}')
-    os.mkfifo(out / 'pipe')
+    if hasattr(os, 'mkfifo'):
+        os.mkfifo(out / 'pipe')
     if to == 'timm':
         (out / 'epoch_1.pth').write_bytes(b'weights')
-        (out / 'optimizer.pth').symlink_to(out / 'epoch_1.pth')
+        with contextlib.suppress(OSError):  # which not every user of Windows may make
+            (out / 'optimizer.pth').symlink_to(out / 'epoch_1.pth')
     with pytest.raises(ValueError, match='not empty'):
         convert(file, out, to=to)
     there = {p: p.lstat() for p in out.rglob('*')}
@@ -217,7 +293,7 @@ def test_the_source_is_not_replaced(how, tmp_path):
     to, source = 'original', file
     if how == 'link':
         source = file.rename(tmp_path / 'x.pth')
-        file.symlink_to(source)
+        symlink(file, source)
     elif how == 'hard link':
         source = tmp_path / 'x.pth'
         os.link(file, source)
@@ -267,11 +343,11 @@ def test_what_is_no_file_is_not_replaced(kind, tmp_path):
     if kind == 'folder':
         (out / 'config.json').mkdir()
     elif kind == 'pipe':
-        os.mkfifo(out / 'config.json')
+        mkfifo(out / 'config.json')
     elif kind == 'source is a file':
         (out / 'source').write_text('code')
     else:
-        (out / 'source').symlink_to(tmp_path)
+        symlink(out / 'source', tmp_path)
     before = sorted(out.iterdir())
     with pytest.raises(ValueError, match='or none: it is something else'):
         convert(file, out, force=True, keep_source=True)
@@ -282,7 +358,7 @@ def test_a_link_is_replaced_and_not_its_target(tmp_path):
     file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out'
     out.mkdir()
     (tmp_path / 'notes.md').write_text('mine')
-    (out / 'README.md').symlink_to(tmp_path / 'notes.md')
+    symlink(out / 'README.md', tmp_path / 'notes.md')
     convert(file, out, force=True)
     assert (tmp_path / 'notes.md').read_text() == 'mine' and not (out / 'README.md').is_symlink()
 
@@ -316,6 +392,7 @@ def test_full_disk(to, program, tmp_path):
     file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'place' / 'out'
     convert(file, out)
     before = state(out)
+    pytest.importorskip('resource', reason='needs the module resource')
     done = program('import resource, signal, sys\n'
                    'import weights_conversion.converter\n'
                    'from weights_conversion.cli import main\n'
@@ -327,8 +404,11 @@ def test_full_disk(to, program, tmp_path):
     assert state(out) == before and list(out.parent.iterdir()) == [out]
 
 
-@pytest.mark.parametrize('out, error', [('/proc/nothing/out', OSError), ('x.pth/out', OSError), ('/', ValueError)])
-def test_output_that_cannot_be_made(out, error, tmp_path):
+@pytest.mark.parametrize('how, error, says', [
+    ('below a file', OSError, 'x.pth'), ('the root', ValueError, 'Expected a folder'), ('a bad name', OSError, 'out')])
+def test_output_that_cannot_be_made(how, error, says, tmp_path):
     file = files.save(files.make('original'), tmp_path / 'x.pth')
-    with pytest.raises(error):
-        convert(file, tmp_path / out)
+    out = {'below a file': file / 'out', 'the root': Path(tmp_path.anchor), 'a bad name': tmp_path / ('out' * 100)}[how]
+    with pytest.raises(error, match=says):
+        convert(file, out)
+    assert list(tmp_path.iterdir()) == [file]

@@ -26,6 +26,7 @@ from pvt_timm.weights import Weights
 from weights_conversion import convert, inspect
 from tests.support import convert_files as files
 from tests.support.convert_files import run
+from tests.support.systems import needs_posix_shell
 
 
 @pytest.fixture
@@ -124,11 +125,12 @@ def test_what_cannot_be_is_refused(options, match, original, refused):
     assert match in refused(original, *options.split())
 
 
-@pytest.mark.parametrize('wrong', [dict(to='timm_features'), dict(dtype='int8'), dict(drop=['legs'])])
-def test_choices_in_python(wrong, original, tmp_path):
+@pytest.mark.parametrize('argument, value, match', [
+    ('to', 'timm_features', 'timm_features'), ('dtype', 'int8', 'int8'), ('drop', ['legs'], 'legs')])
+def test_choices_in_python(argument, value, match, original, tmp_path):
     """Where no parser looks at them an int8 would be cast to and an unknown part would be left alone."""
-    with pytest.raises(ValueError, match=r'timm_features|int8|legs'):
-        convert(original, tmp_path / 'out', **wrong)
+    with pytest.raises(ValueError, match=match):
+        convert(original, tmp_path / 'out', **{argument: value})
     assert not (tmp_path / 'out').exists()
 
 
@@ -586,7 +588,7 @@ def test_commands_of_the_readme(hub, token, tmp_path, monkeypatch):
     files.save({'state_dict': detector}, Path('retinanet_pvt.pth'))
     files.save(files.wrap(files.make('timm', num_classes=2, fill=files.random_values), 'state_dict_ema'),
                Path('checkpoint.pth.tar'))
-    Path('class_names.txt').write_text('cat\ndog\n')
+    Path('class_names.txt').write_text('cat\ndog\n', encoding='utf-8')
     text = (Path(__file__).parents[2] / 'weights_conversion' / 'README.md').read_text()
     commands = [line for line in text.splitlines() if re.match('pvt-convert (?!publish)', line)]
     assert len(commands) == 13
@@ -600,23 +602,35 @@ def test_commands_of_the_readme(hub, token, tmp_path, monkeypatch):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-def test_as_a_program(original, tmp_path, client_env):
-    def program(args):
-        return subprocess.run(f'{sys.executable} -m weights_conversion {args}', shell=True, env=client_env,
-                              cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize('command', ['', 'convert', 'inspect', 'publish'])
+def test_too_few_arguments(command):
+    """One line that says which command was meant and where its help is."""
+    code, out, err = run(*filter(None, [command]))
+    named = command or 'convert'
+    assert (code, out, err.count('\n')) == (2, '', 1)
+    assert err.startswith(f'pvt-convert {named}: error: ') and f'{named} --help' in err
 
-    done = program('x.pth --output out')
+
+def test_as_a_program(original, tmp_path, client_env):
+    def program(*args):
+        return subprocess.run(
+            [sys.executable, '-m', 'weights_conversion', *args], env=client_env, cwd=tmp_path, capture_output=True,
+            text=True)
+
+    done = program('x.pth', '--output', 'out')
     assert done.returncode == 0 and 'model.safetensors' in done.stdout and done.stderr == ''
-    done = program('inspect nowhere.pth')
-    assert done.returncode == 2 and done.stderr.strip() == 'pvt-convert: error: No such file or folder: nowhere.pth'
-    done = program('inspect x.pth --json | head -n 1')
-    assert done.stdout == '{\n' and done.stderr == ''
-    for command in ('', ' convert', ' inspect', ' publish'):
-        named = command or ' convert'
-        done = program(command)
-        assert (done.returncode, done.stderr.count('\n')) == (2, 1)
-        assert done.stderr.startswith(f'pvt-convert{named}: error: ') and f'{named} --help' in done.stderr
-    done = program('convert x.pth --output out2 --quiet')
-    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+    done = program('inspect', 'nowhere.pth')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == 'pvt-convert: error: No such file or folder: nowhere.pth\n'
+    assert run(original, '--output', tmp_path / 'out2', '--quiet') == (0, '', '')
     assert (tmp_path / 'out2' / 'model.safetensors').read_bytes() == (
         tmp_path / 'out' / 'model.safetensors').read_bytes()
+
+
+@needs_posix_shell
+def test_a_reader_that_stops(original, tmp_path, client_env):
+    """As `head` does. What is not read any more is no error."""
+    done = subprocess.run(
+        f'"{sys.executable}" -m weights_conversion inspect x.pth --json | head -n 1', shell=True, env=client_env,
+        cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ('{\n', '')

@@ -4,6 +4,7 @@
 always the same, `PVT_FUZZ_FIRST` starts at another one. The process may map 2 GB more than at the start.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import io
@@ -12,7 +13,6 @@ import logging
 import os
 import pickle
 import random
-import resource
 import shutil
 import struct
 import time
@@ -135,9 +135,9 @@ def structure(r, d):
 def foreign(r, d):
     """Bytes of pickles that want to run something."""
     trap = Trap(r.choice([
-        (os.system, ('echo fired >> /dev/null',)), (eval, ('1 + 1',)), (exec, ('a = 1',)), (getattr, (d, 'clear')),
+        (os.system, (f'echo fired >> {os.devnull}',)), (eval, ('1 + 1',)), (exec, ('a = 1',)), (getattr, (d, 'clear')),
         (_spring, ()), (bytearray, (10 ** 12,)), (list, (range(10),)), (torch.zeros, (10 ** 11,)),
-        (open, ('/dev/null',)), (copy.copy, ([],)),
+        (open, (os.devnull,)), (copy.copy, ([],)),
         (torch.Tensor, (10 ** 11,)), (torch.load, ('x',)), (OrderedDict.fromkeys, ('ab',)),
     ]))
     where = r.choice(['value', 'top', 'wrapped'])
@@ -298,23 +298,37 @@ def run_case(n, folder):
         shutil.rmtree(folder)
 
 
+@contextlib.contextmanager
+def limited_memory(addresses: int):
+    """Within, this process gets no more than so many addresses, where the system can limit them."""
+    try:
+        import resource
+        mapped = int(Path('/proc/self/statm').read_text(encoding='ascii').split()[0]) * resource.getpagesize()
+    except (ImportError, FileNotFoundError):  # Windows, and /proc is Linux's
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + addresses, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 @pytest.mark.timeout(0)
 def test_every_case_ends_well(tmp_path):
     for fmt in files.FORMATS:
         base(fmt)
     run_case(FIRST, tmp_path / 'warm-up')
     ends = Counter()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    mapped = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES, before[1]))
     logging.disable(logging.WARNING)
     try:
-        for n in range(FIRST, FIRST + CASES):
-            ends[run_case(n, tmp_path / 'case')] += 1
+        with limited_memory(ADDRESSES):
+            for n in range(FIRST, FIRST + CASES):
+                ends[run_case(n, tmp_path / 'case')] += 1
     except Exception as e:
         raise AssertionError(f'case {n}: {type(e).__name__}: {e}') from e
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
         logging.disable(logging.NOTSET)
     print(dict(sorted(ends.items())))
     if CASES >= 100:

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -31,19 +30,20 @@ from pvt_timm.torch_files import BYTES_PER_ITEM, MAX_STEPS
 from weights_conversion import convert, inspect
 from weights_conversion.cli import main as pvt_convert_main
 from tests.support import convert_files as files
+from tests.support.memory import peak_memory
+from tests.support.systems import mkfifo, needs_proc, symlink
 
 
 def refusal(path, *matches, max_bytes=reader.MAX_BYTES):
     """The refusal has to come without memory being spent, in one line that names the file."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
-    with pytest.raises(CheckpointError) as e:
+    with peak_memory() as peak, pytest.raises(CheckpointError) as e:
         read_checkpoint(path, max_bytes)
-    text = str(e.value)
+    taken, text = peak(), str(e.value)
     assert '\n' not in text and len(text) < 400 and os.path.basename(path) in text
     assert all(match in text for match in matches), text
     assert time.monotonic() - start < 20
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 150e6
+    assert taken < 150e6
 
 
 class Call:
@@ -133,9 +133,9 @@ def test_no_way_in_executes_anything(way, how, hub, tmp_path):
     if how == 'clean' and way != 'detector':
         WAYS_IN[way](e)
         return
-    with pytest.raises(Exception) as error:
+    # ours, those of the command line, and what timm's own reading raises
+    with pytest.raises((ValueError, pickle.UnpicklingError)):
         WAYS_IN[way](e)
-    assert not isinstance(error.value, (TypeError, AttributeError, KeyError, FileNotFoundError)), error.value
     assert not e.executed.exists() and not e.out.exists()
     pickle.loads(pickle.dumps(Call(os.mkdir, (str(e.executed),))))  # it would have been seen
     assert e.executed.exists()
@@ -504,7 +504,7 @@ def measure(paths):
     return [found[str(path)] for path in paths]
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='measures memory as Linux does')
+@needs_proc
 @pytest.mark.parametrize('how', ['zip', 'legacy'])
 def test_no_pickle_takes_more_memory_than_it_has(how, tmp_path):
     head = b''.join(pickle.dumps(x, 2) for x in (0x1950a86a20f9469cfc6c, 1001, {}))
@@ -525,7 +525,7 @@ def test_no_pickle_takes_more_memory_than_it_has(how, tmp_path):
         assert memory < 20 * len(steps) + BYTES_PER_ITEM * MAX_STEPS + 30e6 and memory < 250e6, (name, memory)
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='measures memory as Linux does')
+@needs_proc
 def test_no_directory_takes_more_memory_than_it_has(tmp_path):
     """An archive of many records that are one."""
     local = b'PK\x03\x04' + bytes(22) + struct.pack('<HH', 1, 0) + b'x'
@@ -575,8 +575,9 @@ def test_other_things_that_torch_writes(tmp_path):
 
 
 def test_where_a_checkpoint_is(tmp_path):
-    with pytest.raises(CheckpointError, match='device'):
-        read_checkpoint('/dev/null')
+    if os.path.exists('/dev/null'):
+        with pytest.raises(CheckpointError, match='device'):
+            read_checkpoint('/dev/null')
     with pytest.raises(FileNotFoundError, match='nowhere'):
         read_checkpoint(tmp_path / 'nowhere')
     with pytest.raises(CheckpointError, match='found none'):
@@ -674,8 +675,7 @@ def test_no_private_function_of_torch_is_needed(tmp_path, monkeypatch):
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 def test_files_are_replaced_whole(tmp_path):
-    file, link, other = (tmp_path / name for name in ('x', 'link', 'other'))
-    link.symlink_to(file)
+    file, other = tmp_path / 'x', tmp_path / 'other'
     save_atomically(file, lambda f: f.write(b'old'))
     other.touch()
     assert file.stat().st_mode == other.stat().st_mode
@@ -686,17 +686,24 @@ def test_files_are_replaced_whole(tmp_path):
 
     with pytest.raises(OSError, match='No space'):
         save_atomically(file, fails)
-    assert file.read_bytes() == b'old' and sorted(tmp_path.iterdir()) == [link, other, file]
-    save_atomically(link, lambda f: f.write(b'new'))
-    assert link.is_symlink() and file.read_bytes() == b'new'
+    assert file.read_bytes() == b'old' and sorted(tmp_path.iterdir()) == [other, file]
     with pytest.raises(FileNotFoundError, match='No such folder'):
         save_atomically(tmp_path / 'nowhere' / 'x', fails)
     with pytest.raises(OSError):
         save_atomically(tmp_path, fails)
 
 
+def test_what_a_link_points_to_is_replaced(tmp_path):
+    file, link = tmp_path / 'x', tmp_path / 'link'
+    symlink(link, file)  # which is not there yet
+    for content in (b'old', b'new'):
+        save_atomically(link, lambda f, content=content: f.write(content))
+        assert link.is_symlink() and file.read_bytes() == content
+    assert sorted(tmp_path.iterdir()) == [link, file]
+
+
 def test_devices_and_pipes_are_written_to(tmp_path):
-    os.mkfifo(tmp_path / 'pipe')
+    mkfifo(tmp_path / 'pipe')
     got = []
     thread = threading.Thread(target=lambda: got.append((tmp_path / 'pipe').read_bytes()))
     thread.start()
@@ -704,6 +711,8 @@ def test_devices_and_pipes_are_written_to(tmp_path):
     thread.join()
     assert got == [b'through'] and (tmp_path / 'pipe').is_fifo()
 
+    if not os.path.exists('/dev/full'):
+        pytest.skip('needs /dev/full')
     full = tmp_path / 'full'
     full.symlink_to('/dev/full')
     with pytest.raises(OSError, match='No space'):

@@ -87,7 +87,7 @@ def check_repository(tag, path):
     kind = 'AutoModelForImageClassification' if tag.endswith('in1k') else 'AutoModel'
     wrapped = getattr(transformers, kind).from_pretrained(repo)
     assert files.same({k.removeprefix('timm_model.'): v for k, v in wrapped.state_dict().items()}, expected)
-    card = Path(hf_hub_download(repo, 'README.md')).read_text()
+    card = Path(hf_hub_download(repo, 'README.md')).read_text(encoding='utf-8')
     for text in (f'# {tag}\n', sha256_of(path), 'license: apache-2.0', 'not measured', 'library_name: timm'):
         assert text in card
     assert ('verified against' in card) == tag.endswith('in1k')  # mmdetection is not there
@@ -106,14 +106,14 @@ def test_commands_of_the_readme(public, hub, tmp_path, monkeypatch):
     """A dry run writes the folders, some are uploaded, cards say what was measured."""
     monkeypatch.chdir(tmp_path)
     measured = {tag: dict(top1=75.123, top5=92.5, images=50000) for tag in ('pvt_tiny.in1k', 'pvt_large.in1k')}
-    Path('results.json').write_text(json.dumps(dict(torch='2.9', timm='1.0', models=measured)))
+    Path('results.json').write_text(json.dumps(dict(torch='2.9', timm='1.0', models=measured)), encoding='utf-8')
     text = (Path(__file__).parents[2] / 'weights_conversion' / 'README.md').read_text()
     commands = [line.replace('OWNER', 'me') for line in text.splitlines() if line.startswith('pvt-convert publish')]
     uploaded = []
     for command in commands:
         assert main([*shlex.split(command)[1:], '-q']) == 0
         uploaded.append(sum(hub.has_repo(f'me/{tag}') for tag in sources.SHA256))
-        cards = {tag: Path('published', tag, 'README.md').read_text() for tag in sources.SHA256}
+        cards = {tag: Path('published', tag, 'README.md').read_text(encoding='utf-8') for tag in sources.SHA256}
         assert '75.1% top-1' in cards['pvt_tiny.in1k'] and 'box AP 40.4' in cards['pvt_small.retinanet_coco']
         found = [tag for tag, card in cards.items() if 'not measured' not in card]
         assert found == (list(measured) if '--measured' in command else [])
@@ -218,7 +218,7 @@ def test_what_is_pushed_from_python(hub, token, tmp_path):
     assert list(push(folder, 'me/x')['files']) == [
         'README.md', 'config.json', 'model.safetensors', 'source/x.pth']
     for name in ('id_rsa', 'epoch_1.pth', '.env'):
-        Path(folder, name).write_text('secret')
+        Path(folder, name).write_text('secret', encoding='utf-8')
         with pytest.raises(ValueError, match=re.escape(name)):
             push(folder, 'me/y')
         Path(folder, name).unlink()

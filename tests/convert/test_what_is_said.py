@@ -2,6 +2,7 @@
 import argparse
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from weights_conversion import convert, inspect
 from tests.support import convert_files as files
 from tests.support.convert_files import run
 from tests.support.reference import images, randomize
+from tests.support.systems import symlink
 
 
 def build(**kwargs):
@@ -634,7 +636,7 @@ def test_what_is_read_is_not_replaced(tmp_path, capsys, monkeypatch):
     Image.new('RGB', (32, 32)).save('in.png')
     files.save(build().state_dict(), tmp_path / 'mine.safetensors')
     before = {name: (tmp_path / name).read_bytes() for name in ('in.png', 'mine.safetensors')}
-    (tmp_path / 'link.png').symlink_to('in.png')
+    symlink(tmp_path / 'link.png', Path('in.png'))
     for argv in (['--output', 'in.png'], ['--output', 'link.png'], ['--output', 'p.png', '--save', 'mine.safetensors']):
         assert pvt_timm_main(['features', 'in.png', '--checkpoint', 'mine.safetensors', *argv]) == 2
         assert 'would be replaced' in capsys.readouterr().err

@@ -62,7 +62,7 @@ def train(run, digits, tmp_path):
     def train(*arguments):
         run('train.py', '--device-modules', 'pvt_timm', *LOADER, '--no-prefetcher', '--data-dir', digits,
             '--num-classes', 10, '--lr', 1e-3, '--output', tmp_path, '--experiment', 'run', *arguments)
-        with open(tmp_path / 'run' / 'summary.csv') as f:
+        with open(tmp_path / 'run' / 'summary.csv', encoding='utf-8') as f:
             return list(csv.DictReader(f))
     return train
 
@@ -113,7 +113,7 @@ def test_inference(run, digits, tmp_path):
     pytest.importorskip('pandas')
     run('inference.py', digits / 'validation', *LOADER, '--model', 'test_pvt', '--pretrained', '--topk', 1,
         '--results-dir', tmp_path, '--results-file', 'result', '--results-format', 'csv', '--fullname')
-    with open(tmp_path / 'result.csv') as f:
+    with open(tmp_path / 'result.csv', encoding='utf-8') as f:
         correct = [Path(r['filename']).parent.name == r['label'] for r in csv.DictReader(f)]
     assert len(correct) == 40 and sum(correct) >= 36
 

@@ -77,4 +77,4 @@ def pytest_runtest_makereport(item, call):
 def pytest_sessionfinish(session):
     Path(os.environ['PVT_CONFORMANCE_REPORT']).write_text(json.dumps(dict(
         tests=list(_outcomes.values()),
-        family=timm.model_entrypoint('pvt_tiny').__module__, imported='pvt_timm' in sys.modules)))
+        family=timm.model_entrypoint('pvt_tiny').__module__, imported='pvt_timm' in sys.modules)), encoding='utf-8')

@@ -1,0 +1,30 @@
+""" What not every system has. A test that needs it is skipped elsewhere, under the name of what is missing. """
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+needs_posix_shell = pytest.mark.skipif(os.name != 'posix', reason='needs the shell of POSIX')
+needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs /proc, as Linux has it')
+needs_utf8_names = pytest.mark.skipif(
+    os.name == 'posix' and sys.getfilesystemencoding() != 'utf-8', reason='needs names of files in UTF-8')
+
+
+def symlink(link: Path, target: Path) -> None:
+    """Make a symbolic link. Windows allows that to a developer only."""
+    try:
+        link.symlink_to(target, target_is_directory=target.is_dir())
+    except OSError as e:
+        if getattr(e, 'winerror', e.errno) != 1314:
+            raise
+        pytest.skip('needs symbolic links')
+
+
+def mkfifo(path: Path) -> None:
+    """Make a named pipe."""
+    if not hasattr(os, 'mkfifo'):
+        pytest.skip('needs named pipes')
+    os.mkfifo(path)
+
