@@ -22,19 +22,19 @@ Rectangle = Tuple[float, float, float, float]  # left, bottom, right, top in pix
 
 SMALLEST_SHARE = 0.005  # of an image. Classes below it are left out of legends and of what the terminal shows.
 
-# Told apart by most people with a colour deficiency too, and white text can be read on them
+# Most people with a colour deficiency can tell these apart too, and white text on them is readable
 _COLORS = ('#d1495b', '#1f77b4', '#2a8c55', '#8e5bb5', '#b8741a', '#17808a', '#c2488f', '#5f6b2d', '#4455a8', '#7a4b3a')
-_INCHES = 9  # of the longer side of an image in a picture
-_LEAST_INCHES = 2  # of any side of a picture, so that names fit beside thin images
-_LEGEND = 14  # classes in a legend
-_NAMED_SHARE = 0.02  # of the image, from which on a class is named on its segment too
+_INCHES = 9  # length of the longer side of an image in a picture
+_LEAST_INCHES = 2  # length of any side of a picture at least, so that names fit beside thin images
+_LEGEND = 14  # classes in a legend at most
+_NAMED_SHARE = 0.02  # a class with this share of the image or more has its name on its segment too
 
 
 def distinct_color(rank: int) -> Color:
     """Red, green and blue of the `rank`-th (from 0) of any number of colours. The first ten differ most."""
     if rank < len(_COLORS):
         return ImageColor.getrgb(_COLORS[rank])
-    hue = rank * 0.618034 % 1  # the golden ratio: far from those before it
+    hue = rank * 0.618034 % 1  # with the golden ratio, every hue is far from those before it
     lightness, saturation = (0.35, 0.5, 0.62)[rank % 3], (0.85, 0.6)[rank % 2]
     return tuple(round(255 * x) for x in colorsys.hls_to_rgb(hue, lightness, saturation))
 
@@ -53,7 +53,7 @@ def _area(a: Rectangle) -> float:
 
 @dataclass
 class _Canvas:
-    """A picture that shows an image. Nothing of it is outside, and nothing is cut away around it."""
+    """A picture that shows a whole image. Texts are placed inside of the picture, and its size does not change."""
     figure: Any
     axes: Any  # a unit is a pixel of the image, counted from its upper left corner
     renderer: Any
@@ -90,7 +90,7 @@ class _Canvas:
                 self.left + x2 * self.zoom, self.bottom + top * self.zoom)
 
     def text(self, text: str, **kwargs: Any) -> Any:
-        """A text that is nowhere yet, cut off where it is wider than the picture, and its width and height."""
+        """A text that has no place yet, its width and its height. If it is wider than the picture, it is cut off."""
         text = clean(text, 80)
         artist = self.figure.text(0, 0, text, va='baseline', ha='left', parse_math=False, **kwargs)
         while True:
@@ -113,14 +113,14 @@ class _Canvas:
 def _place_label(
         width: float, height: float, box: Rectangle, boxes: Sequence[Rectangle], labels: Sequence[Rectangle],
         canvas: Tuple[float, float]) -> Rectangle:
-    """Where to put a label at a box: on the canvas, and if possible without hiding other labels or a whole box.
+    """The place of a box's label: inside of the picture and, if possible, where it hides no label and no whole box.
 
     Args:
-        width: Of the label.
-        height: Of the label.
-        box: What it belongs to.
-        boxes: All boxes.
-        labels: Those that are there already.
+        width: Width of the label.
+        height: Height of the label.
+        box: The box that the label belongs to.
+        boxes: The other boxes.
+        labels: Places of the labels that were placed before.
         canvas: Width and height of the picture.
     """
     left, bottom, right, top = box
@@ -148,8 +148,8 @@ def _place_label(
 def draw_detections(image: Image.Image, objects: Rows, masks: Sequence[torch.Tensor], output: Path) -> None:
     """Draw objects, the best one first, over an image: boxes with names and scores, and masks (H, W) if any.
 
-    A colour is that of a class, or of a single object where there are masks. Of several masks on a pixel the best
-    object's is filled, the outlines of all are drawn.
+    Each class has a colour or, if there are masks, each object. Where masks overlap, a pixel gets the colour of the
+    object with the best score. The outlines of all masks are drawn.
     """
     colors = _colors_of_objects(objects) if len(masks) else _colors_of_classes(objects)
     canvas = _Canvas.showing(_fill(np.array(image.convert('RGB')), masks, colors), 'lanczos')
@@ -189,7 +189,7 @@ def _colors_of_classes(objects: Rows) -> List[Color]:
 
 
 def _colors_of_objects(objects: Rows) -> List[Color]:
-    """A colour per object, other ones for those whose boxes overlap as long as there are enough."""
+    """A colour for each object. Objects whose boxes overlap get different ones, as long as there are enough colours."""
     chosen: List[int] = []
     boxes: List[Rectangle] = [tuple(row['box']) for row in objects]
     for i, box in enumerate(boxes):
@@ -202,7 +202,7 @@ def _colors_of_objects(objects: Rows) -> List[Color]:
 
 
 def _fill(pixels: np.ndarray, masks: Sequence[torch.Tensor], colors: Sequence[Color]) -> np.ndarray:
-    """Pixels half as they are and half in the colour of the first mask that has them."""
+    """The pixels, where masks are mixed half and half with their colours. Of several masks, the first one counts."""
     if not len(masks):
         return pixels
     owner = np.full(pixels.shape[:2], -1)
@@ -219,7 +219,7 @@ def _draw_outline(axes: Any, mask: torch.Tensor, color: Color) -> None:
     if not len(rows):
         return
     top, left = int(rows[0]), int(columns[0])
-    part = F.pad(mask[top:rows[-1] + 1, left:columns[-1] + 1].float(), (1, 1, 1, 1))  # closed at the edges too
+    part = F.pad(mask[top:rows[-1] + 1, left:columns[-1] + 1].float(), (1, 1, 1, 1))  # closes outlines at the edges
     x, y = (np.arange(n) + start - 0.5 for n, start in zip(part.shape[::-1], (left, top)))
     axes.contour(x, y, part.numpy(), levels=[0.5], colors=[_unit(color)], linewidths=1.5)
 
@@ -234,11 +234,12 @@ def draw_segments(
     Args:
         image: What was segmented.
         labels: A class per pixel.
-        classes: Those that are there, the largest first: 'label', 'name' and 'share' of the image.
-        palette: Colour of every class, by default the most distinct one for the largest class and so on.
+        classes: The classes in the image, the largest first: 'label', 'name' and 'share' of the image.
+        palette: Colour of every class. By default the largest class gets the first of `distinct_color`, and so on.
         output: File to write.
 
-    Classes of like colours are told apart by the names on the segments, which those from 2% of the image have.
+    Segments of classes with 2% of the image or more have the name of the class on them. It tells classes of similar
+    colours apart.
     """
     colors = {row['label']: palette[row['label']] if palette else distinct_color(rank)
               for rank, row in enumerate(classes)}
@@ -254,7 +255,7 @@ def draw_segments(
             _name_segment(canvas, labels == row['label'], row['name'].split(';')[0], placed)
 
     shown = [row for row in classes[:_LEGEND] if row['share'] >= SMALLEST_SHARE]
-    handles, texts = [], []  # given to the legend, which would leave out names that start with '_'
+    handles, texts = [], []  # given to the legend as lists, as it would leave out artists whose label starts with '_'
     for row in shown:
         handles.append(canvas.axes.scatter([], [], s=120, marker='s', color=[_unit(colors[row['label']])]))
         texts.append(f'{picture_text(row["name"].split(";")[0], 40)}  {row["share"]:.0%}')
@@ -267,17 +268,17 @@ def draw_segments(
 
 
 def _borders(labels: torch.Tensor) -> torch.Tensor:
-    """Where (H, W) a pixel is of another class than the one below or to the right, as lines that can be seen."""
+    """Lines between classes: a mask (H, W) of the pixels whose neighbour below or to the right has another class."""
     borders = torch.zeros(labels.shape, dtype=torch.bool)
     borders[:-1] |= labels[:-1] != labels[1:]
     borders[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-    reach = max(labels.shape) // 1300  # pixels to both sides that a line needs where the image is made smaller
+    reach = max(labels.shape) // 1300  # pixels that a line gets on both sides, if the image will be made smaller
     wide = F.max_pool2d(borders[None].float(), 2 * reach + 1, stride=1, padding=reach)[0]
-    return wide > 0 if max(labels.shape) > 100 else torch.zeros_like(borders)  # which would be all lines
+    return wide > 0 if max(labels.shape) > 100 else torch.zeros_like(borders)  # a small image would be full of lines
 
 
 def _name_segment(canvas: _Canvas, inside: torch.Tensor, name: str, placed: List[Rectangle]) -> None:
-    """Write a name where a class is widest, if there is room for it that no other name has."""
+    """Write a name where its class is widest, if there is room for it and it overlaps no other name."""
     from matplotlib.patheffects import withStroke
 
     text, width, height = canvas.text(name, color='white', weight='bold', fontsize=10, path_effects=[
@@ -294,8 +295,11 @@ def _name_segment(canvas: _Canvas, inside: torch.Tensor, name: str, placed: List
 
 
 def _widest(inside: torch.Tensor) -> Tuple[Tuple[float, float], float]:
-    """Row and column of a pixel far from the edges of a region (H, W), and about how far that is, in pixels."""
-    step = math.ceil(max(inside.shape) / 160)  # a coarse grid will do
+    """Row and column of the pixel that is farthest from the edges of a region (H, W), and this distance in pixels.
+
+    Both are approximate.
+    """
+    step = math.ceil(max(inside.shape) / 160)  # a coarse grid is enough
     part = F.pad(inside[::step, ::step].float()[None], (1, 1, 1, 1))
     depth = 0
     while True:
