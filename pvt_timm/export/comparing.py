@@ -135,12 +135,13 @@ def distance(
         away = (others[0] - boxes[i]).abs().amax(dim=1) / side
         away = torch.maximum(away, (others[1] - scores[i]).abs())
         away = away.masked_fill(others[2] != labels[i], float('inf'))
-        near = away <= tolerance
+        near = (away <= tolerance).nonzero()[:, 0]  # seldom more than one, and masks are large
+        away = away[near]
         if masks:
-            away = torch.maximum(away, (others[3] - masks[0][i]).abs().amax(dim=(1, 2, 3)))
-            near &= away <= max(tolerance, MASK_TOLERANCE)
-        if not near.any():
+            of_masks = (others[3][near] - masks[0][i]).abs().amax(dim=(1, 2, 3))
+            away = torch.maximum(away, of_masks)[of_masks <= max(tolerance, MASK_TOLERANCE)]
+        if not len(away):
             missing += 1
             continue
-        largest = max(largest, away[near].min().item())
+        largest = max(largest, away.min().item())
     return largest, missing
