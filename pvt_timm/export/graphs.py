@@ -139,8 +139,8 @@ def reference_of(model: nn.Module, graph: Graph, features: bool) -> nn.Module:
     changes with the last digit of a weight, so that other weights give other lists of boxes.
     """
     if graph.is_detector:
-        assert isinstance(model, PublishedDetector)
-        return graph.module if graph.half else _DetectionsOf(model.eval())
+        whole: Any = model.eval()
+        return graph.module if graph.half else _DetectionsOf(whole)
     return _OutputsOf(model.eval(), features)
 
 
