@@ -41,6 +41,7 @@ NOT_RUN = {
     'python3 -m venv': 'a network; .ci/run runs them',
     'bash .ci/': 'half an hour',
     'python -m pytest': 'the tests in the tests; that the paths exist is checked',
+    'python -m tests.support': 'the tests in the tests',
     'ruff': 'the whole checkout; .ci/run runs it',
     'mypy': 'the whole checkout; .ci/run runs it',
     'python -m build': 'a network; .ci/run runs it',

@@ -151,7 +151,7 @@ def test_killed_at_any_moment(place, finished, moments, tmp_path):
         assert visible(out) == complete
 
 
-@PLACES
+@pytest.mark.parametrize('place', ['nothing', 'old'], indirect=True)
 def test_interrupted_at_any_moment(place, finished, moments, tmp_path):
     """Ctrl-C at every moment, one after the other: the folder is as it was, or complete, and nothing else is left."""
     file, new = finished

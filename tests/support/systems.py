@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
 needs_posix_shell = pytest.mark.skipif(os.name != 'posix', reason='needs the shell of POSIX')
 needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs /proc, as Linux has it')
 needs_utf8_names = pytest.mark.skipif(

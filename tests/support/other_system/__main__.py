@@ -32,7 +32,10 @@ def make_locale(folder: Path) -> Dict[str, str]:
     # its exit code is 1, as it warns that the locale describes characters alone
     command = ['localedef', '-c', '-f', str(charmap), '-i', str(source), str(folder / 'test.CP1252')]
     subprocess.run(command, stderr=subprocess.DEVNULL)
-    return {'LOCPATH': str(folder), 'LC_ALL': 'test.CP1252', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    return {
+        'LOCPATH': str(folder), 'LC_ALL': 'test.CP1252', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0',
+        'PYTHONWARNDEFAULTENCODING': '1',  # pyproject.toml makes it an error where the package forgets one
+    }
 
 
 def main(args: List[str]) -> int:
