@@ -739,10 +739,10 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
     tag = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg')).tag
     kwargs = {**TAG_ARGS.get(tag, {}), **kwargs}
     num_stages = len(kwargs['depths'])
-    default_out_indices = tuple(range(num_stages))
+    feature_cfg = {'out_indices': tuple(range(num_stages)), **(kwargs.pop('feature_cfg', None) or {})}
     if kwargs.get('features_only', False):
         kwargs = {'class_token': False, 'final_norm': False, 'output_fmt': 'NCHW', **kwargs, 'num_classes': 0}
-        out_indices = kwargs.get('out_indices', default_out_indices)
+        out_indices = kwargs.get('out_indices', feature_cfg['out_indices'])
         if not isinstance(out_indices, int):  # an int takes the last stages
             num_stages = max(i if i >= 0 else num_stages + i for i in out_indices) + 1
     model = build_model_with_cfg(
@@ -750,7 +750,7 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs) -> PyramidVisi
         variant,
         pretrained,
         pretrained_filter_fn=partial(checkpoint_filter_fn, num_stages=num_stages),
-        feature_cfg=dict(flatten_sequential=True, out_indices=default_out_indices),
+        feature_cfg=dict(feature_cfg, flatten_sequential=True),
         **kwargs,
     )
     return model

@@ -277,10 +277,13 @@ def test_layers_are_pluggable():
 @pytest.mark.parametrize('feature_cls, indices, taken', [
     *((cls, (1, 3), (1, 3)) for cls in ('dict', 'hook', 'getter', 'fx')),
     ('list', 1, (3,)), ('list', 2, (2, 3)), ('list', (0,), (0,)), ('list', (1, 2), (1, 2)), ('list', (-1,), (3,)),
-    ('list', (-3, -1), (1, 3)), ('list', range(3), (0, 1, 2)),
+    ('list', (-3, -1), (1, 3)), ('list', range(3), (0, 1, 2)), ('config', (0, 2), (0, 2)),
 ])
 def test_features_only(net, feature_cls, indices, taken):
-    other = create(features_only=True, feature_cls=feature_cls, out_indices=indices).eval()
+    config = dict(out_indices=indices, feature_cls=feature_cls)
+    if feature_cls == 'config':  # timm's other way to say it
+        config = dict(feature_cfg=dict(out_indices=indices))
+    other = create(features_only=True, **config).eval()
     state = net.state_dict()
     for key, value in other.state_dict().items():  # the wrappers name the same parameters differently
         value.copy_(state[key.removeprefix('model.').removeprefix('graph_module.').replace('stages.', 'stages_')])
