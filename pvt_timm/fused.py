@@ -87,14 +87,16 @@ def _pack_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool 
 
 @cache
 def _multiplies_faster() -> bool:
-    """Whether `_linear` outruns the products inside `scaled_dot_product_attention`, which are MKL's in float32 (and use
-    no AVX-512 on AMD), but have a form of their own for AMX."""
+    """Whether `_linear` is faster than the matrix products inside `scaled_dot_product_attention`.
+
+    In float32 these are MKL's, which uses no AVX-512 on AMD. On a CPU with AMX they have a fast variant.
+    """
     amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
     return torch.backends.cpu.get_cpu_capability() == 'AVX512' and not amx
 
 
 def patched() -> str:
-    """The name of a method or function of the models that is not what it was when this package was imported, if any."""
+    """The name of a method or function of the models that was replaced since this package was imported, '' if none."""
     for owner, name, original in _ORIGINALS:
         if getattr(owner, name) is not original:
             return f'{owner.__name__}.{name}'
@@ -102,7 +104,7 @@ def patched() -> str:
 
 
 def _watched() -> str:
-    """What watches or transforms operators or modules (counters, functional transforms, global hooks), if anything."""
+    """Why the plain path is taken, where something watches or changes operators or modules (global hooks, ...)."""
     if torch.is_autocast_enabled('cpu'):
         return 'autocast'
     if torch.jit.is_tracing():
@@ -123,7 +125,7 @@ def _watched() -> str:
 
 @cache
 def _works(dtype: torch.dtype) -> bool:
-    """Whether this build of PyTorch and this CPU have the fast operators, and they compute what they should."""
+    """Whether this build of PyTorch and this CPU have the fast operators, and these compute correct results."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
@@ -156,21 +158,24 @@ class _State(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    key: tuple  # that of the parameters that were packed
-    samples: List[torch.Tensor]  # the bits of one element of each, in its storage: no other one can get its address
-    values: torch.Tensor  # what the samples were
-    linears: Dict[nn.Module, Linear]  # of every linear layer and convolution
+    key: tuple  # key of the parameters that were packed
+    # The bits of one element of each parameter, as views. They keep its storage alive, so that no other parameter can
+    # get the same address.
+    samples: List[torch.Tensor]
+    values: torch.Tensor  # the values of the samples when the parameters were packed
+    linears: Dict[nn.Module, Linear]  # the packed function of every linear layer and convolution
 
     def is_of(self, key: tuple) -> bool:
-        """Whether the parameters are the same and nobody wrote to them.
+        """Whether the parameters are the same ones and have not been written to.
 
-        Fused optimizers, collectives and writes from outside leave no trace in the versions, but in the samples.
+        Fused optimizers, collectives and other code outside of PyTorch's operators do not change the version of a
+        parameter. The samples show that they have written to it.
         """
         return self.key == key and torch.equal(torch.cat(self.samples), self.values)
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """A view of the bits of an element in the middle: with bits, NaN is the same as NaN."""
+    """A view of the bits of an element in the middle. Bits are compared, as NaN is not equal to NaN."""
     bits = parameter.detach().view(torch.int16 if parameter.dtype == torch.bfloat16 else torch.int32)
     return bits[tuple(slice(n // 2, n // 2 + 1) for n in bits.shape)].reshape(1)
 
@@ -197,9 +202,10 @@ def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Queries (B, heads, N, d) look at keys and values (B, heads, K, d).
+    """Attention of queries (B, heads, N, d) to keys and values (B, heads, K, d).
 
-    Products are taken in float32, as inside `scaled_dot_product_attention`: bfloat16 has no decimals for large logits.
+    The products are computed in float32, as inside `scaled_dot_product_attention`: bfloat16 has too few digits for
+    large logits.
     """
     B, H, N, d = q.shape
     if k.shape[2] < MANY_KEYS or not _multiplies_faster():
@@ -213,7 +219,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _block(blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tuple[int, int]) -> None:
-    """`Block.forward` on tokens x (B, N, C), written into them."""
+    """`Block.forward` on tokens x (B, N, C). The result is written into `x`."""
     B, N, C = x.shape
     attn, mlp = blk.attn, blk.mlp
     y = _norm(blk.norm1, x)
@@ -227,7 +233,7 @@ def _block(blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tu
     del q
     x += linears[attn.proj](y.transpose(1, 2).reshape(B, N, C))
     del y
-    tokens = x.view(1, B * N, C)  # in equal parts, whichever image they are of
+    tokens = x.view(1, B * N, C)  # tokens of all images, to be cut into equal parts
     for part in tokens.chunk(math.ceil(B * N / SLICE_TOKENS), dim=1):
         part += linears[mlp.fc2](linears[mlp.fc1](_norm(blk.norm2, part)))
 
@@ -239,7 +245,8 @@ class FusedStage(PyramidVisionTransformerStage):
     """A stage that takes the fast path where it can. Made by `fuse()`, shares the parameters of the plain stage.
 
     The state dict is that of the plain stage. Weights are packed at the first forward pass, and again after a change.
-    They are forgotten in `train()`, and where the plain path may have recorded gradients: an optimizer may follow.
+    Packed weights are deleted by `train()`, and when the plain path may have recorded gradients, since an optimizer may
+    change the weights after that.
 
     A change is noticed by PyTorch's version counters. Some writes are not counted: those of fused optimizers, of
     `torch.distributed`, through `parameter.data`, through views of numpy or DLPack, and of other processes that share
@@ -251,7 +258,7 @@ class FusedStage(PyramidVisionTransformerStage):
 
     @classmethod
     def from_stage(cls, stage: PyramidVisionTransformerStage) -> PyramidVisionTransformerStage:
-        """The fused form of a stage, or the stage itself if it is one or has a forward of its own."""
+        """The fused form of a stage. The stage itself if it is fused already, or has another class or forward."""
         if type(stage) is not PyramidVisionTransformerStage or 'forward' in stage.__dict__:
             return stage
         fused = cls.__new__(cls)
@@ -260,7 +267,7 @@ class FusedStage(PyramidVisionTransformerStage):
         return fused
 
     def repack(self) -> None:
-        """Forget the packed weights, the next forward packs again."""
+        """Delete the packed weights. The next forward pass packs them again."""
         self.__dict__['_packed'] = None
 
     def train(self, mode: bool = True) -> 'FusedStage':
@@ -285,7 +292,7 @@ class FusedStage(PyramidVisionTransformerStage):
         return 'path=fast (without gradients)' if state.requires_grad else 'path=fast'
 
     def _inspect(self) -> _State:
-        """Look at all inner modules and parameters. Runs at every forward, therefore written to be quick."""
+        """Look at all inner modules and parameters. This runs at every forward pass, so it is written for speed."""
         if self.training:
             return _State('training mode')
         if not torch.backends.mkldnn.enabled:
@@ -359,7 +366,7 @@ class FusedStage(PyramidVisionTransformerStage):
         return state.key
 
     def _get_packed(self, key: tuple) -> _Packed:
-        """Packed weights of the parameters that `key` stands for."""
+        """Packed weights of the parameters with this `key`."""
         packed: Any = self._packed
         if packed is None or not packed.is_of(key):
             with _lock:
@@ -407,15 +414,15 @@ class FusedStage(PyramidVisionTransformerStage):
 
 
 def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Give the PVT stages of a model, or of a model that holds one, the fast path for inference on CPU.
+    """Return the model with the fast path for inference on CPU in its PVT stages.
 
     Args:
         model: A stage or any module with stages inside.
-        inplace: Replace the stages of `model` itself, not of a copy. A stage has no parent here, its fused form shares
-            its parameters.
+        inplace: Replace the stages of `model` itself, not of a copy. If `model` is a stage, its fused form is a new
+            object that shares its parameters.
 
     Returns:
-        The model with fused stages. A stage of a class of its own, or with another forward, stays as it is.
+        The model with fused stages. A stage of a derived class, or with another forward, is not changed.
 
     Raises:
         ValueError: There is no stage in the model, as in one made with `feature_cls='fx'`, or in a scripted one.
