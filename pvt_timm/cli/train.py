@@ -72,13 +72,8 @@ def run_train(args: argparse.Namespace) -> List[str]:
         parser.add_argument(f'--{name.replace("_", "-")}')
     for name in _NUMBERS:
         parser.add_argument(f'--{name.replace("_", "-")}', type=int)
-    for option, kind in _SCHEDULE.items():
-        parser.add_argument(option, type=kind)
-    for name in ('pretrained-path', 'initial-checkpoint'):
-        parser.add_argument(f'--{name}')
-    for name in ('amp', 'pretrained', 'warmup-prefix'):
-        parser.add_argument(f'--{name}', action='store_true')
-    given = vars(parser.parse_known_args(args.script_args)[0])
+    parser.add_argument('--amp', action='store_true')
+    given = {**vars(parser.parse_known_args(args.script_args)[0]), **_length_and_weights(args.script_args)}
     settings = _read_config(given['config']) if 'config' in given else {}
     lines: List[str] = []
     device = {**settings, **given}.get('device')
@@ -113,6 +108,21 @@ def run_train(args: argparse.Namespace) -> List[str]:
     for line in lines:
         _say(line)
     return command
+
+
+def _length_and_weights(script_args: Sequence[str]) -> Dict[str, Any]:
+    """What the command line says about the length of the run, and about where weights come from.
+
+    Whole names only: `--lr` would be the beginning of one of these.
+    """
+    parser = Parser(prog='pvt-timm train', add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for option, kind in _SCHEDULE.items():
+        parser.add_argument(option, type=kind)
+    for name in ('--pretrained-path', '--initial-checkpoint'):
+        parser.add_argument(name)
+    for name in ('--pretrained', '--warmup-prefix'):
+        parser.add_argument(name, action='store_true')
+    return vars(parser.parse_known_args(script_args)[0])
 
 
 def _say(text: str) -> None:
