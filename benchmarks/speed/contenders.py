@@ -164,8 +164,8 @@ def _openvino(name, variant, shape, precision, threads) -> Callable:
     import openvino
     core = openvino.Core()
     if name in ('openvino_export', 'openvino_int8'):
+        # for images of any size: after `model.reshape` to one size OpenVINO 2026.4 crashes in `compile_model`
         model = core.read_model(_exported(variant, 'openvino', int8=name == 'openvino_int8'))
-        model.reshape(list(shape))  # as the others are: for images of one shape
     else:
         model = core.read_model(_traced('original' if name == 'openvino_original' else 'eager', variant, shape))
     compiled = core.compile_model(model, 'CPU', {
