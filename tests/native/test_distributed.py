@@ -48,25 +48,19 @@ def assert_trains_as_one_process(rank, wrap, features_only, grad_checkpointing):
         optimizer.zero_grad()
 
 
-def start(rank, folder):
-    """Everything in one pair of processes: starting them takes longest."""
+def start(rank, folder, wrap):
     torch.set_num_threads(1)
-    for wrap in (ddp, fsdp2):
-        print(f'rank {rank}: {wrap.__name__}', flush=True)  # which of them a failure belongs to
-        train(rank, folder / wrap.__name__, wrap)
-
-
-def train(rank, rendezvous, wrap):
     dist.init_process_group(
-        'gloo', init_method=rendezvous.as_uri(), rank=rank, world_size=WORLD_SIZE,
+        'gloo', init_method=(folder / 'rendezvous').as_uri(), rank=rank, world_size=WORLD_SIZE,
         timeout=datetime.timedelta(seconds=120))
     kinds = [(False, False), (True, False), (True, True)]
     if wrap is fsdp2 and torch.__version__.startswith('2.10.'):
         kinds = kinds[:1]  # its fully_shard refuses timm's FeatureListNet: a ModuleDict, although with a forward
-    for kind in kinds:
+    for kind in kinds:  # in one pair of processes, starting them takes longest
         assert_trains_as_one_process(rank, wrap, *kind)
     dist.destroy_process_group()
 
 
-def test_gradients_equal_one_process(tmp_path):
-    mp.spawn(start, (tmp_path,), nprocs=WORLD_SIZE)
+@pytest.mark.parametrize('wrap', [ddp, fsdp2])
+def test_gradients_equal_one_process(wrap, tmp_path):
+    mp.spawn(start, (tmp_path, wrap), nprocs=WORLD_SIZE)
