@@ -3,7 +3,7 @@
 Paper: `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions`
     - https://arxiv.org/abs/2102.12122
 
-Original code and weights at https://github.com/whai362/PVT (Apache-2.0). Outputs are equal to the original's.
+Original code and weights: https://github.com/whai362/PVT (Apache-2.0). The outputs are those of the original code.
 
 By default the last stage has a class token, and `forward_features` returns tokens (B, N, C) after a final norm. As a
 dense backbone (`class_token=False`, the default of `features_only=True`) there is no class token and no final norm, and
@@ -314,6 +314,11 @@ class PyramidVisionTransformer(nn.Module):
 
     A PyTorch impl of `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions` -
         https://arxiv.org/abs/2102.12122
+
+    It takes images (B, C, H, W) of any height and width from 32 pixels up. `forward` returns logits (B, num_classes), or
+    embeddings (B, channels) with `num_classes=0`. `forward_features` returns tokens (B, 1 + H/32 * W/32, channels), the
+    class token first, or with `class_token=False` a feature map (B, channels, H/32, W/32). `forward_intermediates`
+    returns the feature maps of all stages.
     """
 
     def __init__(
@@ -466,11 +471,11 @@ class PyramidVisionTransformer(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
-        """Initialise as the original does.
+        """Initialise the weights as the original code does.
 
         Args:
-            mode: Only ''.
-            needs_reset: Also initialise what constructors of layers have initialised, needed after `to_empty`.
+            mode: Only '' is supported.
+            needs_reset: Also initialise what the constructors of the layers initialise, which `to_empty` undoes.
         """
         assert mode == '', f"mode should be '', got {mode!r}."
         for stage in self.stages:
@@ -647,6 +652,7 @@ class PyramidVisionTransformer(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes) of images (B, C, H, W), embeddings (B, channels) of a model without head."""
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x

@@ -110,7 +110,7 @@ def make_samples(count: int, seed: int, low: int = 128, high: int = 128) -> List
 
 
 def coco_annotations(samples: Iterable[Sample], first_category: int = 1) -> Dict[str, Any]:
-    """COCO's annotation file for samples, image ids from 1."""
+    """The content of COCO's annotation file for samples. Image ids count from 1."""
     from pycocotools import mask as coco_mask
     images: List[Dict[str, Any]] = []
     annotations: List[Dict[str, Any]] = []

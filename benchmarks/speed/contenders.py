@@ -1,4 +1,4 @@
-""" The models that the benchmarks compare, each as a function of a batch of images, all PVTs with the same weights. """
+""" The models that the benchmarks compare, each as a function of a batch of images. All PVTs have the same weights. """
 import atexit
 import contextlib
 import copy
@@ -268,7 +268,7 @@ def tolerance(name: str, precision: str) -> float:
 
 
 def input_dtype(name: str, precision: str) -> torch.dtype:
-    """Type of the images that a contender takes. OpenVINO and onnxruntime convert inside."""
+    """Type of the images that a contender takes. OpenVINO and onnxruntime take float32 and convert them themselves."""
     return torch.float32 if name in RUNTIMES else DTYPES[precision]
 
 

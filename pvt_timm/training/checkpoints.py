@@ -26,7 +26,7 @@ def load_trained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
     """The detector or segmenter in a checkpoint of `fit`, or in a state dict of one.
 
     Args:
-        checkpoint: File, of which nothing is executed, or what it holds.
+        checkpoint: A file (nothing in it is executed), or its content.
         kwargs: As for `pvt_timm.detection.retinanet_from_mmdet`: arguments for the class of the model that replace
             those in the checkpoint, such as `min_size`, and `prefix`, `num_classes`, `model_args`, `frozen_stages`.
 
