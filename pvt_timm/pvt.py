@@ -315,9 +315,9 @@ class PyramidVisionTransformer(nn.Module):
     A PyTorch impl of `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions` -
         https://arxiv.org/abs/2102.12122
 
-    It takes images (B, C, H, W) of any height and width from 32 pixels up. `forward` returns logits (B, num_classes), or
-    embeddings (B, channels) with `num_classes=0`. `forward_features` returns tokens (B, 1 + H/32 * W/32, channels), the
-    class token first, or with `class_token=False` a feature map (B, channels, H/32, W/32). `forward_intermediates`
+    It takes images (B, C, H, W) of any height and width from 32 pixels up. `forward` returns logits (B, num_classes),
+    or embeddings (B, channels) with `num_classes=0`. `forward_features` returns tokens (B, 1 + H/32 * W/32, channels),
+    the class token first, or with `class_token=False` a feature map (B, channels, H/32, W/32). `forward_intermediates`
     returns the feature maps of all stages.
     """
 
