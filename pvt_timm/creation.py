@@ -81,6 +81,8 @@ def _read(pretrained_cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]])
         load_pretrained(nn.Module(), pretrained_cfg, filter_fn=keep, cache_dir=cache_dir)
     except _HaveRead:
         pass
+    if not found:
+        raise ValueError('Expected weights that timm passes to a filter, the pretrained config says custom_load.')
     return found[0]
 
 

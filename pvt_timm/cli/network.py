@@ -3,6 +3,7 @@
 Left alone, the hub's client tries for a minute without a word, and a host that does not answer takes minutes.
 """
 import os
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -90,7 +91,10 @@ def _reach(url: str) -> None:
             problem.clear()
         except urllib.error.HTTPError:
             problem.clear()
-        except Exception as e:  # of names that nobody knows, certificates, proxies...
+        except Exception as e:  # of names that nobody knows, proxies...
+            if isinstance(getattr(e, 'reason', e), ssl.SSLError):  # the client that downloads has its own certificates
+                problem.clear()
+                return
             problem[0] = one_line(e, 300).removeprefix('<urlopen error ').removesuffix('>')
 
     # a thread, as looking up the name of the host takes no time limit

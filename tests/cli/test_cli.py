@@ -190,7 +190,7 @@ def test_features_are_those_of_features_only(cli, files, tmp_path):
     x = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(Image.open(DIGIT).convert('RGB'))
     with torch.inference_mode():
         for mine, timms in zip(load_file(tmp_path / 'a.safetensors').values(), model(x[None])):
-            torch.testing.assert_close(mine, timms[0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(mine, timms[0], rtol=0, atol=1e-5)  # on a CPU the command's model is fused
     out = cli('features', files / 'photo.jpg', *TEST_PVT, '--output', tmp_path / 'a.png')
     assert '16x8x16' in out  # 90x150 becomes 32x64, which keeps the aspect
 

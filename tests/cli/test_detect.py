@@ -302,6 +302,7 @@ def test_small_classes_are_counted_on_the_terminal(cli, folder, monkeypatch):
 
 def test_model_takes_all_that_are_published(cli, folder, monkeypatch):
     taken = []
+    monkeypatch.setattr('pvt_timm.cli.network._reach', lambda url: None)
     monkeypatch.setattr('pvt_timm.cli.detect.retinanet_coco', lambda name: taken.append(name) or pvt_retinanet(
         'test_pvt', 3, model_args=dict(img_size=64), min_size=64).eval())
     for name in ('pvt_tiny', 'pvt_small.retinanet_coco', 'pvt_medium'):

@@ -418,6 +418,7 @@ def test_named_weights_are_compared_with_openmmlab(cli, shapes_folder, tmp_path,
     torch.manual_seed(0)
     model = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=dict(img_size=64), min_size=64).eval()
     asked = []
+    monkeypatch.setattr('pvt_timm.cli.network._reach', lambda url: None)
     monkeypatch.setattr('pvt_timm.training.run.retinanet_coco', lambda name: asked.append(name) or model)
     monkeypatch.setattr('pvt_timm.training.run._variant', lambda model: 'pvt_medium')
     printed = cli('detector', 'validate', '--weights', 'retinanet_coco', '--model', 'pvt_medium',
