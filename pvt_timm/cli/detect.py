@@ -18,7 +18,7 @@ from .many import ImageFile, Loaded, Stream, as_pixels, checked_images, output_f
 from .network import check_pretrained, hint
 from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
 from .processes import Processes
-from .results import RECORD_SUFFIXES, Column, Table, fingerprint
+from .results import RECORD_SUFFIXES, Column, Table, fingerprint, settings_of
 
 __all__ = ['coco_results', 'run_detect', 'run_segment']
 
@@ -70,8 +70,10 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
     settings: Dict[str, Any] = {}
     if results is not None:
         settings = dict(
-            command=args.command, model=type(model).__name__, weights=fingerprint(model), dtype=args.dtype,
-            classes=list(model.categories), threshold=getattr(args, 'threshold', None), pictures=bool(pictures))
+            command=args.command, model=type(model).__name__, weights=fingerprint(model),
+            model_settings=settings_of(model), dtype=args.dtype, classes=list(model.categories),
+            threshold=getattr(args, 'threshold', None),
+            pictures=str(pictures_folder.absolute()) if pictures_folder else None)
     stream.place(model)
 
     def compute(images: List[Loaded], pixels: torch.Tensor) -> List[Dict[str, Any]]:

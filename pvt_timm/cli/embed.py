@@ -1,6 +1,5 @@
 """ The command `embed`: one vector per image, of many images, as one file. """
 import argparse
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -9,9 +8,10 @@ import torch
 from ..files import refuse_same_file
 from .classifiers import check_output, load_model
 from .errors import clean
-from .many import ImageFile, Loaded, Stream, Transformed, add_images, add_many_options, find_images, normalise
+from .many import (
+    ImageFile, Loaded, Stream, Transformed, add_images, add_many_options, add_output_options, find_images, normalise)
 from .processes import Processes
-from .results import VECTOR_SUFFIXES, Results, fingerprint
+from .results import VECTOR_SUFFIXES, Results, fingerprint, settings_of
 
 __all__ = ['LAYERS', 'add_embed_options', 'embed', 'run_embed']
 
@@ -20,16 +20,14 @@ LAYERS = ('token', 'patches', 'stage0', 'stage1', 'stage2', 'stage3')
 
 def add_embed_options(command: argparse.ArgumentParser) -> None:
     add_images(command)
-    command.add_argument(
-        '--output', required=True, type=Path, metavar='FILE',
-        help=f'file to write, {", ".join(VECTOR_SUFFIXES)} by its name: `file` (as found) and `embedding`. '
-        'Unfinished results are in FILE.parts, and the same command goes on from there')
-    command.add_argument(
-        '--overwrite', action='store_true', help='replace FILE if it is there, once all vectors are there')
+    add_output_options(
+        command, 'file for the paths of the images (`file`) and their vectors (`embedding`)',
+        formats=', '.join(VECTOR_SUFFIXES), required=True)
     command.add_argument(
         '--layer', choices=LAYERS,
-        help='token: the class token, patches: the mean of the others, both after the final norm; stage0 to stage3: '
-        "the mean over a stage's map (default what the model's classifier takes)")
+        help='token: the class token; patches: the mean of the other tokens; stage0 to stage3: the mean over the map '
+        'of that stage. Token and patches are taken after the final norm, where the model has one: a model of feature '
+        "maps has no class token and no final norm (default what the model's classifier takes)")
     add_many_options(command)
 
 
@@ -80,8 +78,8 @@ def _embed_all(args: argparse.Namespace, processes: Processes) -> None:
         raise ValueError(f'Expected a model with a class token for --layer token, {classifier.name} has none')
 
     settings: Dict[str, Any] = dict(
-        command='embed', model=classifier.name, weights=fingerprint(classifier.model), layer=layer, dtype=args.dtype,
-        preprocessing=classifier.data)
+        command='embed', model=classifier.name, weights=fingerprint(classifier.model),
+        model_settings=settings_of(classifier.model), layer=layer, dtype=args.dtype, preprocessing=classifier.data)
 
     def compute(images: List[Loaded], pixels: torch.Tensor) -> List[np.ndarray]:
         vectors = embed(classifier.model, normalise(pixels, classifier.data).to(stream.dtype), layer).float()

@@ -15,6 +15,7 @@ from .many import (
     ImageFile, Loaded, Stream, Transformed, Whole, add_images, add_many_options, find_images, normalise)
 from .pictures import draw_pyramid
 from .processes import Processes
+from .results import as_text
 
 __all__ = ['add_features_options', 'run_features']
 
@@ -122,7 +123,7 @@ def _checked(args: argparse.Namespace) -> Tuple[List[ImageFile], _Targets]:
 
 
 def _save(maps: List[torch.Tensor], path: Path, name: str) -> None:
-    content = save({f'stage{i}': level for i, level in enumerate(maps)}, metadata={'model': name})
+    content = save({f'stage{i}': level for i, level in enumerate(maps)}, metadata={'model': as_text(name)})
     path.parent.mkdir(parents=True, exist_ok=True)
     save_atomically(path, lambda f: f.write(content))
 

@@ -26,7 +26,7 @@ from ..files import refuse_same_file
 from ..fused import fuse
 from .classifiers import open_image, whole_image, whole_size
 from .errors import clean, filled, one_line
-from .processes import Processes
+from .processes import ProcessEnded, Processes
 from .results import Results, Table
 
 __all__ = [
@@ -54,19 +54,25 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output_options(
-        parser: argparse.ArgumentParser, what: str = 'file for the results in place of printing them', more: str = '',
-        metavar: str = 'FILE', **kwargs: Any) -> None:
+        parser: argparse.ArgumentParser,
+        what: str = 'file for the results in place of printing them',
+        more: str = '',
+        metavar: str = 'FILE',
+        formats: str = '.jsonl (a line per image), .csv or .parquet (a row per result)',
+        **kwargs: Any) -> None:
     """`--output` for results as a file.
 
     Args:
         what: Begin of its help.
         more: End of its help.
+        formats: Suffixes of the file, for the help.
         kwargs: For `add_argument`.
     """
     parser.add_argument(
-        '--output', type=_path, metavar=metavar, help=f'{what}: .jsonl (a line per image), .csv or .parquet (a row '
-        'per result) by its name. It is written as a whole in the end. Until then the results are in the folder '
-        f'FILE.parts, from which the same command goes on after a crash, also with torchrun{more}', **kwargs)
+        '--output', type=_path, metavar=metavar, help=f'{what}: {formats} by its name. It is '
+        'written as a whole in the end. Until then the results are in the folder FILE.parts, from which the same '
+        'command goes on after a crash, also with torchrun. The images must not change in between'
+        f'{more}', **kwargs)
     parser.add_argument('--overwrite', action='store_true', help='replace FILE if it is there')
 
 
@@ -385,21 +391,38 @@ class Stream:
             info: As for its `finish`.
         """
         by_path = {file.path: file for file in files}
-        todo = self.processes.from_first(lambda: results.prepare(list(by_path), settings))
+        try:
+            todo = self.processes.from_first(lambda: results.prepare(list(by_path), settings))
+            self._write_parts(todo, by_path, channels, prepare, compute, results)
+            unreadable = sum(self.processes.gather(self.skipped))
+            return self.processes.from_first(lambda: results.finish(list(by_path), info, unreadable))
+        except ProcessEnded as e:
+            raise ProcessEnded(f'{e}: the same command goes on from {results.folder}') from e
+        finally:
+            results.close()
+
+    def _write_parts(
+            self,
+            todo: Sequence[str],
+            by_path: Dict[str, ImageFile],
+            channels: int,
+            prepare: Prepare,
+            compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]],
+            results: Results) -> None:
+        """Write the parts of this process, of its share of the images `todo`."""
+        alone = self.processes.count == 1
         try:
             share = [by_path[path] for path in self.processes.share(todo)]
             for loaded, result in self.results(share, channels, prepare, compute):
                 results.add(loaded.file.path, result)
             results.flush()
         except UnreadableImage as e:
-            results.close_early(self.processes.is_first)
+            results.close_early(alone)
             kept = f', from {results.folder}' if results.folder.is_dir() else ''
             raise UnreadableImage(f'{e} (--skip-errors goes on without such images{kept})') from e
         except BaseException:
-            results.close_early(self.processes.is_first)
+            results.close_early(alone)
             raise
-        self.processes.gather(None)  # everything is written
-        return self.processes.from_first(lambda: results.finish(list(by_path), info))
 
     def _readable(self, batch: Sequence[Loaded]) -> Iterator[Loaded]:
         """The images of a batch that could be read, up to the first one that could not unless errors are skipped."""

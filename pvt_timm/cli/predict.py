@@ -20,7 +20,7 @@ from .errors import clean
 from .many import Loaded, Stream, Transformed, checked_images, normalise, output_file
 from .pictures import draw_pyramid
 from .processes import Processes
-from .results import Column, Table, fingerprint
+from .results import Column, Table, fingerprint, settings_of
 
 __all__ = [
     'Classifier', 'extract', 'load_model', 'open_image', 'predict', 'run_demo', 'run_list', 'run_predict']
@@ -60,7 +60,8 @@ def _predict_all(args: argparse.Namespace, processes: Processes) -> None:
     settings: Dict[str, Any] = {}
     if results is not None:
         settings = dict(
-            command='predict', model=classifier.name, weights=fingerprint(classifier.model), dtype=args.dtype,
+            command='predict', model=classifier.name, weights=fingerprint(classifier.model),
+            model_settings=settings_of(classifier.model), multi_label=classifier.multi_label, dtype=args.dtype,
             preprocessing=classifier.data, labels=classifier.labels, topk=args.topk)
     classifier.model = stream.place(classifier.model)
 

@@ -1,14 +1,27 @@
 """ The processes that torchrun starts, as one command: each takes its share, the first one says and writes. """
+import contextlib
 import datetime
 import os
-from typing import Any, Callable, List, Sequence, TypeVar
+from typing import Any, Callable, Iterator, List, Sequence, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ['Processes']
+__all__ = ['ProcessEnded', 'Processes']
 
 T = TypeVar('T')
 _TIMEOUT = datetime.timedelta(days=30)  # a process that is done waits for the slowest one
+
+
+class ProcessEnded(RuntimeError):
+    """Another process has ended, with an error of its own that it has printed."""
+
+
+@contextlib.contextmanager
+def _naming_the_end_of_others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as e:  # about sockets, which tells nobody what happened
+        raise ProcessEnded('Another process ended with an error') from e
 
 
 class Processes:
@@ -38,11 +51,16 @@ class Processes:
         return list(items[self.rank::self.count])
 
     def gather(self, value: T) -> List[T]:
-        """The values of all processes. They wait for each other."""
+        """The values of all processes. They wait for each other.
+
+        Raises:
+            ProcessEnded: One of them ended before.
+        """
         if self.count == 1:
             return [value]
         values: List[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        with _naming_the_end_of_others():
+            dist.all_gather_object(values, value)
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -50,6 +68,7 @@ class Processes:
 
         Raises:
             SystemExit: In the others, where the first one raises.
+            ProcessEnded: One of the others ended before.
         """
         if self.count == 1:
             return make()
@@ -60,7 +79,12 @@ class Processes:
                 box = [make(), False]
             except BaseException as e:  # the others would wait for ever
                 error = e
-        dist.broadcast_object_list(box)
+        try:
+            with _naming_the_end_of_others():
+                dist.broadcast_object_list(box)
+        except ProcessEnded:
+            if error is None:
+                raise
         if error is not None:
             raise error
         if box[1]:

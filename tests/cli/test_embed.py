@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 from pvt_timm.cli import results as results_module
 from pvt_timm.cli.main import main
+from pvt_timm.cli.processes import ProcessEnded, Processes
 from pvt_timm.cli.results import Results
+from pvt_timm.detection import pvt_retinanet
 
 TEST_PVT = ['--model', 'test_pvt']
 SUFFIXES = ['.npz', '.safetensors', '.parquet']
@@ -308,52 +310,79 @@ def test_memory_does_not_grow_with_the_images(tmp_path, suffix):
 
 
 KILLED = '''if True:
-    import os, signal, sys
-    from pvt_timm.cli import results
+    import os, signal, socket, sys
+    from pvt_timm.cli import embed, results  # once for all processes, which are forked
     from pvt_timm.cli.main import main
-    results._PART_IMAGES = 8
-    flush, left = results.Results.flush, int(os.environ['PARTS'])
-    def flush_some(self):
-        global left
+
+    results._PART_IMAGES = 4
+    flush, parts = results.Results.flush, []
+
+    def flush_and_die(self):
         flush(self)
-        left -= 1
-        if left == 0:
+        parts.append(None)
+        if len(parts) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-    results.Results.flush = flush_some
-    sys.exit(main(sys.argv[1:]))
+
+    def command(rank, processes, port):
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        if rank == processes - 1 and processes > 1:
+            results.Results.flush = flush_and_die
+        return main(sys.argv[2:])
+
+    def launch(processes):
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = server.getsockname()[1]
+        pids = set()
+        for rank in range(processes):
+            pid = os.fork()
+            if not pid:
+                code = 1
+                try:
+                    code = command(rank, processes, port)
+                finally:
+                    sys.stdout.flush()
+                    os._exit(code)
+            pids.add(pid)
+        failed = False
+        while pids:
+            pid, status = os.wait()
+            pids.remove(pid)
+            if status and not failed:  # as torchrun does
+                failed = True
+                for other in pids:
+                    os.kill(other, signal.SIGTERM)
+        return failed
+
+    sys.exit(launch(int(sys.argv[1])))
 '''
 
 
-def test_killed_and_gone_on_by_other_numbers_of_processes(client_env, tmp_path):
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs signals of processes')
+def test_killed_and_gone_on_by_other_numbers_of_processes(python, tmp_path):
     """One of two processes is killed, then one of three, and one process ends it: every image once, in order."""
-    files = write_images(tmp_path / 'images', 200, size=32)
-    (tmp_path / 'embed.py').write_text(KILLED)
-    argv = ['embed.py', 'embed', 'images', *TEST_PVT, '--output', 'x.npz', '--batch-size', '4', '--workers', '0']
-
-    def run(processes, parts):
-        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}']
-        return subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), *argv], cwd=tmp_path, timeout=300,
-            env=dict(client_env, OMP_NUM_THREADS='1', PARTS=str(parts)), capture_output=True, text=True)
+    files = write_images(tmp_path / 'images', 72, size=32)
+    argv = ['embed', 'images', *TEST_PVT, '--output', 'x.npz', '--batch-size', '4', '--workers', '0']
 
     def kept():
         return sum((read(file)[0] for file in (tmp_path / 'x.npz.parts').glob('*.safetensors')), [])
 
     before = 0
     for processes in (2, 3):
-        assert run(processes, 3).returncode != 0
+        assert python('-c', KILLED, processes, *argv).returncode != 0
         assert len(kept()) > before and not (tmp_path / 'x.npz').exists()
         before = len(kept())
-    done = run(1, 1000)
-    assert done.returncode == 0 and done.stdout.startswith('x.npz: 200 vectors'), done.stderr
-    assert int(done.stderr.split()[1]) == 200 - before  # the others were there
+    done = python('-c', KILLED, 1, *argv)
+    assert done.returncode == 0 and done.stdout.startswith('x.npz: 72 vectors'), done.stderr
+    assert int(done.stderr.split()[1]) == 72 - before > 0  # the others were there
     check(tmp_path / 'x.npz', ([str(file.relative_to(tmp_path)) for file in files], in_python(files)))
 
 
 def test_two_processes(client_env, images, expected, tmp_path):
     done = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '-m', 'pvt_timm', 'embed',
-         images, *TEST_PVT, '--output', 'x.npz', '--batch-size', '4'],
+         images, *TEST_PVT, '--output', 'x.npz', '--batch-size', '4', '--workers', '0'],
         cwd=tmp_path, env=dict(client_env, OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout == 'x.npz: 24 vectors, token of test_pvt.digits\n', done.stderr
     assert 'pvt-timm: 24 images on cpu' in done.stderr and '2 processes' in done.stderr
@@ -374,3 +403,173 @@ def test_full_disk(python, images, tmp_path):
     done = python('-c', FULL, 'embed', images, *TEST_PVT, '--output', 'x.npz', '--workers', 0)
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
     assert 'File too large' in done.stderr and not list(tmp_path.iterdir())
+
+
+# results --------------------------------------------------------------------------------------------------------------
+
+def start_results(output, files, count, settings=None):
+    """Results of the first `count` images, written as a part."""
+    results = Results(output)
+    results.prepare(files, settings or {})
+    for file in files[:count]:
+        results.add(file, np.ones(3, np.float32))
+    results.flush()
+    return results
+
+
+def test_missing_results_are_no_unreadable_images(tmp_path):
+    files = ['a', 'b', 'c']
+    results = start_results(tmp_path / 'x.npz', files, 2)
+    with pytest.raises(ValueError, match='1 are missing: the same command goes on'):
+        results.finish(files, {})
+    assert not (tmp_path / 'x.npz').exists() and len(results._part_files()) == 1
+    assert results.finish(files, {}, unreadable=1) == 2
+    assert read(tmp_path / 'x.npz')[0] == ['a', 'b'] and not results.folder.exists()
+
+
+def test_a_part_that_was_deleted_meanwhile(cli, images, expected, small_parts, tmp_path, monkeypatch):
+    """The command says so, and its next run computes these images again."""
+    finish = Results.finish
+
+    def finish_without_a_part(self, *args):
+        self._part_files()[0].unlink()
+        return finish(self, *args)
+
+    argv = ['embed', images, *TEST_PVT, '--output', tmp_path / 'x.npz']
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, 'finish', finish_without_a_part)
+        assert 'are missing' in cli(*argv, fails=True)
+    assert not (tmp_path / 'x.npz').exists()
+    cli(*argv)
+    check(tmp_path / 'x.npz', expected)
+
+
+def test_several_processes_leave_the_folder(tmp_path):
+    """Others may still write there. It is gone on from."""
+    results = start_results(tmp_path / 'x.npz', ['a'], 0)
+    results.close_early(alone=False)
+    results.close()
+    assert (results.folder / 'settings.json').is_file()
+    again = Results(tmp_path / 'x.npz')
+    assert again.prepare(['a'], {}) == ['a']
+    again.close_early(alone=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
+    results = start_results(tmp_path / 'x.npz', ['a'], 1)
+    (tmp_path / 'x.npz').write_text('mine')
+    with pytest.raises(ValueError, match='--overwrite replaces it'):
+        results.finish(['a'], {})
+    assert (tmp_path / 'x.npz').read_text() == 'mine' and len(results._part_files()) == 1
+
+
+def test_only_one_run_at_a_time(client_env, tmp_path, monkeypatch):
+    """The second one is refused, until the first one ends in whatever way."""
+    script = ('from pathlib import Path; from pvt_timm.cli.results import Results; results = Results(Path("x.npz")); '
+              'results.prepare(["a"], {}); print("ready", flush=True); input()')
+    with subprocess.Popen(
+            [sys.executable, '-c', script], cwd=tmp_path, env=client_env, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'ready\n'
+        with pytest.raises(ValueError, match='is in use by another run'):
+            Results(tmp_path / 'x.npz').prepare(['a'], {})
+        other.kill()
+    monkeypatch.chdir(tmp_path)
+    results = Results(tmp_path / 'x.npz')
+    assert results.prepare(['a'], {}) == ['a']
+    results.close()
+
+
+def test_the_same_relative_paths_elsewhere_are_other_images(tmp_path, monkeypatch):
+    start_results(tmp_path / 'x.npz', ['a'], 1).close()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='of a run with another working_directory'):
+        Results(tmp_path / 'x.npz').prepare(['a'], {})
+
+
+def test_an_image_that_was_changed_is_refused(tmp_path):
+    file = tmp_path / 'a.png'
+    file.write_text('before')
+    results = start_results(tmp_path / 'x.npz', [str(file)], 1)
+    results.close()
+    assert Results(tmp_path / 'x.npz').prepare([str(file)], {}) == []
+    later = results._part_files()[0].stat().st_mtime + 5
+    os.utime(file, (later, later))
+    with pytest.raises(ValueError, match='a.png was changed after its result was computed'):
+        Results(tmp_path / 'x.npz').prepare([str(file)], {})
+
+
+def test_files_of_others_are_no_parts(tmp_path):
+    results = start_results(tmp_path / 'x.npz', ['a'], 1)
+    save_file({'mine': torch.zeros(1)}, results.folder / 'mine.safetensors')
+    assert results.finish(['a'], {}) == 1
+    assert [file.name for file in results.folder.iterdir()] == ['mine.safetensors']
+
+
+def test_a_run_that_was_killed_while_it_began_is_gone_on_from(tmp_path):
+    folder = tmp_path / 'x.npz.parts'
+    folder.mkdir()
+    (folder / 'lock').touch()
+    (folder / ('.settings.json-' + '0' * 32)).touch()
+    results = start_results(tmp_path / 'x.npz', ['a'], 1)
+    assert results.finish(['a'], {}) == 1 and not folder.exists()
+
+
+def test_header_of_safetensors(tmp_path, monkeypatch):
+    """What counts is the length as it is written. A name that is no text does not break it."""
+    files = ['"' * 50]
+    monkeypatch.setattr(results_module, '_LARGEST_HEADER', 150)  # the names are 104 bytes as JSON, 208 as JSON in JSON
+    with pytest.raises(ValueError, match='too many for the header'):
+        Results(tmp_path / 'x.safetensors').prepare(files, {})
+    monkeypatch.undo()
+    results = start_results(tmp_path / 'x.safetensors', files, 1)
+    results.finish(files, {'model': 'x\udcff'})
+    with safe_open(tmp_path / 'x.safetensors', 'numpy') as f:
+        assert f.metadata() == {'model': 'x\\udcff', 'file': json.dumps(files)}
+
+
+@pytest.mark.parametrize('change', [
+    dict(embed_norm_eps=1e-3), dict(num_heads=(2, 2, 2, 2)), dict(global_pool='avg')])
+def test_settings_of_a_model_beside_its_weights(change):
+    usual = timm.create_model('test_pvt')
+    changed = timm.create_model('test_pvt', **change)
+    assert results_module.settings_of(usual) == results_module.settings_of(timm.create_model('test_pvt').eval())
+    assert results_module.settings_of(usual) != results_module.settings_of(changed)
+
+
+def test_settings_of_a_detector_beside_its_weights():
+    def settings(**kwargs):
+        return results_module.settings_of(pvt_retinanet('test_pvt', 3, pretrained_backbone=False, **kwargs))
+
+    assert settings(min_size=64, max_size=96) == settings(min_size=64, max_size=96)
+    different = [dict(min_size=32), dict(max_size=128), dict(image_mean=[0.] * 3), dict(score_thresh=0.5)]
+    assert len({settings(**change) for change in (*different, {})}) == 5
+
+
+def test_another_version_does_not_go_on(tmp_path, monkeypatch):
+    start_results(tmp_path / 'x.npz', ['a'], 1).close()
+    monkeypatch.setattr(results_module, '__version__', '99')
+    with pytest.raises(ValueError, match='of a run with another version'):
+        Results(tmp_path / 'x.npz').prepare(['a'], {})
+
+
+def test_the_end_of_another_process_is_named(monkeypatch):
+    def closed(*args):
+        raise RuntimeError('[../gloo/transport/tcp/pair.cc:534] Connection closed by peer')
+
+    monkeypatch.setattr(torch.distributed, 'all_gather_object', closed)
+    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', closed)
+    processes = Processes()
+    processes.count = 2
+    for wait in (lambda: processes.gather(1), lambda: processes.from_first(lambda: 1)):
+        with pytest.raises(ProcessEnded, match='^Another process ended with an error$'):
+            wait()
+    with pytest.raises(ZeroDivisionError):  # its own error says more
+        processes.from_first(lambda: 1 / 0)
+
+
+def test_help_and_empty_output(cli, images):
+    text = ' '.join(cli('embed', '--help').split())
+    assert 'torchrun' in text and 'where the model has one' in text
+    assert 'expected a value, got an empty one' in cli('embed', images, *TEST_PVT, '--output', '', fails=True)
