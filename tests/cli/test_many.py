@@ -407,3 +407,23 @@ def test_a_host_that_answers_with_an_error_is_there(hub):
     network._reach(hub.url + '/anything')
     with pytest.raises(ConnectionError, match='no network to 127.0.0.1: .*refused'):
         network._reach('http://127.0.0.1:9/')
+
+
+# going on -------------------------------------------------------------------------------------------------------------
+
+def test_pictures_in_another_folder_are_other_settings(cli, photos, weights, tmp_path, monkeypatch):
+    """A run that goes on would leave the pictures of the first images in the other folder."""
+    argv = ['detect', photos, '--checkpoint', weights / 'retinanet.pth', '--output', tmp_path / 'x.jsonl', '--output']
+    add = results_module.Results.add
+
+    def add_and_end(self, file, row):
+        add(self, file, row)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results_module.Results, 'add', add_and_end)
+        assert main([str(arg) for arg in (*argv, tmp_path / 'one')]) == 130
+    assert 'of a run with another pictures' in cli(*argv, tmp_path / 'two', fails=True)
+    monkeypatch.chdir(tmp_path)
+    cli(*argv, 'one')  # the same folder by another name
+    assert len(list((tmp_path / 'one').rglob('*.png'))) == len(SIZES)
