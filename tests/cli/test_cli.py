@@ -308,6 +308,7 @@ def test_debug_of_a_script_is_its_own(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith('Traceback')
 
 
+@needs_utf8_names
 def test_nothing_of_a_name_reaches_the_terminal(cli, tmp_path, monkeypatch):
     """Names of images, of outputs and of folders."""
     name = 'a\x1b[31m\x9b2Jb'

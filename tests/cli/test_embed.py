@@ -18,6 +18,7 @@ from pvt_timm.cli.main import main
 from pvt_timm.cli.processes import ProcessEnded, Processes
 from pvt_timm.cli.results import Results
 from pvt_timm.detection import pvt_retinanet
+from tests.support.systems import needs_kill, needs_resource, needs_utf8_names
 
 TEST_PVT = ['--model', 'test_pvt']
 SUFFIXES = ['.npz', '.safetensors', '.parquet']
@@ -235,6 +236,7 @@ def test_nothing_is_left_where_no_image_can_be_read(options, cli, tmp_path, caps
     assert [file.name for file in tmp_path.iterdir()] == ['a.png']
 
 
+@needs_utf8_names
 def test_odd_names(cli, images, tmp_path):
     """Each comes back as it is on the disk, and one that is no text as what a table can hold."""
     names = ['a b.png', 'a\nb.png', 'drei 三.png', 'x\udcff.png', '=1+1.png', '"quoted", too.png']
@@ -363,7 +365,7 @@ KILLED = '''if True:
 '''
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='needs signals of processes')
+@needs_kill
 def test_killed_and_gone_on_by_other_numbers_of_processes(python, tmp_path):
     """One of two processes is killed, then one of three, and one process ends it: every image once, in order."""
     files = write_images(tmp_path / 'images', 72, size=32)
@@ -398,7 +400,7 @@ FULL = '''if True:
 '''
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='needs limits of processes')
+@needs_resource
 def test_full_disk(python, images, tmp_path):
     """One line, and no file that is not complete."""
     done = python('-c', FULL, 'embed', images, *TEST_PVT, '--output', 'x.npz', '--workers', 0)

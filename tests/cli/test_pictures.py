@@ -64,7 +64,7 @@ def test_sizes_are_height_by_width(tmp_path):
     """As the command line takes them."""
     levels = [torch.randn(8, 96 // s, 160 // s) for s in (4, 8, 16, 32)]
     draw_pyramid(Image.new('RGB', (80, 48)), levels, (96, 160), tmp_path / 'a.svg', 'a title')
-    text = (tmp_path / 'a.svg').read_text()
+    text = (tmp_path / 'a.svg').read_text(encoding='utf-8')
     for caption in ('96 × 160 pixels', '8 channels, 24 × 40', 'height × width'):
         assert caption in text, caption
 
@@ -96,7 +96,7 @@ ODD_TEXT = ['a $ b', '$x^{', '$\\frac$ and $y$', '_underlined', 'a\nb\x1b[2J', '
 
 def text_of(svg):
     """Texts of a picture."""
-    return ' '.join(html.unescape(t) for t in re.findall('<!-- (.*?) -->', svg.read_text()))
+    return ' '.join(html.unescape(t) for t in re.findall('<!-- (.*?) -->', svg.read_text(encoding='utf-8')))
 
 
 @pytest.mark.parametrize('text', ODD_TEXT)

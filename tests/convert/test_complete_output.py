@@ -15,7 +15,7 @@ from pvt_timm.formats.mapping import map_to_timm
 from pvt_timm.files import read_checkpoint
 from weights_conversion import convert
 from tests.support import convert_files as files
-from tests.support.systems import mkfifo, symlink
+from tests.support.systems import mkfifo, needs_resource, symlink
 
 
 @pytest.fixture
@@ -391,6 +391,7 @@ def test_a_kept_source_is_not_taken_for_the_weights(to, tmp_path):
     assert 'source/model.safetensors' in folder.files or to != 'timm'
 
 
+@needs_resource
 @pytest.mark.parametrize('to', ['timm', 'original'])
 def test_full_disk(to, program, tmp_path):
     """A limit on file sizes stands for a full disk: writes fail in the middle of the weights."""

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import types
 
-MODULES = {'resource', 'fcntl', 'grp', 'posix', 'pty', 'pwd', 'syslog', 'termios', 'tty'}
+MODULES = {'resource', 'fcntl', 'grp', 'pty', 'pwd', 'syslog', 'termios', 'tty'}
 ATTRIBUTES = {
     'os': {
         'chown', 'fork', 'forkpty', 'getegid', 'geteuid', 'getgid', 'getloadavg', 'getpgid', 'getuid', 'killpg',
