@@ -1,9 +1,10 @@
 """ Turn image files into what the models see: upright, 8 bits per channel. """
-from typing import Any
+import re
+from typing import Any, List, Tuple, Union
 
 from PIL import Image, ImageOps
 
-__all__ = ['as_seen']
+__all__ = ['as_seen', 'natural_key']
 
 
 def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:
@@ -30,3 +31,15 @@ def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:
             raise ValueError(f'its values are from {low:g} to {high:g}, expected 0 to 1')
         upright = upright.point(lambda value: value * 255 + 0.5).convert('L')
     return upright.convert('RGB' if channels == 3 else 'L')
+
+
+def natural_key(name: str) -> Tuple[List[Union[str, int]], str]:
+    """A key to sort names by: 2 comes before 10, and capital letters make no difference.
+
+    The name itself is the last part of the key, so that two different names never tie. Only the digits 0 to 9 count as
+    a number: others, such as a superscript two, are text.
+    """
+    parts: List[Union[str, int]] = []
+    for i, part in enumerate(re.split('([0-9]+)', name.lower())):
+        parts.append(int(part) if i % 2 else part)  # text and numbers take turns, text comes first
+    return parts, name

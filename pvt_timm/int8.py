@@ -6,9 +6,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 from timm.data import get_img_extensions
-from timm.utils import natural_key
 
 from .extras import import_extra
+from .images import natural_key
 
 __all__ = ['CalibrationImages', 'Int8Change', 'find_images', 'measure_change', 'quantize_onnx', 'quantize_openvino']
 
@@ -46,7 +46,8 @@ def find_images(folder: Union[str, Path], labels: Sequence[str] = ()) -> Tuple[L
     """The images of a folder and of those inside it, and the index of the class of each.
 
     The classes are the names of its folders if all of these are `labels`. Folders of other names, as many as there are
-    labels, are taken in their natural order, as timm does. Otherwise no class is known, and None is returned.
+    labels, are taken in their natural order, as timm does. Otherwise no class is known, and None is returned. Files and
+    folders whose names start with a dot are left out.
 
     Raises:
         ValueError: There is no image.
@@ -55,9 +56,12 @@ def find_images(folder: Union[str, Path], labels: Sequence[str] = ()) -> Tuple[L
     if not folder.is_dir():
         raise FileNotFoundError(f'No such folder: {folder}')
     extensions = get_img_extensions(as_set=True)
-    files = sorted(
-        (file for file in folder.rglob('*') if file.suffix.lower() in extensions and file.is_file()),
-        key=lambda file: natural_key(str(file)))
+    files = []
+    for file in folder.rglob('*'):
+        is_hidden = any(part.startswith('.') for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in extensions and not is_hidden and file.is_file():
+            files.append(file)
+    files.sort(key=lambda file: natural_key(str(file)))
     if not files:
         raise ValueError(f'Expected images in {folder}, found none')
     parts = [file.relative_to(folder).parts for file in files]

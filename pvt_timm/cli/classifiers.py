@@ -132,8 +132,16 @@ def refusing_overflow(model: torch.nn.Module, name: str) -> Iterator[None]:
 
 
 def check_output(output: torch.Tensor, name: str) -> None:
-    if not output.isfinite().all():
-        raise ValueError(f'{name} computes numbers that are not finite, its weights are too large or damaged')
+    """Refuse NaN and infinity, in what a model gives before it is converted to another type.
+
+    Raises:
+        ValueError: There are some. The largest number of float16 is 65504, so there good weights may give them too.
+    """
+    if output.isfinite().all():
+        return
+    if output.dtype == torch.float16:
+        raise ValueError(f'{name} computes numbers that are not finite in float16: try --dtype bfloat16 or float32')
+    raise ValueError(f'{name} computes numbers that are not finite, its weights are too large or damaged')
 
 
 def _check_source(checkpoint: Union[str, Path]) -> None:
@@ -182,8 +190,9 @@ def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
 def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[Tuple[int, float]]:
     """Most likely classes of an image with their probabilities, which add up to 1 unless there are several labels."""
     transform = create_transform(**classifier.data, is_training=False)
-    logits = classifier.model(transform(image)[None])[0].float()
+    logits = classifier.model(transform(image)[None])[0]
     check_output(logits, classifier.name)
+    logits = logits.float()
     values, indices = probabilities(classifier, logits).topk(min(topk, logits.numel()))
     return list(zip(indices.tolist(), values.tolist()))
 

@@ -1,6 +1,7 @@
 """ The commands `detect` and `segment`: objects and regions of images, printed, as JSON and drawn. """
 import argparse
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -14,7 +15,7 @@ from ..detection import coco_categories, retinanet_coco
 from ..training.checkpoints import load_any
 from .classifiers import check_finite, check_in_chans, refusing_overflow
 from .errors import clean, one_line
-from .many import ImageFile, Loaded, Stream, as_pixels, checked_images, output_file
+from .many import ImageFile, Loaded, Stream, as_pixels, checked_images, output_file, refuse_inputs
 from .network import check_pretrained, hint
 from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
 from .processes import Processes
@@ -60,8 +61,12 @@ def run_segment(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
     pictures_folder, args.output = _split_outputs(args.output or [])
     results = output_file(args, task.table, processes)
-    files = processes.from_first(lambda: checked_images(args, results))  # before weights are read or downloaded
-    pictures = _pictures(files, pictures_folder, args.command)
+
+    def checked() -> Tuple[List[ImageFile], Dict[str, Path]]:
+        images = checked_images(args, results)
+        return images, _pictures(images, pictures_folder, args.command, args.checkpoint)
+
+    files, pictures = processes.from_first(checked)  # before weights are read or downloaded
     stream = Stream(args, processes)
     model = task.load(args)
     name = Path(args.checkpoint).name if args.checkpoint else args.model
@@ -103,6 +108,7 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
             records.append(record)
         else:
             _print(loaded.file.path, record[task.key], task.key, pictures)
+    stream.refuse_none()
     if args.json:
         out: Any = dict(model=type(model).__name__.removeprefix('Pvt'), images=records)
         if args.format == 'coco':
@@ -112,22 +118,45 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
 
 
 def _split_outputs(outputs: Sequence[Path]) -> Tuple[Optional[Path], Optional[Path]]:
-    """The folder for pictures and the file for results among the values of --output, told by their names."""
+    """The folder for pictures and the file for results among the values of --output, told by their names.
+
+    Raises:
+        ValueError: There are two of a kind, or a new folder is called like a file.
+    """
     files = [path for path in outputs if path.suffix.lower() in RECORD_SUFFIXES]
     folders = [path for path in outputs if path not in files]
     if len(files) > 1 or len(folders) > 1:
         raise ValueError('Expected one folder for pictures and one file for results at most as --output')
+    for folder in folders:
+        if folder.suffix and not folder.is_dir():  # a file of a format that is not known, such as results.json
+            raise ValueError(
+                f'Expected an --output that ends in {", ".join(RECORD_SUFFIXES)}, or a folder for pictures, whose name '
+                f'has a dot only if it is there already, got {folder}')
     return folders[0] if folders else None, files[0] if files else None
 
 
-def _pictures(files: Sequence[ImageFile], folder: Optional[Path], command: str) -> Dict[str, Path]:
-    """The picture of each image, by the image's path."""
+def _pictures(
+        files: Sequence[ImageFile], folder: Optional[Path], command: str, checkpoint: Optional[str],
+) -> Dict[str, Path]:
+    """The picture of each image, by the image's path. The folder for them is made.
+
+    A picture is called after its image without the extension, or with it where two images differ in nothing else.
+
+    Raises:
+        ValueError: Two images would have one picture, or a picture would replace what is read.
+    """
     if folder is None:
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = {file.path: folder / Path(file.name).parent / f'{Path(file.name).stem}_{command}.png' for file in files}
-    if len(set(pictures.values())) < len(files):
+    names = {file.path: Path(file.name) for file in files}  # an image that is given twice has one picture
+    without_extension = Counter(name.with_suffix('') for name in names.values())
+    pictures = {}
+    for path, name in names.items():
+        start = name.stem if without_extension[name.with_suffix('')] == 1 else name.name
+        pictures[path] = folder / name.parent / f'{start}_{command}.png'
+    if len(set(pictures.values())) < len(pictures):
         raise ValueError('Expected images of different names, as their pictures are called after them')
+    refuse_inputs(pictures.values(), files, checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
     return pictures
 
 

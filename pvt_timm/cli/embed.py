@@ -82,9 +82,9 @@ def _embed_all(args: argparse.Namespace, processes: Processes) -> None:
         model_settings=settings_of(classifier.model), layer=layer, dtype=args.dtype, preprocessing=classifier.data)
 
     def compute(images: List[Loaded], pixels: torch.Tensor) -> List[np.ndarray]:
-        vectors = embed(classifier.model, normalise(pixels, classifier.data).to(stream.dtype), layer).float()
+        vectors = embed(classifier.model, normalise(pixels, classifier.data).to(stream.dtype), layer)
         check_output(vectors, classifier.name)
-        return list(vectors.cpu().numpy())
+        return list(vectors.float().cpu().numpy())
 
     classifier.model = stream.place(classifier.model)
     count = stream.write(

@@ -10,10 +10,10 @@ from timm.data import create_transform
 from ..detection import retinanet_coco
 from ..export import TARGETS, Exported, export
 from ..int8 import CalibrationImages, Int8Change, find_images
-from ..files import refuse_same_file
+from ..files import checkpoints_among, refuse_same_file
 from ..labels import read_labels
 from ..training.checkpoints import load_any
-from .errors import clean
+from .errors import clean, filled
 from .classifiers import DEFAULT_MODEL, Classifier, check_finite, load_model, open_image
 
 __all__ = ['add_export_options', 'run_export']
@@ -22,7 +22,7 @@ __all__ = ['add_export_options', 'run_export']
 def add_export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument('--to', required=True, choices=list(TARGETS), help='the runtime')
     suffixes = ', '.join(f'{kind.suffix} for {name}' for name, kind in TARGETS.items())
-    command.add_argument('--output', required=True, type=Path, metavar='FILE', help=f'file to write ({suffixes})')
+    command.add_argument('--output', required=True, type=_path, metavar='FILE', help=f'file to write ({suffixes})')
     what = command.add_mutually_exclusive_group()
     what.add_argument('--features', action='store_true', help='the maps of all stages, in place of the logits')
     what.add_argument(
@@ -32,10 +32,15 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument('--half', action='store_true', help='weights in float16')
     command.add_argument('--int8', action='store_true', help='weights and activations in 8 bits (onnx and openvino)')
     command.add_argument(
-        '--calibrate', type=Path, metavar='FOLDER', help='images for --int8, in folders named after the classes to '
+        '--calibrate', type=_path, metavar='FOLDER', help='images for --int8, in folders named after the classes to '
         'have the accuracy measured')
-    command.add_argument('--labels', metavar='FILE', help='names of the classes (default those of the weights)')
+    command.add_argument(
+        '--labels', type=filled, metavar='FILE', help='names of the classes (default those of the weights)')
     command.add_argument('--json', action='store_true', help='for machines')
+
+
+def _path(text: str) -> Path:
+    return Path(filled(text))
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -45,7 +50,7 @@ def run_export(args: argparse.Namespace) -> None:
         raise ValueError('Expected a classifier or --features with --int8')
     if args.calibrate is not None:
         find_images(args.calibrate)  # before weights are downloaded
-    refuse_same_file(args.output, args.checkpoint)
+    _refuse_checkpoint(args)
     if args.detector or args.segmenter:
         name, done = _export_whole(args)
     else:
@@ -61,6 +66,21 @@ def run_export(args: argparse.Namespace) -> None:
     if done.int8 is not None:
         for line in _int8_lines(done.int8):
             print(f'  {line}')
+
+
+def _refuse_checkpoint(args: argparse.Namespace) -> None:
+    """Refuse to replace the checkpoint: the file, or what may be it in the folder that is given.
+
+    Raises:
+        ValueError: A file to write is the checkpoint.
+    """
+    if args.checkpoint is None:
+        return
+    checkpoints = [Path(args.checkpoint)]
+    if checkpoints[0].is_dir():
+        checkpoints = checkpoints_among(file for file in checkpoints[0].iterdir() if file.is_file())
+    for path in (args.output, *TARGETS[args.to].files_beside(args.output)):
+        refuse_same_file(path, *checkpoints)
 
 
 def _export_pvt(args: argparse.Namespace) -> Tuple[str, Exported]:

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from ..files import refuse_same_file, save_atomically
+from ..files import save_atomically
 from .classifiers import Classifier, check_output, load_model, open_image
-from .errors import clean
+from .errors import clean, filled
 from .many import (
-    ImageFile, Loaded, Stream, Transformed, Whole, add_images, add_many_options, find_images, normalise)
+    ImageFile, Loaded, Stream, Transformed, Whole, add_images, add_many_options, find_images, normalise, refuse_inputs)
 from .pictures import draw_pyramid
 from .processes import Processes
 from .results import as_text
@@ -26,11 +26,12 @@ _MAPS_OF_A_BATCH = 4  # the maps of one image of 800x1344 pixels take 30 MB, and
 def add_features_options(command: argparse.ArgumentParser) -> None:
     add_images(command)
     command.add_argument(
-        '--output', metavar='FILE|DIR', help='picture to write (.png, .pdf, .svg ...). For several images a folder, '
-        'with a .png for each')
+        '--output', type=filled, metavar='FILE|DIR', help='picture to write (.png, .pdf, .svg ...). For several images '
+        'a folder, with a .png for each. Files that are there already are replaced')
     command.add_argument(
-        '--save', metavar='FILE|DIR', help='features to write (.safetensors: stage0 to stage3). For several images a '
-        'folder, with a file for each, called after the image')
+        '--save', type=filled, metavar='FILE|DIR', help='features to write (.safetensors: stage0 to stage3). For '
+        'several images a folder, with a file for each, called after the image. Files that are there already are '
+        'replaced')
     command.add_argument(
         '--crop', action='store_true', help="take the image's centre, as in training and in `predict`. By default all "
         'of the image is squashed to sides that are multiples of 32, the shorter one as long as in training, or to '
@@ -46,7 +47,8 @@ class _Targets:
     def __init__(self, args: argparse.Namespace, files: List[ImageFile]):
         """
         Raises:
-            ValueError: Two images would be written to one file.
+            ValueError: Two images, or the picture and the features of one, would be written to one file. Or the name of
+                the file for features is that of another format.
             OSError: The folder of an output is not there.
         """
         alone = len(args.images) == 1 and not os.path.isdir(args.images[0])
@@ -56,6 +58,13 @@ class _Targets:
             if len(set(paths.values())) < len(paths):
                 raise ValueError('Expected images of different names, or the folder that they are in: what is written '
                                  'is called after them')
+        for path in self.features.values():
+            if path.suffix.lower() not in ('', '.safetensors'):
+                raise ValueError(f'Expected a file that ends in .safetensors as --save, got {path}')
+        drawn = {os.path.realpath(path) for path in self.pictures.values()}
+        for path in self.features.values():
+            if os.path.realpath(path) in drawn:
+                raise ValueError(f'Expected two files for --output and --save, got {path} for both')
 
 
 def _outputs(option: Optional[str], files: List[ImageFile], suffix: str, alone: bool) -> Dict[str, Path]:
@@ -88,10 +97,10 @@ def _extract_all(args: argparse.Namespace, processes: Processes) -> None:
 
     def compute(images: List[Loaded], pixels: torch.Tensor) -> List[List[torch.Tensor]]:
         x = normalise(pixels, data).to(stream.dtype)
-        maps = [level.float() for level in model.forward_intermediates(x, intermediates_only=True)]
+        maps = model.forward_intermediates(x, intermediates_only=True)
         for level in maps:
             check_output(level, classifier.name)
-        return [[level[i].cpu().contiguous() for level in maps] for i in range(len(images))]
+        return [[level[i].float().cpu().contiguous() for level in maps] for i in range(len(images))]
 
     share = processes.share(files)
     for loaded, maps in stream.results(share, data['input_size'][0], prepare, compute, prints=True):
@@ -106,19 +115,14 @@ def _extract_all(args: argparse.Namespace, processes: Processes) -> None:
             _save(maps, tensors, classifier.name)
             names = ', '.join(f'stage{i}' for i in range(len(maps)))
             print(f'{clean(tensors, 4096)}: {names} ({how}{size[0]}x{size[1]})', flush=True)
-    if not stream.done and stream.skipped and processes.count == 1:
-        raise ValueError('None of the images could be read')
+    stream.refuse_none()
     stream.say()
 
 
 def _checked(args: argparse.Namespace) -> Tuple[List[ImageFile], _Targets]:
     files = find_images(args.images)
     targets = _Targets(args, files)
-    inputs = {os.path.realpath(file.path) for file in files}
-    for path in (*targets.pictures.values(), *targets.features.values()):
-        refuse_same_file(path, args.checkpoint)
-        if os.path.realpath(path) in inputs:
-            raise ValueError(f'{path} is read and would be replaced: choose another name for the output.')
+    refuse_inputs((*targets.pictures.values(), *targets.features.values()), files, args.checkpoint)
     return files, targets
 
 

@@ -15,7 +15,7 @@ from .embed import add_embed_options, run_embed
 from .errors import Parser, clean, filled, run_command
 from .export import add_export_options, run_export
 from .features import add_features_options, run_features
-from .many import add_images, add_many_options, add_output_options
+from .many import add_images, add_many_options, add_output_options, whole_number
 from .predict import run_demo, run_list, run_predict
 from .train import run_run, run_train
 from .training import add_training
@@ -93,7 +93,7 @@ def _parser() -> Parser:
     predict.add_argument(
         '--labels', type=filled, metavar='FILE', help='names of the classes: one a line, or JSON (default those that '
         'the weights come with)')
-    predict.add_argument('--topk', type=count, default=5, metavar='K', help='classes to show (default 5)')
+    predict.add_argument('--topk', type=whole_number, default=5, metavar='K', help='classes to show (default 5)')
     add_output_options(predict)
     add_many_options(predict)
     add_features_options(add('features', run_features, 'feature maps of images, drawn and as tensors', parents=[model]))
@@ -144,24 +144,24 @@ def folder(text: str) -> Path:
     return Path(filled(text))
 
 
-def count(text: str) -> int:
-    """A number from 1 up."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f'expected 1 or more, got {text}')
-    return int(text)
-
-
 def score(text: str) -> float:
     """A number from 0 to 1."""
-    if not 0 <= float(text) <= 1:  # so is nan
-        raise argparse.ArgumentTypeError(f'expected a number from 0 to 1, got {text}')
-    return float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.
+    if not 0 <= number <= 1:  # so is nan
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got '{text}'")
+    return number
 
 
 def image_size(text: str) -> Tuple[int, int]:
     """'N' or 'HxW' to height and width."""
     height, _, width = text.partition('x')
-    return int(height), int(width or height)
+    try:
+        return whole_number(height), whole_number(width or height)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"expected one or two whole numbers from 1, got '{text}'") from e
 
 
 def join_img_size(argv: Sequence[str]) -> List[str]:

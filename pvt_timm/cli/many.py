@@ -4,6 +4,7 @@ A command makes a `Stream` of its options and iterates over `Stream.results`. An
 command, or is named and counted with `--skip-errors`.
 """
 import argparse
+import functools
 import itertools
 import logging
 import math
@@ -12,18 +13,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, get_img_extensions
-from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # type: ignore[import-untyped]  # comes with huggingface_hub
 
 from ..files import refuse_same_file
 from ..fused import fuse
+from ..images import natural_key
 from .classifiers import open_image, whole_image, whole_size
 from .errors import clean, filled, one_line
 from .processes import ProcessEnded, Processes
@@ -32,7 +33,7 @@ from .results import Results, Table
 __all__ = [
     'ImageFile', 'Loaded', 'Stream', 'Transformed', 'UnreadableImage', 'Whole', 'add_device_options', 'add_images',
     'add_many_options', 'add_output_options', 'as_pixels', 'checked_images', 'find_images', 'normalise',
-    'output_file', 'place', 'same_shapes',
+    'output_file', 'place', 'refuse_inputs', 'same_shapes', 'whole_number',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -99,10 +100,11 @@ def add_many_options(parser: argparse.ArgumentParser, batch_size: Optional[int] 
     add_device_options(parser)
     if batch_size is not None:
         parser.add_argument(
-            '--batch-size', type=_one_or_more, default=batch_size, metavar='N',
+            '--batch-size', type=whole_number, default=batch_size, metavar='N',
             help=f'images that go through the model together (default {batch_size}){how}')
     parser.add_argument(
-        '--workers', type=_none_or_more, metavar='N', help='processes that read images while the model computes '
+        '--workers', type=functools.partial(whole_number, smallest=0), metavar='N',
+        help='processes that read images while the model computes '
         f'(default: one for every four cores, beside an accelerator one per core, {_MOST_WORKERS} at most; none for a '
         'few images)')
     parser.add_argument(
@@ -110,16 +112,15 @@ def add_many_options(parser: argparse.ArgumentParser, batch_size: Optional[int] 
         'at the end (default: the command ends there)')
 
 
-def _one_or_more(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f'expected 1 or more, got {text}')
-    return int(text)
-
-
-def _none_or_more(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f'expected 0 or more, got {text}')
-    return int(text)
+def whole_number(text: str, smallest: int = 1) -> int:
+    """The value of an option that takes whole numbers from `smallest` up."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = smallest - 1
+    if number < smallest:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {smallest}, got '{text}'")
+    return number
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -135,7 +136,8 @@ def find_images(paths: Sequence[str]) -> List[ImageFile]:
     """The images that `paths` mean: files as they stand, and all images in folders and the folders inside of them.
 
     The images of a folder come in their natural order (2 before 10), and are told by their extensions. Links to folders
-    are followed, each folder once. Names that start with a dot are left out.
+    are followed, each folder once: under its own name where that is in the folder too. Names that start with a dot are
+    left out.
 
     Raises:
         OSError: A file or folder is not there or cannot be read.
@@ -159,16 +161,23 @@ def _walk(folder: str) -> Iterator[str]:
         raise error
 
     extensions = get_img_extensions(as_set=True) | _MORE_EXTENSIONS
-    seen = {os.path.realpath(folder)}
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        for name in list(folders):
-            real = os.path.realpath(os.path.join(root, name))
-            if real in seen or name.startswith('.'):  # a link to a folder that was walked already, or is above it
-                folders.remove(name)
+    seen = set()
+    waiting = [folder]  # links to folders wait here until the folders themselves were walked
+    while waiting:
+        for root, folders, files in os.walk(waiting.pop(0), onerror=fail):
+            real = os.path.realpath(root)
+            if real in seen:  # by another link
+                folders.clear()
+                continue
             seen.add(real)
-        for name in files:
-            if os.path.splitext(name)[1].lower() in extensions and not name.startswith('.'):
-                yield os.path.join(root, name)
+            folders[:] = sorted(name for name in folders if not name.startswith('.'))
+            for name in folders:
+                path = os.path.join(root, name)
+                if os.path.realpath(path) != os.path.join(real, name):  # a link, which `os.walk` does not follow
+                    waiting.append(path)
+            for name in files:
+                if os.path.splitext(name)[1].lower() in extensions and not name.startswith('.'):
+                    yield os.path.join(root, name)
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
@@ -177,9 +186,12 @@ def output_file(args: argparse.Namespace, table: Table, processes: Processes) ->
     """Where the results of a command go that has `--output FILE`, None if they are printed.
 
     Raises:
-        ValueError: They would be printed by several processes, or both printed as JSON and written.
+        ValueError: They would be printed by several processes, or both printed as JSON and written, or a file is to be
+            replaced and none is named.
     """
     if args.output is None:
+        if args.overwrite:
+            raise ValueError('Expected --output FILE for results with --overwrite. Pictures are replaced without it')
         if processes.count > 1:
             raise ValueError('Expected --output FILE with several processes, each of them has a part of the images')
         return None
@@ -193,7 +205,23 @@ def checked_images(args: argparse.Namespace, results: Optional[Results]) -> List
     if results is not None:
         results.check()
         refuse_same_file(results.output, args.checkpoint)
-    return find_images(args.images)
+    files = find_images(args.images)
+    if results is not None:
+        refuse_inputs([results.output], files, args.checkpoint)
+    return files
+
+
+def refuse_inputs(outputs: Iterable[Path], files: Sequence[ImageFile], checkpoint: Optional[str]) -> None:
+    """Refuse to replace what is read, also where it has another name (a link).
+
+    Raises:
+        ValueError: One of the outputs is an image or the checkpoint.
+    """
+    images = {os.path.realpath(file.path) for file in files}
+    for path in outputs:
+        refuse_same_file(path, checkpoint)
+        if os.path.realpath(path) in images:
+            raise ValueError(f'{path} is read and would be replaced: choose another name for the output.')
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -288,8 +316,8 @@ def choose_device(name: Optional[str], local_rank: int = 0) -> torch.device:
         name = accelerator.type if accelerator is not None else 'cpu'
     try:
         device = torch.device(name)
-        if device.type == 'cuda' and device.index is None and local_rank:
-            device = torch.device('cuda', local_rank)
+        if device.type in ('cuda', 'xpu') and device.index is None and local_rank:
+            device = torch.device(device.type, local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"Expected a device that this machine has, got --device '{name}': {one_line(e, 300)}") from e
@@ -336,6 +364,7 @@ class Stream:
         self._workers: Optional[int] = args.workers
         self._skip_errors: bool = args.skip_errors
         self._seconds = 0.
+        self._first_error = ''
 
     def place(self, model: Any) -> Any:
         """The model on the device of the stream."""
@@ -365,7 +394,7 @@ class Stream:
         text = f'{self._command} on {self.device}'
         with tqdm(total=len(files), desc=text, unit='image', disable=hidden, leave=False, file=sys.stderr) as bar:
             for batch in loader:
-                readable = list(self._readable(batch))
+                readable = list(self._readable(batch, bar))
                 for images, pixels in same_shapes(readable):
                     with torch.inference_mode():
                         found = compute(images, pixels.to(self.device))
@@ -424,14 +453,21 @@ class Stream:
             results.close_early(alone)
             raise
 
-    def _readable(self, batch: Sequence[Loaded]) -> Iterator[Loaded]:
-        """The images of a batch that could be read, up to the first one that could not unless errors are skipped."""
+    def _readable(self, batch: Sequence[Loaded], bar: Any) -> Iterator[Loaded]:
+        """The images of a batch that could be read, up to the first one that could not unless errors are skipped.
+
+        What is skipped is named: above the progress bar where there is one, otherwise at the end of the command.
+        """
         for loaded in batch:
             if not loaded.error:
                 yield loaded
             elif self._skip_errors:
                 self.skipped += 1
-                _logger.warning(loaded.error)
+                self._first_error = self._first_error or loaded.error
+                if bar.disable:
+                    _logger.warning(loaded.error)
+                else:
+                    bar.write(f'pvt-timm: warning: {clean(loaded.error, 1000)}', file=sys.stderr)
             else:
                 return
 
@@ -445,6 +481,21 @@ class Stream:
         if self.device.type == 'cpu':  # the model needs them more: reading an image takes a small part of its time
             cores //= 4
         return max(1, min(_MOST_WORKERS, batches, cores))
+
+    def refuse_none(self) -> None:
+        """Refuse to end well without any result. All processes call it, and their images count together.
+
+        Raises:
+            ValueError: Images were skipped, and none of them could be read.
+        """
+        counts = self.processes.gather((self.done, self.skipped, self._first_error))
+
+        def check() -> None:
+            errors = [error for _, skipped, error in counts if skipped]
+            if errors and not any(done for done, _, _ in counts):
+                raise ValueError(f'None of the images could be read. The first one: {errors[0]}')
+
+        self.processes.from_first(check)
 
     def say(self) -> None:
         """One line on stderr: how many images, where and how fast. The numbers are those of all processes."""

@@ -66,8 +66,9 @@ def _predict_all(args: argparse.Namespace, processes: Processes) -> None:
     classifier.model = stream.place(classifier.model)
 
     def compute(images: List[Loaded], pixels: torch.Tensor) -> List[Dict[str, Any]]:
-        logits = classifier.model(normalise(pixels, classifier.data).to(stream.dtype)).float()
+        logits = classifier.model(normalise(pixels, classifier.data).to(stream.dtype))
         check_output(logits, classifier.name)
+        logits = logits.float()
         values, indices = probabilities(classifier, logits).topk(min(args.topk, logits.shape[1]))
         return [
             _record(classifier, loaded, found, shares)
@@ -89,6 +90,7 @@ def _predict_all(args: argparse.Namespace, processes: Processes) -> None:
         print(clean(loaded.file.path, 4096))
         for item in record['predictions']:
             print(f'  {item["probability"]:7.2%}  {clean(item["label"])}', flush=True)
+    stream.refuse_none()
     if args.json:
         print(json.dumps(dict(
             model=classifier.name, img_size=classifier.data['input_size'][1:], images=records),

@@ -64,7 +64,8 @@ def export(
     Args:
         model: A PVT, a detector of `pvt_timm.detection` or a segmenter of `pvt_timm.segmentation`.
         target: 'onnx', 'openvino', 'torch' (torch.export) or 'executorch'. Detectors: the first two.
-        output: File to write. For OpenVINO it is the .xml, beside which a .bin of the same name is written.
+        output: File to write. For OpenVINO it is the .xml, beside which a .bin of the same name is written. A .bin that
+            is there without its .xml is not replaced: it is something else, such as a checkpoint.
         features: The feature maps of all stages, without a class token and head. The model has to be a dense one
             (`class_token=False`).
         img_size: Height and width that the graph is optimised for, the only ones for targets of a fixed size (default
@@ -97,8 +98,8 @@ def export(
         raise ValueError(f'Expected an img_size of at least {kind.smallest} for {target}, got {graph.img_size}')
     if calibration is not None and (graph.is_detector or not hasattr(model, 'stages')):
         raise ValueError('Expected a classifier or features for int8')
-    reference = reference_of(model, graph, features)
-    with _folder_beside(path) as folder:
+    with _modes_kept(model), _folder_beside(path) as folder:
+        reference = reference_of(model, graph, features)
         aside = folder / path.name
         if graph.is_detector:
             differences = _write_detector(kind, graph, reference, aside)
@@ -174,6 +175,11 @@ def _target_of(target: str, output: PathLike) -> Tuple[Target, Path]:
         raise ValueError(f'Expected a file name that ends in {kind.suffix} for {target}, got {path.name}')
     if not path.parent.is_dir():
         raise FileNotFoundError(f'No such folder: {path.parent}')
+    for beside in kind.files_beside(path):
+        if beside.exists() and not path.exists():
+            raise ValueError(
+                f'{beside} would be replaced, and is not known to be a part of an export, as there is no {path.name}: '
+                f'choose another name for the output.')
     _import_packages(kind.packages)
     return kind, path
 
@@ -186,6 +192,17 @@ def _able(what: str) -> str:
 def _import_packages(packages: Sequence[str]) -> None:
     for package in packages:
         import_extra(package)
+
+
+@contextlib.contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in training or in evaluation mode as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager

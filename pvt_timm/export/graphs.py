@@ -133,7 +133,7 @@ def _detector_graph(
 
 
 def reference_of(model: nn.Module, graph: Graph, features: bool) -> nn.Module:
-    """What a file's outputs are compared with: the model in PyTorch, in float32.
+    """What a file's outputs are compared with: the model in PyTorch, in float32. The model is put in evaluation mode.
 
     For a detector in half precision, its weights are those of the file: which boxes overlap others and drop out
     changes with the last digit of a weight, so that other weights give other lists of boxes.

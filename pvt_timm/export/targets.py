@@ -2,7 +2,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -31,6 +31,11 @@ class Target:
     smallest: int = 32  # side of images in pixels
     below: bool = False  # whether smaller images are possible where they have the size of the export
     dynamic: bool = True  # whether batch and size of images may be others than those of the export
+    suffixes_beside: Tuple[str, ...] = ()  # of the other files that belong to the one of `suffix`
+
+    def files_beside(self, path: Path) -> List[Path]:
+        """What is written beside the file `path`."""
+        return [path.with_suffix(suffix) for suffix in self.suffixes_beside]
 
 
 def _explicit_attention(module: nn.Module) -> None:
@@ -212,7 +217,8 @@ TARGETS: Dict[str, Target] = {
     'openvino': Target(
         suffix='.xml', packages=('openvino',), write=_write_openvino, load=_load_openvino,
         read_metadata=_openvino_metadata, quantize=quantize_openvino, int8_packages=('nncf',),
-        detectors=True, detector_packages=('onnx',), smallest=64, below=True),
+        detectors=True, detector_packages=('onnx',), smallest=64, below=True,
+        suffixes_beside=('.bin',)),
     'torch': Target(
         suffix='.pt2', packages=(), write=_write_torch, load=_load_torch, read_metadata=_torch_metadata, smallest=64),
     'executorch': Target(

@@ -321,7 +321,9 @@ def test_model_takes_all_that_are_published(cli, folder, monkeypatch):
     (['detect', 'a.png', '--format', 'coco', '--checkpoint', 'retinanet.pth'], 'Expected --json with --format coco'),
     (['detect', 'mask_rcnn.pth', '--checkpoint', 'mask_rcnn.pth'], 'Cannot read the image mask_rcnn.pth'),
     (['detect', 'a.png', 'sub/a.png', '--output', 'x', '--checkpoint', 'mask_rcnn.pth'], 'images of different names'),
-    (['detect', 'a.png', '--output', 'a.png', '--checkpoint', 'mask_rcnn.pth'], 'File exists: a.png'),
+    (['detect', 'a.png', '--output', 'a.png', '--checkpoint', 'mask_rcnn.pth'], 'or a folder for pictures'),
+    (['detect', 'a.png', '--output', 'found.json', '--checkpoint', 'mask_rcnn.pth'], 'ends in .jsonl, .csv, .parquet'),
+    (['detect', 'a.png', '--overwrite', '--checkpoint', 'mask_rcnn.pth'], 'Expected --output FILE'),
 ])
 def test_wrong_input(cli, folder, monkeypatch, args, message):
     monkeypatch.chdir(folder)
@@ -329,3 +331,21 @@ def test_wrong_input(cli, folder, monkeypatch, args, message):
     (folder / 'sub').mkdir(exist_ok=True)
     (folder / 'sub' / 'a.png').write_bytes((folder / 'a.png').read_bytes())
     assert message in cli(*args, fails=True)
+
+
+def test_pictures_do_not_replace_images(cli, folder, tmp_path):
+    for name in ('x.png', 'x_detect.png'):
+        (tmp_path / name).write_bytes((folder / 'a.png').read_bytes())
+    argv = ['detect', tmp_path, '--checkpoint', folder / 'retinanet.pth', '--output', tmp_path]
+    assert 'x_detect.png is read and would be replaced' in cli(*argv, fails=True)
+    assert (tmp_path / 'x_detect.png').read_bytes() == (folder / 'a.png').read_bytes()
+
+
+def test_names_of_pictures(cli, folder, tmp_path):
+    """With the extension of the image only where two differ in nothing else. An image that is given twice has one."""
+    for name in ('x.png', 'x.bmp', 'y.png'):
+        Image.open(folder / 'a.png').save(tmp_path / name)
+    argv = ['detect', tmp_path, tmp_path / 'y.png', '--checkpoint', folder / 'retinanet.pth']
+    cli(*argv, '--output', tmp_path / 'drawn')
+    assert sorted(file.name for file in (tmp_path / 'drawn').iterdir()) == [
+        'x.bmp_detect.png', 'x.png_detect.png', 'y_detect.png']

@@ -265,8 +265,8 @@ def test_one_image_given_twice_is_there_once(cli, images, tmp_path):
     (['--output', '{tmp}/none/x.npz'], 'No such folder'),
     (['--output', '{tmp}/x.npz', '--device', 'nonsense'], "got --device 'nonsense'"),
     (['--output', '{tmp}/x.npz', '--device', 'meta'], "got --device 'meta'"),
-    (['--output', '{tmp}/x.npz', '--batch-size', '0'], 'expected 1 or more'),
-    (['--output', '{tmp}/x.npz', '--workers', '-1'], 'expected 0 or more'),
+    (['--output', '{tmp}/x.npz', '--batch-size', '0'], "expected a whole number from 1, got '0'"),
+    (['--output', '{tmp}/x.npz', '--workers', '-1'], "expected a whole number from 0, got '-1'"),
     ([], 'required: --output'),
 ])
 def test_wrong_options(cli, images, tmp_path, argv, says):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import socket
+import sys
 import time
 import types
 import urllib.error
@@ -19,11 +20,14 @@ from safetensors.torch import load_file
 
 from pvt_timm.cli import network
 from pvt_timm.cli import results as results_module
-from pvt_timm.cli.classifiers import load_model, open_image, predict, whole_size
+from pvt_timm.cli.classifiers import check_output, load_model, open_image, predict, whole_size
 from pvt_timm.cli.main import main
-from pvt_timm.cli.many import Transformed, Whole, as_pixels, find_images, normalise, output_file
+from pvt_timm.cli.many import (
+    Stream, Transformed, Whole, as_pixels, choose_device, find_images, normalise, output_file)
 from pvt_timm.cli.predict import PREDICTIONS
+from pvt_timm.cli.processes import Processes
 from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
+from pvt_timm.images import natural_key
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
 
 TEST_PVT = ['--model', 'test_pvt']
@@ -100,6 +104,27 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path):
             find_images([str(tmp_path)])
     finally:
         (tmp_path / 'inside').chmod(0o700)
+
+
+def test_a_folder_is_walked_under_its_own_name(tmp_path):
+    """Not under that of a link to it, wherever that is."""
+    for name in ('b/x/1.png', 'b/2.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'to_x').symlink_to(tmp_path / 'b' / 'x')
+    (tmp_path / '0').symlink_to(tmp_path / 'b')
+    assert [file.name for file in find_images([str(tmp_path)])] == ['b/2.png', 'b/x/1.png']
+
+
+def test_odd_names_have_an_order(tmp_path):
+    """Superscripts are no numbers, and names that differ in capitals only do not tie."""
+    names = ['A.jpg', 'a.jpg', '1\u00b22.jpg', '2.jpg', '10.jpg', '\u0663.jpg']
+    expected = ['1\u00b22.jpg', '2.jpg', '10.jpg', 'A.jpg', 'a.jpg', '\u0663.jpg']
+    for order in (names, names[::-1]):
+        assert sorted(order, key=natural_key) == expected
+    (tmp_path / names[2]).touch()
+    assert [file.name for file in find_images([str(tmp_path)])] == [names[2]]
 
 
 # the same numbers -----------------------------------------------------------------------------------------------------
@@ -258,11 +283,15 @@ def test_pictures_of_many_images(cli, photos, tmp_path):
     (['{photos}/0.png', '{photos}/in/1.png', '--output', '{tmp}/x.png'], 'Expected a folder'),
     (['{photos}/0.png', '{tmp}/0.png', '--save', '{tmp}/maps'], 'Expected images of different names'),
     (['{tmp}/0', '{tmp}/0.png', '--output', '{tmp}'], '0.png is read and would be replaced'),
+    (['{photos}/0.png', '--save', '{tmp}/maps.npz'], 'Expected a file that ends in .safetensors as --save'),
+    (['{photos}/0.png', '--save', '{tmp}/x', '--output', '{tmp}/../{name}/x'], 'Expected two files'),
+    (['{photos}/0.png', '--save', ''], 'argument --save: expected a value'),
+    (['{photos}/0.png', '--output', ''], 'argument --output: expected a value'),
 ])
 def test_files_that_would_be_one(cli, photos, tmp_path, argv, says):
     for name in ('0', '0.png'):
         (tmp_path / name).write_bytes((photos / '0.png').read_bytes())
-    argv = [arg.format(photos=photos, tmp=tmp_path) for arg in argv]
+    argv = [arg.format(photos=photos, tmp=tmp_path, name=tmp_path.name) for arg in argv]
     assert says in cli('features', *argv, *TEST_PVT, fails=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ['0', '0.png']
 
@@ -304,6 +333,60 @@ def test_what_is_skipped_is_named_on_stderr(python, hundred):
     assert len(lines) == 2 and lines[0].startswith('pvt-timm: 99 images on ')
     assert lines[0].endswith('1 could not be read')
     assert lines[1].startswith(f'pvt-timm: warning: Cannot read the image {hundred}/70.png: cannot identify')
+
+
+@pytest.mark.parametrize('command', ['predict', 'detect', 'segment', 'features'])
+def test_no_image_that_can_be_read_is_an_error(cli, weights, tmp_path, command, caplog):
+    """Also where errors are skipped, with nothing printed. The line names the first one."""
+    argv = {'predict': [*TEST_PVT, '--json'], 'detect': ['--checkpoint', weights / 'retinanet.pth', '--json'],
+            'segment': ['--checkpoint', weights / 'segmenter.pth'],
+            'features': [*TEST_PVT, '--save', tmp_path / 'x.safetensors']}[command]
+    (tmp_path / 'a.png').write_text('no image')
+    error = cli(command, tmp_path / 'a.png', *argv, '--skip-errors', fails=True)
+    assert f'None of the images could be read. The first one: Cannot read the image {tmp_path}/a.png' in error
+    assert [file.name for file in tmp_path.iterdir()] == ['a.png']
+
+
+def test_what_is_skipped_is_named_at_once_on_a_terminal(hundred, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    stream = Stream(argparse.Namespace(
+        command='predict', device='cpu', dtype='float32', batch_size=2, workers=0, skip_errors=True))
+    files = find_images([str(hundred / '70.png'), str(hundred / '0.png')])
+    for loaded, _ in stream.results(files, 3, as_pixels, lambda images, pixels: images):
+        assert loaded.file.name == '0.png'
+        assert f'pvt-timm: warning: Cannot read the image {hundred}/70.png' in capsys.readouterr().err
+    assert stream.done == stream.skipped == 1 and not caplog.messages
+
+
+def test_each_process_has_its_own_accelerator(monkeypatch):
+    monkeypatch.setattr(torch, 'empty', lambda *args, device: None)  # as if the machine had it
+    for name in ('cuda', 'xpu'):
+        assert choose_device(name, 1) == torch.device(name, 1)
+        assert choose_device(f'{name}:0', 1) == torch.device(name, 0)
+    assert choose_device('cpu', 1) == torch.device('cpu')
+
+
+def test_overflow_names_the_types_that_help():
+    too_large = torch.full((2,), 1e30)
+    with pytest.raises(ValueError, match='not finite in float16: try --dtype bfloat16 or float32'):
+        check_output(too_large.half(), 'x')
+    with pytest.raises(ValueError, match='its weights are too large or damaged'):
+        check_output(too_large * 1e30, 'x')
+    check_output(too_large, 'x')
+
+
+def test_a_process_that_ended_is_named(monkeypatch):
+    """In place of what gloo says of its sockets."""
+    def closed(*args):
+        raise RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1')
+
+    monkeypatch.setattr(torch.distributed, 'all_gather_object', closed)
+    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', closed)
+    processes = Processes()
+    processes.count = 2
+    for call in (lambda: processes.gather(1), lambda: processes.from_first(lambda: 1)):
+        with pytest.raises(ValueError, match='^Another process ended with an error.* start the same command again'):
+            call()
 
 
 def test_processes_do_not_print_at_once(tmp_path):

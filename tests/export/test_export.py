@@ -70,6 +70,46 @@ def test_the_model_stays_as_it_is(tmp_path):
         assert torch.equal(model(x), before)
 
 
+def test_the_model_keeps_its_modes(monkeypatch, tmp_path):
+    """Each module is in training or in evaluation mode as before, also after an error."""
+    pytest.importorskip('onnxruntime')
+
+    def fail(*args):
+        raise ValueError('stopped here')
+
+    monkeypatch.setattr(export_package, '_write', fail)
+    model = make_model().train()
+    model.stages[0].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match='stopped here'):
+        export(model, 'onnx', tmp_path / 'model.onnx')
+    assert [module.training for module in model.modules()] == before and len(set(before)) == 2
+
+
+@pytest.mark.parametrize('checkpoint', ['pytorch_model.bin', '.'])
+@pytest.mark.parametrize('has_xml', [False, True])
+def test_the_weights_beside_an_openvino_file_replace_no_checkpoint(monkeypatch, tmp_path, capsys, checkpoint, has_xml):
+    monkeypatch.setattr('pvt_timm.cli.export.load_model', lambda *args, **kwargs: pytest.fail('too late'))
+    torch.save(make_model().state_dict(), tmp_path / 'pytorch_model.bin')
+    before = (tmp_path / 'pytorch_model.bin').read_bytes()
+    output = tmp_path / 'pytorch_model.xml'
+    if has_xml:
+        output.touch()
+    argv = ['export', '--checkpoint', str(tmp_path / checkpoint), '--to', 'openvino', '--output', str(output)]
+    assert main(argv) == 2
+    assert 'pytorch_model.bin is read and would be replaced' in capsys.readouterr().err
+    assert (tmp_path / 'pytorch_model.bin').read_bytes() == before
+
+
+def test_weights_of_an_openvino_file_replace_nothing_else(tmp_path):
+    """A .bin without its .xml is no part of an export. With it, both are replaced."""
+    (tmp_path / 'x.bin').write_bytes(b'something else')
+    with pytest.raises(ValueError, match=r'x\.bin would be replaced.* as there is no x\.xml'):
+        export(make_model(), 'openvino', tmp_path / 'x.xml')
+    assert [file.name for file in tmp_path.iterdir()] == ['x.bin']
+    assert (tmp_path / 'x.bin').read_bytes() == b'something else'
+
+
 @pytest.mark.parametrize('change, message', [
     (lambda outputs: [output + 0.01 for output in outputs], 'Outputs differ from those of PyTorch by more than 1e-04'),
     (lambda outputs: [output * float('nan') for output in outputs], 'Outputs differ'),
@@ -355,8 +395,9 @@ def test_int8_keeps_the_digits(target, tmp_path, capsys):
 
 
 def test_find_images(tmp_path):
-    for name in ('b/2.png', 'b/10.png', 'a/1.JPG', 'a/notes.txt'):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    hidden = ['a/.2.png', '.thumbnails/1.png', 'a/.cache/x/1.png']
+    for name in ('b/2.png', 'b/10.png', 'a/1.JPG', 'a/notes.txt', *hidden):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     names = ['a/1.JPG', 'b/2.png', 'b/10.png']
     for labels, classes in ((['c', 'b', 'a'], [2, 1, 1]), (['x', 'y'], [0, 1, 1]), (['x', 'y', 'z'], None)):
