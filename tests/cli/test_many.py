@@ -25,10 +25,10 @@ from pvt_timm.cli.main import main
 from pvt_timm.cli.many import (
     Stream, Transformed, Whole, as_pixels, choose_device, find_images, normalise, output_file)
 from pvt_timm.cli.predict import PREDICTIONS
-from pvt_timm.cli.processes import Processes
 from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.images import natural_key
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
+from tests.support.systems import symlink
 
 TEST_PVT = ['--model', 'test_pvt']
 SIZES = [(60, 80), (60, 80), (90, 70), (60, 80), (40, 100), (40, 100), (64, 64)]  # heights and widths
@@ -78,8 +78,8 @@ def test_images_of_folders(tmp_path):
         (tmp_path / 'a' / name).touch()
     (tmp_path / 'b').mkdir()
     (tmp_path / 'b' / '1.bmp').touch()
-    (tmp_path / 'a' / 'circle').symlink_to(tmp_path / 'a')
-    (tmp_path / 'a' / 'linked').symlink_to(tmp_path / 'b')
+    symlink(tmp_path / 'a' / 'circle', tmp_path / 'a')
+    symlink(tmp_path / 'a' / 'linked', tmp_path / 'b')
     found = find_images([str(tmp_path / 'a' / 'plain'), str(tmp_path / 'a')])
     names = ['plain', '2.JPG', '10.png', 'linked/1.bmp', 'x/1.jpeg', 'x/y/1.webp']
     assert [file.name for file in found] == names
@@ -112,8 +112,8 @@ def test_a_folder_is_walked_under_its_own_name(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / 'a').mkdir()
-    (tmp_path / 'a' / 'to_x').symlink_to(tmp_path / 'b' / 'x')
-    (tmp_path / '0').symlink_to(tmp_path / 'b')
+    symlink(tmp_path / 'a' / 'to_x', tmp_path / 'b' / 'x')
+    symlink(tmp_path / '0', tmp_path / 'b')
     assert [file.name for file in find_images([str(tmp_path)])] == ['b/2.png', 'b/x/1.png']
 
 
@@ -373,20 +373,6 @@ def test_overflow_names_the_types_that_help():
     with pytest.raises(ValueError, match='its weights are too large or damaged'):
         check_output(too_large * 1e30, 'x')
     check_output(too_large, 'x')
-
-
-def test_a_process_that_ended_is_named(monkeypatch):
-    """In place of what gloo says of its sockets."""
-    def closed(*args):
-        raise RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1')
-
-    monkeypatch.setattr(torch.distributed, 'all_gather_object', closed)
-    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', closed)
-    processes = Processes()
-    processes.count = 2
-    for call in (lambda: processes.gather(1), lambda: processes.from_first(lambda: 1)):
-        with pytest.raises(ValueError, match='^Another process ended with an error.* start the same command again'):
-            call()
 
 
 def test_processes_do_not_print_at_once(tmp_path):
