@@ -18,7 +18,7 @@ from pvt_timm.cli.main import main
 from pvt_timm.cli.processes import ProcessEnded, Processes
 from pvt_timm.cli.results import Results
 from pvt_timm.detection import pvt_retinanet
-from tests.support.systems import needs_kill, needs_resource, needs_utf8_names
+from tests.support.systems import needs_fcntl, needs_kill, needs_resource, needs_utf8_names
 
 TEST_PVT = ['--model', 'test_pvt']
 SUFFIXES = ['.npz', '.safetensors', '.parquet']
@@ -467,6 +467,7 @@ def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
     assert (tmp_path / 'x.npz').read_text() == 'mine' and len(results._part_files()) == 1
 
 
+@needs_fcntl
 def test_only_one_run_at_a_time(client_env, tmp_path, monkeypatch):
     """The second one is refused, until the first one ends in whatever way."""
     script = ('from pathlib import Path; from pvt_timm.cli.results import Results; results = Results(Path("x.npz")); '

@@ -1,5 +1,4 @@
 """ What not every system has. A test that needs it is skipped elsewhere, under the name of what is missing. """
-import importlib.util
 import os
 import signal
 import sys
@@ -7,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
+try:
+    import resource
+except ImportError:
+    resource = None
+
 needs_posix_shell = pytest.mark.skipif(os.name != 'posix', reason='needs the shell of POSIX')
 needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs /proc, as Linux has it')
 needs_utf8_names = pytest.mark.skipif(
     sys.getfilesystemencoding() != 'utf-8', reason='needs names of files in UTF-8')  # as on Windows
 needs_kill = pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs the signal SIGKILL')
-needs_resource = pytest.mark.skipif(importlib.util.find_spec('resource') is None, reason='needs the module resource')
+needs_resource = pytest.mark.skipif(resource is None, reason='needs the module resource')
+needs_fcntl = pytest.mark.skipif(sys.platform == 'win32', reason='needs the module fcntl')
 
 
 def symlink(link: Path, target: Path) -> None:

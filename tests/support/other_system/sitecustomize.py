@@ -26,6 +26,8 @@ ATTRIBUTES = {
 }
 VALUES = {'os': {'name': 'nt'}, 'sys': {'platform': 'win32'}}  # what tests and the package may ask for
 FOLDERS = ('/proc/', '/dev/')
+_MSVCRT = types.ModuleType('msvcrt')  # what the package takes of a module that Windows alone has
+_MSVCRT.LK_NBLCK, _MSVCRT.locking = 2, lambda file, mode, count: None
 
 _LIBRARIES = tuple({sys.prefix, sys.base_prefix, sys.exec_prefix, *(
     sysconfig.get_paths()[name] for name in ('stdlib', 'platstdlib', 'purelib', 'platlib'))})
@@ -89,6 +91,8 @@ def _hide_modules():
         if level or not _is_ours(globals):
             return plain(name, globals, locals, fromlist, level)
         first = name.partition('.')[0]
+        if first == 'msvcrt':
+            return _MSVCRT
         if first in MODULES:
             raise ModuleNotFoundError(f'No module named {first!r} on this system', name=first)
         module = plain(name, globals, locals, fromlist, level)
