@@ -21,6 +21,7 @@ import torch.nn as nn
 
 from ..extras import import_extra
 from ..int8 import CalibrationImages, Int8Change, measure_change
+from ..segmentation import SemanticFpn
 from .comparing import (
     HALF_TOLERANCE, TOLERANCE, compare, compare_detections, scores_to_compare, sizes_to_check, thresholds_of)
 from .graphs import Graph, Size, make_graph, reference_of
@@ -94,6 +95,8 @@ def export(
         if not kind.detectors:
             raise ValueError(f'Expected one of {_able("detectors")} as target for detectors, got {target}')
         _import_packages(kind.detector_packages)
+    elif isinstance(model, SemanticFpn) and not kind.segmenters:
+        raise ValueError(f'Expected one of {_able("segmenters")} as target for segmenters, got {target}')
     elif min(graph.img_size) < kind.smallest and not kind.below:
         raise ValueError(f'Expected an img_size of at least {kind.smallest} for {target}, got {graph.img_size}')
     if calibration is not None and (graph.is_detector or not hasattr(model, 'stages')):

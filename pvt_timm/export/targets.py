@@ -28,6 +28,7 @@ class Target:
     int8_packages: Tuple[str, ...] = ()
     detectors: bool = False  # whether it has the operations that detectors end with, and lists of any length
     detector_packages: Tuple[str, ...] = ()
+    segmenters: bool = True  # whether it takes the resizing of maps at images of any size
     smallest: int = 32  # side of images in pixels
     below: bool = False  # whether smaller images are possible where they have the size of the export
     dynamic: bool = True  # whether batch and size of images may be others than those of the export
@@ -220,7 +221,8 @@ TARGETS: Dict[str, Target] = {
         detectors=True, detector_packages=('onnx',), smallest=64, below=True,
         suffixes_beside=('.bin',)),
     'torch': Target(
-        suffix='.pt2', packages=(), write=_write_torch, load=_load_torch, read_metadata=_torch_metadata, smallest=64),
+        suffix='.pt2', packages=(), write=_write_torch, load=_load_torch, read_metadata=_torch_metadata,
+        segmenters=False, smallest=64),
     'executorch': Target(
         suffix='.pte', packages=('executorch.runtime',), write=_write_executorch, load=_load_executorch,
         read_metadata=_executorch_metadata, dynamic=False),

@@ -281,6 +281,13 @@ def test_targets_without_detectors_refuse_them_by_name(target, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_target_without_segmenters_refuses_them_by_name(tmp_path):
+    model = semantic_fpn('test_pvt', 5, out_channels=32, channels=16, model_args=dict(img_size=64)).eval()
+    with pytest.raises(ValueError, match='Expected one of onnx, openvino, executorch as target for segmenters, got to'):
+        export(model, 'torch', tmp_path / 'model.pt2', img_size=64)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('kwargs, message', [
     (dict(features=True), 'Expected features of a backbone, got a detector'),
     (dict(img_size=64), 'Expected no img_size for a detector'),
@@ -296,7 +303,6 @@ def test_what_a_detector_cannot_have(kwargs, message, tmp_path):
 @pytest.mark.parametrize('target', [
     'onnx',
     pytest.param('openvino', marks=pytest.mark.slow),
-    pytest.param('torch', marks=pytest.mark.slow),
     pytest.param('executorch', marks=pytest.mark.slow),
 ])
 def test_segmenters_are_read_by_the_runtime_alone(target, tmp_path):
