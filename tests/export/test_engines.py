@@ -93,7 +93,7 @@ def test_table_of_targets():
         row = [cell.strip() for cell in re.search(rf'^\| `{target}` .*$', table, re.MULTILINE)[0].split('|')[1:-1]]
         assert row[1].startswith(kind.suffix)
         assert row[2].startswith(f'any, from {kind.smallest}' if kind.dynamic else 'one image')
-        assert (row[3] == 'yes') == kind.detectors and row[4] == 'yes'
+        assert ((row[3] == 'yes'), (row[4] == 'yes')) == (kind.detectors, kind.segmenters)
         assert (row[6] != 'no') == (kind.quantize is not None)
 
 
