@@ -14,7 +14,6 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 from tests.support import loopback  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / 'tests' / 'support'))  # some tests still import a helper by its bare name
 
 # huggingface_hub reads its settings when it is imported, so the server has to be there before that.
 assert 'huggingface_hub' not in sys.modules, 'run pytest without the plugin that imports huggingface_hub'

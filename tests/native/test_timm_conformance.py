@@ -8,8 +8,8 @@ import pytest
 import timm
 
 import pvt_timm  # noqa: F401  registers the models
-from conformance.cases import MODELS, reason
-from conformance.runner import run
+from tests.support.conformance.cases import MODELS, reason
+from tests.support.conformance.runner import run
 
 # What timm's own lists of models must have given to all of our models, so that an empty run cannot pass
 EVERY_MODEL = (
