@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.models import get_pretrained_cfg
@@ -15,7 +14,7 @@ from ..detection import coco_categories, retinanet_coco
 from ..training.checkpoints import load_any
 from .classifiers import check_finite, check_in_chans, refusing_overflow
 from .errors import clean, one_line
-from .many import ImageFile, Loaded, Stream, as_pixels, checked_images, output_file, refuse_inputs
+from .many import ImageFile, Loaded, Stream, as_image, as_pixels, checked_images, output_file, refuse_inputs
 from .network import check_pretrained, hint
 from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
 from .processes import Processes
@@ -89,7 +88,7 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
             if pictures:
                 picture = pictures[loaded.file.path]
                 picture.parent.mkdir(parents=True, exist_ok=True)
-                task.draw(_as_image(loaded.pixels), one, model, picture)
+                task.draw(as_image(loaded.pixels), one, model, picture)
             rows = one.rows if args.format == 'coco' else [_rounded(row) for row in one.rows]
             records.append(
                 {'image': loaded.file.path, 'width': loaded.width, 'height': loaded.height, task.key: rows})
@@ -158,11 +157,6 @@ def _pictures(
     refuse_inputs(pictures.values(), files, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     return pictures
-
-
-def _as_image(pixels: np.ndarray) -> Image.Image:
-    """An image of its pixels (C, H, W)."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def _print(path: str, rows: Rows, key: str, pictures: Dict[str, Path]) -> None:

@@ -5,11 +5,10 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import torch
 
-from ..files import refuse_same_file
 from .classifiers import check_output, load_model
 from .errors import clean
 from .many import (
-    ImageFile, Loaded, Stream, Transformed, add_images, add_many_options, add_output_options, find_images, normalise)
+    Loaded, Stream, Transformed, add_images, add_many_options, add_output_options, checked_images, normalise)
 from .processes import Processes
 from .results import VECTOR_SUFFIXES, Results, fingerprint, settings_of
 
@@ -64,13 +63,7 @@ def run_embed(args: argparse.Namespace) -> None:
 
 def _embed_all(args: argparse.Namespace, processes: Processes) -> None:
     results = Results(args.output, overwrite=args.overwrite)
-
-    def checked() -> List[ImageFile]:
-        results.check()
-        refuse_same_file(args.output, args.checkpoint)
-        return find_images(args.images)
-
-    files = processes.from_first(checked)  # before weights are downloaded
+    files = processes.from_first(lambda: checked_images(args, results))  # before weights are downloaded
     stream = Stream(args, processes)
     classifier = load_model(args.model, args.checkpoint, img_size=args.img_size, prefix=args.prefix, headless=True)
     layer = choose_layer(classifier.model, args.layer)

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import torch
-from PIL import Image
 from safetensors.torch import save
 
 from ..files import save_atomically
 from .classifiers import Classifier, check_output, load_model, open_image
 from .errors import clean, filled
 from .many import (
-    ImageFile, Loaded, Stream, Transformed, Whole, add_images, add_many_options, find_images, normalise, refuse_inputs)
+    ImageFile, Loaded, Stream, Transformed, Whole, add_images, add_many_options, as_image, find_images, normalise,
+    refuse_inputs)
 from .pictures import draw_pyramid
 from .processes import Processes
 from .results import as_text
@@ -135,11 +135,10 @@ def _save(maps: List[torch.Tensor], path: Path, name: str) -> None:
 def _draw(
         loaded: Loaded, maps: List[torch.Tensor], size: Tuple[int, int], picture: Path, classifier: Classifier,
         crop: bool) -> None:
-    channels = classifier.data['input_size'][0]
     if crop:  # what the model saw
-        image = Image.fromarray(loaded.pixels[0] if channels == 1 else loaded.pixels.transpose(1, 2, 0))
+        image = as_image(loaded.pixels)
     else:
-        image = open_image(loaded.file.path, channels)
+        image = open_image(loaded.file.path, classifier.data['input_size'][0])
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_pyramid(
         image, maps, size, picture, f'Features of {classifier.name}', Path(loaded.file.name).name)

@@ -32,7 +32,7 @@ from .results import Results, Table
 
 __all__ = [
     'ImageFile', 'Loaded', 'Stream', 'Transformed', 'UnreadableImage', 'Whole', 'add_device_options', 'add_images',
-    'add_many_options', 'add_output_options', 'as_pixels', 'checked_images', 'find_images', 'normalise',
+    'add_many_options', 'add_output_options', 'as_image', 'as_pixels', 'checked_images', 'find_images', 'normalise',
     'output_file', 'place', 'refuse_inputs', 'same_shapes', 'whole_number',
 ]
 
@@ -204,7 +204,6 @@ def checked_images(args: argparse.Namespace, results: Optional[Results]) -> List
     """The images of a command, after a look at its output."""
     if results is not None:
         results.check()
-        refuse_same_file(results.output, args.checkpoint)
     files = find_images(args.images)
     if results is not None:
         refuse_inputs([results.output], files, args.checkpoint)
@@ -255,6 +254,11 @@ def as_pixels(image: Image.Image) -> np.ndarray:
     """The pixels (C, H, W) of an image as it is."""
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    """The image of pixels (C, H, W), the reverse of `as_pixels`."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def normalise(pixels: torch.Tensor, data: Dict[str, Any]) -> torch.Tensor:
