@@ -19,7 +19,7 @@ from ..pvt import PyramidVisionTransformer, PyramidVisionTransformerStage
 from ..variants import VARIANTS
 from ..weights import read_weights
 from .errors import EXPECTED, one_line
-from .network import check_hub, check_pretrained, hint
+from .network import cannot_load, check_hub, check_pretrained
 
 __all__ = [
     'DEFAULT_MODEL', 'Classifier', 'check_finite', 'check_in_chans', 'check_output', 'extract', 'load_model',
@@ -167,7 +167,7 @@ def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
     try:
         return name, timm.create_model(name, pretrained=True, **kwargs)
     except EXPECTED as e:
-        raise ValueError(f'Cannot load {name}: {one_line(e, 500)}{hint(cfg.url)}') from e
+        raise cannot_load(name, e, cfg.url) from e
 
 
 def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:

@@ -13,9 +13,9 @@ from timm.models import get_pretrained_cfg
 from ..detection import coco_categories, retinanet_coco
 from ..training.checkpoints import load_any
 from .classifiers import check_finite, check_in_chans, refusing_overflow
-from .errors import clean, one_line
+from .errors import clean
 from .many import ImageFile, Loaded, Stream, as_image, as_pixels, checked_images, output_file, refuse_inputs
-from .network import check_pretrained, hint
+from .network import cannot_load, check_pretrained
 from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
 from .processes import Processes
 from .results import RECORD_SUFFIXES, Column, Table, fingerprint, settings_of
@@ -196,7 +196,7 @@ def _load_detector(args: argparse.Namespace) -> Any:
             return retinanet_coco(name)
         except OSError as e:
             cfg: Any = get_pretrained_cfg(f'{name}.retinanet_coco')
-            raise ValueError(f'Cannot load {name}.retinanet_coco: {one_line(e, 500)}{hint(cfg.url)}') from e
+            raise cannot_load(f'{name}.retinanet_coco', e, cfg.url) from e
     return load_any(args.checkpoint, 'detector', args.prefix)
 
 

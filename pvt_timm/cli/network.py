@@ -18,18 +18,24 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from ..variants import VARIANTS
 from .errors import one_line
 
-__all__ = ['check_hub', 'check_pretrained', 'check_url', 'hint']
+__all__ = ['cannot_load', 'check_hub', 'check_pretrained', 'check_url']
 
 _SECONDS = 10  # for an answer of any kind
 # What huggingface_hub and timm look for, and is in the cache after a download
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 
 
-def hint(url: Optional[str], option: str = '--checkpoint') -> str:
-    """What can be done without network, in brackets, to end a line with. Empty where there is no `url` to name."""
-    if not url:
-        return ''
-    return f' ({option} FILE takes a download of {url}, `pvt-timm demo` and --model test_pvt need none)'
+def cannot_load(name: str, error: BaseException, url: Optional[str], option: str = '--checkpoint') -> ValueError:
+    """The error of pretrained weights that cannot be had, with what helps where they have a `url`.
+
+    Args:
+        name: Model with its tag.
+        error: What went wrong.
+        url: Where the weights can be downloaded by hand.
+        option: Of the command, for weights from a file.
+    """
+    cure = f' ({option} FILE takes a download of {url}, `pvt-timm demo` and --model test_pvt need none)' if url else ''
+    return ValueError(f'Cannot load {name}: {one_line(error, 500)}{cure}')
 
 
 def check_pretrained(name: str, option: str = '--checkpoint') -> None:
@@ -59,7 +65,7 @@ def check_pretrained(name: str, option: str = '--checkpoint') -> None:
             check_url(cfg.url)
     except OSError as e:
         tagged = f'{split_model_name_tag(name)[0]}.{cfg.tag}'
-        raise ValueError(f'Cannot load {tagged}: {one_line(e, 500)}{hint(cfg.url, option)}') from e
+        raise cannot_load(tagged, e, cfg.url, option) from e
 
 
 def check_hub(repo: str, revision: Optional[str] = None) -> None:

@@ -14,9 +14,9 @@ import torch
 import yaml
 from timm.models import get_pretrained_cfg
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import natural_key
 
 from ..files import read_checkpoint, save_atomically
+from ..images import natural_key
 from ..labels import LABELS_FILE, labels_text
 from ..recipes import RECIPES
 from .errors import Parser, clean, one_line
