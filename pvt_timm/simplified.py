@@ -259,6 +259,10 @@ class FoldedAttention(nn.Module):
         k = self.k(z).reshape(B, K, self.num_heads, C).transpose(1, 2).reshape(B, self.num_heads * K, C)
         v = self.v(z).reshape(B, K, self.num_heads, C).transpose(1, 2).reshape(B, self.num_heads * K, C)
         offset = self.offset(z).transpose(1, 2).reshape(B, 1, self.num_heads * K)
+        if self.num_heads == 1:
+            # The head has a dimension of its own, without which OpenVINO 2026.4 crashes on models of a fixed size
+            scores = x[:, None] @ k[:, None].transpose(2, 3) + offset[:, None]
+            return (scores.softmax(dim=-1) @ v[:, None])[:, 0] + self.out_bias
         scores = x @ k.transpose(1, 2) + offset
         weights = scores.reshape(B, N, self.num_heads, K).softmax(dim=-1)
         return weights.reshape(B, N, self.num_heads * K) @ v + self.out_bias

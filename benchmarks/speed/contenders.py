@@ -26,9 +26,11 @@ DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 
 TOLERANCE = {'fp32': 1e-4, 'tf32': 2e-2, 'bf16': 8e-2, 'fp16': 2e-2}
 CPU = ('original', 'transformers', 'eager', 'fused', 'onnxruntime', 'openvino')
 ENGINES = (
-    'original', 'eager', 'fused', 'onnxruntime', 'onnxruntime_int8', 'openvino_original', 'openvino_export',
+    'original', 'eager', 'unfused_attention', 'fused', 'onnxruntime', 'onnxruntime_int8', 'openvino_original',
+    'openvino_export', 'openvino_any_size', 'openvino_int8')
+RUNTIMES = (
+    'onnxruntime', 'onnxruntime_int8', 'openvino', 'openvino_original', 'openvino_export', 'openvino_any_size',
     'openvino_int8')
-RUNTIMES = ('onnxruntime', 'onnxruntime_int8', 'openvino', 'openvino_original', 'openvino_export', 'openvino_int8')
 CUDA = (
     'original', 'transformers', 'eager', 'channels_last', 'compiled', 'cuda_graph', 'sdpa_flash', 'sdpa_efficient',
     'sdpa_math', 'pvt_v2', 'resnet50')
@@ -135,25 +137,28 @@ def _traced(name: str, variant: str, shape) -> str:
 
 
 @functools.cache
-def _exported(variant: str, target: str, int8: bool) -> str:
-    """A model as `pvt-timm export` writes it. For int8 it is calibrated with random images."""
+def _exported(variant: str, target: str, int8: bool, height: int, width: int) -> str:
+    """A model as `pvt-timm export --img-size HEIGHT WIDTH` writes it. For int8 it is calibrated with random images."""
     from pvt_timm.export import TARGETS, export
     from pvt_timm.int8 import CalibrationImages
 
     def random_image(file: Path) -> torch.Tensor:
-        return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(int(file.stem)))
+        return torch.randn(3, height, width, generator=torch.Generator().manual_seed(int(file.stem)))
 
     images = CalibrationImages([Path(str(i)) for i in range(8)], None, random_image) if int8 else None
-    path = _folder() / f'export_{variant}_{"int8" if int8 else "fp32"}{TARGETS[target].suffix}'
-    export(reference(variant), target, path, calibration=images)
-    return str(path)
+    name = f'export_{variant}_{height}x{width}_{"int8" if int8 else "fp32"}{TARGETS[target].suffix}'
+    export(reference(variant), target, _folder() / name, img_size=(height, width), calibration=images)
+    return str(_folder() / name)
 
 
 def _onnxruntime(name, variant, shape, precision, threads) -> Callable:
     if precision != 'fp32':
         raise Skipped('its CPU provider has no bf16')
     import onnxruntime
-    path = _exported(variant, 'onnx', int8=True) if name == 'onnxruntime_int8' else _traced('eager', variant, shape)
+    if name == 'onnxruntime_int8':
+        path = _exported(variant, 'onnx', True, *shape[2:])
+    else:
+        path = _traced('eager', variant, shape)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
@@ -163,9 +168,10 @@ def _onnxruntime(name, variant, shape, precision, threads) -> Callable:
 def _openvino(name, variant, shape, precision, threads) -> Callable:
     import openvino
     core = openvino.Core()
-    if name in ('openvino_export', 'openvino_int8'):
-        # for images of any size: after `model.reshape` to one size OpenVINO 2026.4 crashes in `compile_model`
-        model = core.read_model(_exported(variant, 'openvino', int8=name == 'openvino_int8'))
+    if name in ('openvino_export', 'openvino_any_size', 'openvino_int8'):
+        model = core.read_model(_exported(variant, 'openvino', name == 'openvino_int8', *shape[2:]))
+        if name != 'openvino_any_size':
+            model.reshape(list(shape))
     else:
         model = core.read_model(_traced('original' if name == 'openvino_original' else 'eager', variant, shape))
     compiled = core.compile_model(model, 'CPU', {
