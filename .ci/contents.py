@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [file for name in ('pvt_timm', 'weights_conversion') for file in (ROOT / name).rglob('*') if file.is_file()]
-DOCS = ('README.md', 'EXPORT.md')  # which are read on the web
+DOCS = ('README.md', 'DETECTION.md', 'EXPORT.md')  # which are read on the web
 PACKAGES = [file.relative_to(ROOT).as_posix() for file in FILES if file.name not in DOCS and file.suffix != '.pyc']
 BESIDES = ['CHANGELOG.md', 'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'README.md', 'SECURITY.md', 'hubconf.py',
            'pyproject.toml', '.ci/run', '.github/workflows/ci.yml', 'benchmarks/README.md', 'tests/conftest.py']

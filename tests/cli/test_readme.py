@@ -29,7 +29,9 @@ from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
 from weights_conversion.cli import main as convert_main
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ('README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', 'benchmarks/training/README.md')
+DOCS = (
+    'README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', 'benchmarks/training/README.md',
+    'pvt_timm/recipes/DETECTION.md')
 LINKED = (*DOCS, 'weights_conversion/README.md', 'pvt_timm/recipes/README.md', 'pvt_timm/recipes/EXPORT.md')
 TEXTS = {doc: (ROOT / doc).read_text(encoding='utf-8') for doc in LINKED}
 PUBLISHED = ('pvt_small', 'pvt_large')  # those that they fetch
