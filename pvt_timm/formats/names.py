@@ -101,14 +101,14 @@ def to_theirs(state_dict: Mapping[str, Any], table: Table) -> Tuple[StateDict, N
 
 
 def some_names(names: Iterable[Any], limit: int = 6) -> str:
-    """The first `limit` names and how many more there are, for messages."""
+    """Return the first `limit` names and how many more there are, for messages."""
     names = [str(name) for name in names]
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return ', '.join(names[:limit]) + more
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """A value for a message: short, in one line, without characters that change a terminal."""
+    """Return a value as text for a message: short, in one line, without characters that control a terminal."""
     text = ascii(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
     if isinstance(value, (list, tuple)) and len(value) <= 16:
         if all(isinstance(x, (int, float, str)) for x in value):
@@ -186,7 +186,10 @@ def _pattern(template: str) -> 're.Pattern[str]':
 
 
 def _fill(template: str, match: 're.Match[str]') -> str:
-    """A template with what was found for its placeholders. Each side may count stages and blocks from 0 or from 1."""
+    """Return a template filled with the text that its placeholders matched.
+
+    Each side may count stages and blocks from 0 or from 1.
+    """
     fields: Dict[str, Any] = match.groupdict()
     for from_0, from_1 in (('i', 's'), ('j', 'b')):
         if from_0 in fields:
