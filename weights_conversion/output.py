@@ -1,4 +1,4 @@
-""" Write a set of files into a folder: all of them completely or none. Other files there are not touched. """
+""" Write a set of files into a folder: all of them completely or none. Other files in the folder are not changed. """
 import contextlib
 import os
 import shutil
@@ -27,7 +27,7 @@ def check_output(path: PathLike, force: bool) -> Path:
     """Return the absolute path of an output folder. Refuse one that cannot be used.
 
     Raises:
-        ValueError: `path` is no folder, or without `force` not an empty one.
+        ValueError: `path` is not a folder, or it is not empty and `force` is not set.
     """
     if not os.fspath(path):
         raise ValueError('Expected a folder for the output, got an empty name.')
@@ -46,26 +46,26 @@ def check_output(path: PathLike, force: bool) -> Path:
 
 
 def files_in(folder: Path) -> Dict[str, int]:
-    """The files in a folder and its subfolders: a dict of their paths relative to the folder, with '/', to bytes."""
+    """Return the bytes of each file in a folder and its subfolders, by its path relative to the folder, with '/'."""
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob('*') if p.is_file()}
     return {name: found[name].stat().st_size for name in sorted(found)}
 
 
 @contextlib.contextmanager
 def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """A hidden folder to fill. When the block ends without an error, its files move to `path`.
+    """Yield a hidden folder to write files into. If the block ends without an error, its files move to `path`.
 
-    If `path` does not exist, it appears with all files at once. If it exists, files are replaced one by one: a file
-    that no reader takes for weights replaces the weights, then the other files follow, and the new weights come last.
-    So old weights never stand beside new settings. After an error the old files are put back.
+    If `path` does not exist, it appears with all files at once. If it exists, files are replaced one by one. First, the
+    weights are replaced by a text file, which no reader takes for weights. Then the other files follow, and the new
+    weights come last. So old weights are never beside new settings. After an error the old files are put back.
 
-    A process that is killed leaves the hidden folder `.NAME-*.partial`, inside of `path` if that existed, else beside
-    it. If files were being replaced, its folder `old` has all old files. No later run touches it.
+    If the process is killed, the hidden folder `.NAME-*.partial` stays: inside of `path` if that existed, otherwise
+    beside it. If files were being replaced, its folder `old` has all old files. Later runs do not change it.
 
     Args:
-        path: What `check_output` returns.
-        force: Replace files of the same names.
-        sources: Files that are being converted. None of them is replaced.
+        path: The path that `check_output` returned.
+        force: Whether files of the same names are replaced.
+        sources: Files that are being converted. They are never replaced.
 
     Raises:
         ValueError: The folder would hold two checkpoints, or a config that belongs to other weights, or a source would
@@ -85,7 +85,7 @@ def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator
             _replace(path, new, hidden / 'old')
         else:
             new.rename(path)
-    except _NotPutBackError:  # `old` has the only copies of the old files
+    except _NotPutBackError:  # the hidden folder stays: `old` has the only copies of the old files
         raise
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -94,11 +94,11 @@ def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator
 
 
 class _NotPutBackError(OSError):
-    """Files could not be put back after an error."""
+    """Raised if files could not be put back after an error."""
 
 
 def _check_names(path: Path, new: Path, sources: Sequence[Path]) -> None:
-    """Refuse a folder where a source would be replaced, or where readers could not tell which weights are meant."""
+    """Refuse a folder in which a source would be replaced, or readers would find two checkpoints or a wrong config."""
     names = files_in(new)
     for name in names:
         there = path / name
@@ -164,7 +164,7 @@ def _replace(path: Path, new: Path, old: Path) -> None:
 
 
 def _link_or_copy(file: Path, to: Path) -> None:
-    """Give a file the second name `to`, under which it stays when another file takes its first name. Else copy it."""
+    """Give a file the second name `to`, which stays when the first one is replaced. Copy it if that is impossible."""
     try:
         os.link(file, to, follow_symlinks=False)
     except (OSError, NotImplementedError):  # the file system has no links, or the file belongs to somebody else
