@@ -3,10 +3,10 @@
     TIMM_CHECKOUT=... python benchmarks/training/scale_out.py
 
 Writes results/scale_out.json and results/scale_out.png. Takes about 10 minutes on 2 cores. Three runs on the digits:
-- whole: every step sees all of 640 images, so one and two processes must follow the same curve up to rounding;
-- batches: the digits recipe with 64 images per step; the processes draw other batches, so the curves
-  agree on the whole;
-- killed: two processes, one killed with SIGKILL in the middle of an epoch, against the same run left alone.
+- whole: every step uses all 640 images, so one and two processes must follow the same curve, apart from rounding;
+- batches: the digits recipe with 64 images per step. One and two processes draw different batches, so their curves
+  agree only roughly;
+- killed: two processes, one killed with SIGKILL in the middle of an epoch, against the same run without that.
 """
 import argparse
 import json
@@ -67,7 +67,7 @@ def load_state(folder: Path) -> Dict[str, Any]:
 
 
 def largest_difference(a: Any, b: Any) -> float:
-    """Largest difference of all numbers in two structures of the same shape."""
+    """Return the largest difference of all numbers in two structures of the same shape."""
     if isinstance(a, torch.Tensor):
         return float((a.double() - b.double()).abs().max()) if a.numel() else 0.
     if isinstance(a, dict):
@@ -166,8 +166,8 @@ def main() -> None:
     import timm
     from pvt_timm.digits import write_digits
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--redraw', action='store_true', help='only draw again what is in the results')
-    parser.add_argument('--work', metavar='DIR', help='where to put what the runs write (default a temporary folder)')
+    parser.add_argument('--redraw', action='store_true', help='only draw the results again')
+    parser.add_argument('--work', metavar='DIR', help="where to make the runs' temporary folder (default as usual)")
     args = parser.parse_args()
     file = RESULTS / 'scale_out.json'
     if not args.redraw:
