@@ -91,7 +91,10 @@ def worker(process: psutil.Process, rank: int) -> psutil.Process:
 
 
 def read_summary(folder: Path) -> Dict[int, Dict[str, float]]:
-    """Return the rows of a summary.csv by epoch. Restarts write the header again, and may repeat an epoch."""
+    """Return the rows of a summary.csv by epoch.
+
+    A restart writes the header again and may repeat an epoch. The last row of an epoch is returned.
+    """
     rows, header = {}, None
     with open(folder / 'summary.csv', encoding='utf-8', newline='') as f:
         for row in csv.reader(f):
