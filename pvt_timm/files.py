@@ -155,7 +155,7 @@ def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def _kind(path: Path) -> str:
-    """'safetensors', 'zip' or 'pickle', told by the content of the file. Its name is not used."""
+    """Return 'safetensors', 'zip' or 'pickle', according to the content of the file. Its name is not used."""
     with open(path, 'rb') as f:
         start = f.read(16)
     if start[:4] == b'PK\x03\x04':

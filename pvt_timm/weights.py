@@ -106,7 +106,7 @@ class Weights:
 
     @property
     def multi_label(self) -> bool:
-        """Whether every class has a probability of its own, so that they do not add up to 1."""
+        """Whether each class has an independent probability (sigmoid instead of softmax)."""
         return self.problem_type == 'multi_label_classification' or self.info.num_classes == 1
 
     @property
@@ -175,7 +175,7 @@ class Weights:
         if self.info.num_classes != default.num_classes:
             overlay.setdefault('label_names', None)
         if kwargs.get('num_classes', self.info.num_classes) != self.info.num_classes:
-            overlay['label_names'] = None  # the classes are others
+            overlay['label_names'] = None  # the model gets other classes than the weights
         if not pretrained:
             return timm.create_model(self.variant, pretrained_cfg_overlay=overlay, **{**args, **kwargs})
         if RECORDS_INPUT:  # older versions of timm have no such argument
@@ -467,7 +467,7 @@ def _describe(
 ) -> Tuple[StateDict, Architecture]:
     """Return the state dict and its architecture.
 
-    If the row of the class token is in a file of its own (`Source.class_row`), it is put back into the state dict.
+    If the row of the class token is in a separate file (`Source.class_row`), it is put back into the state dict.
     """
     stored = told_size or next((place.model_args['img_size'] for place in said if 'img_size' in place.model_args), None)
     trained = next((place.img_size for place in said if place.img_size), None)

@@ -13,12 +13,11 @@ from pvt_timm.sources import NEIGHBOURS
 
 __all__ = ['KEPT_SOURCE', 'check_output', 'files_in', 'new_files']
 
-KEPT_SOURCE = 'source'  # folder inside of an output that holds a copy of the converted file, if one was asked for
+KEPT_SOURCE = 'source'  # folder inside of an output for a copy of the source file (`keep_source`)
 
 _ASIDE = '.partial'  # end of the name of the hidden folder in which files are prepared
 
-# Content of the file that takes the place of the weights while the other files are replaced. No reader takes it for
-# weights.
+# Content of the text file that replaces the weights while the other files are replaced. No reader takes it for weights.
 _STOPPED = ('pvt-convert was stopped while it replaced the files of this folder. Those that were here before are in '
             '{old}, complete. Move them back, or convert again with --force.\n')
 
@@ -79,7 +78,7 @@ def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator
         new = hidden / 'new'
         new.mkdir()
         yield new
-        check_output(path, force)  # again: somebody may have put files there in the meantime
+        check_output(path, force)  # again: files may have been added in the meantime
         if os.path.lexists(path):
             _check_names(path, new, sources)
             _replace(path, new, hidden / 'old')
@@ -167,5 +166,5 @@ def _link_or_copy(file: Path, to: Path) -> None:
     """Give a file the second name `to`, which stays when the first one is replaced. Copy it if that is impossible."""
     try:
         os.link(file, to, follow_symlinks=False)
-    except (OSError, NotImplementedError):  # the file system has no links, or the file belongs to somebody else
+    except (OSError, NotImplementedError):  # the file system has no links, or the file belongs to another user
         shutil.copy2(file, to, follow_symlinks=False)

@@ -57,7 +57,7 @@ class Report:
         self.to = to  # target format, None if nothing was converted
         self.output: Optional[str] = None
         self.files: Dict[str, int] = {}  # bytes of each written file, by its name
-        self.verification: Optional[Dict[str, Any]] = None  # see `verification.verify`, None if not asked for
+        self.verification: Optional[Dict[str, Any]] = None  # result of `verification.verify`, None without verification
 
     def to_text(self) -> str:
         """Return a summary, and a table of the source's keys: their new names, or why they were left out."""

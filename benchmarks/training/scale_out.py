@@ -103,7 +103,7 @@ def killed(data: Path, output: Path, epochs: int = 6, kill_epoch: int = 3, batch
     assert event, 'nothing was killed'
     (output / 'killed.log').write_text(log)
     steps = read_steps(log)
-    # the restart is where the first step of the epoch comes a second time
+    # after the restart, the first step of the epoch is there a second time
     restart = next(i for i in range(1, len(steps)) if steps[i]['epoch'] == kill_epoch and steps[i]['step'] == 0 and
                    steps[i - 1]['epoch'] == kill_epoch)
     rows, rows_alone = read_summary(output / 'killed'), read_summary(output / 'alone')

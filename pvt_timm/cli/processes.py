@@ -79,7 +79,7 @@ class Processes:
         if self.is_first:
             try:
                 box = [make(), False]
-            except BaseException as e:  # raised below, after the others know of it: they would wait for ever
+            except BaseException as e:  # raised below: the other processes must know of it first, or they wait forever
                 error = e
         try:
             with _naming_the_end_of_others():

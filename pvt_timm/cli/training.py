@@ -122,7 +122,7 @@ def _print(lines: List[str]) -> None:
 
 
 def _settings_in(weights: str) -> Dict[str, Any]:
-    """Return the settings in a checkpoint of `fit` that say where the data are and what the label maps mean."""
+    """Return the settings in a checkpoint of `fit` about the data: its paths, and the meaning of label maps."""
     said = read_checkpoint(weights).get(KEY)
     settings = said.get('settings') if isinstance(said, dict) else None
     if not isinstance(settings, dict):

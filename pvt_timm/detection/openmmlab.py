@@ -194,7 +194,7 @@ def from_openmmlab(
     body = drop_parts(converted.state_dict, ('class_token', 'norm', 'head'), info.class_row)
     body, _ = from_timm(body, 'timm_features')
     ours, _, _ = to_ours(heads, table)
-    # Empty tensors do not tell a width. A checkpoint that has some is refused below.
+    # A width cannot be read from an empty tensor. A checkpoint with empty tensors is refused below.
     settings: Dict[str, Any] = dict(widths_of({name: x for name, x in ours.items() if x.numel()}))
     meta = checkpoint.get('meta')
     said = read_settings(meta if isinstance(meta, Mapping) else {}, kind)
@@ -272,8 +272,8 @@ def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fm
 
     Args:
         model: A detector of this package.
-        fmt: 'mmdet', or 'original' for the backbone of the original code (whose position embedding of the last stage
-            gets a row of zeros that it never uses).
+        fmt: 'mmdet', or 'original' for the backbone of the original code. Then the position embedding of the last stage
+            gets a row of zeros, which the original code expects and does not use.
     """
     tables = dict(_DETECTORS.values())
     table = next((tables[base] for base in type(model).__mro__ if base in tables), None)  # the class or a subclass

@@ -1,8 +1,8 @@
 """ Read the settings of a detector or segmenter from the config that OpenMMLab keeps in a checkpoint.
 
-The weights do not tell the scales of anchors, the thresholds or the sizes of images, and with other values the model
-finds something else. So each setting that changes the results either becomes an argument of our model, or must have the
-one value that our model has. Any other value is refused by name.
+Scales of anchors, thresholds and sizes of images cannot be read from the weights, and with other values the results
+differ. So each setting that changes the results either becomes an argument of our model, or must have the one value
+that our model has. Any other value is refused, and the message names the setting.
 """
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 

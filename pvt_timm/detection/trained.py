@@ -167,7 +167,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _described_by(weights: Mapping[str, torch.Tensor]) -> Dict[str, Any]:
-    """Return the description of a model that its weights alone give."""
+    """Return the description of a model as far as it can be read from its weights."""
     for kind, about in KINDS.items():
         if about.head in weights and weights[about.head].ndim:
             variant, model_args = describe_body(weights)

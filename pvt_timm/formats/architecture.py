@@ -38,7 +38,7 @@ class Architecture:
 
 
 def stage_grids(grid_size: Grid, num_stages: int) -> List[Grid]:
-    """Grids (height, width) of all stages, from that of the first one. Every stage halves and floors."""
+    """Return the grids (height, width) of all stages from that of the first one. Each stage halves and rounds down."""
     return [(grid_size[0] // 2 ** i, grid_size[1] // 2 ** i) for i in range(num_stages)]
 
 
@@ -56,7 +56,7 @@ def describe(
     Args:
         img_size: Height and width of the images that the position embeddings are for, if they are known.
         other_sizes: More sizes to try. None is ignored.
-        prefer_square: Take a square size if it fits, without trying the others.
+        prefer_square: Whether a square size that fits is used without trying other sizes.
 
     Raises:
         ValueError: A parameter is missing, or no size fits, or several do.
@@ -113,7 +113,7 @@ def describe(
 
 
 def _depths(state_dict: Mapping[str, torch.Tensor]) -> Tuple[int, ...]:
-    """Number of blocks per stage. A gap in their numbers is an error."""
+    """Return the number of blocks per stage. A gap in the numbers of blocks is an error."""
     blocks = set()
     for key in state_dict:
         match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', key)

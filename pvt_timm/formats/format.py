@@ -67,7 +67,7 @@ class Format:
     start: 're.Pattern[str]'  # how the names of a PVT's parameters start. Keys that start otherwise are not of the PVT.
     # Arguments of the timm model that have another value than the default in all models of this format
     model_args: Mapping[str, Any] = {}
-    # Whether position embeddings are taken for those of square images wherever their number of rows allows it
+    # Whether position embeddings are assumed to be for square images if their number of rows allows it
     prefers_square: bool = False
     is_target: bool = False  # whether checkpoints can be written in this format
     library: Optional[str] = None  # `library_name` on the hub
@@ -141,7 +141,7 @@ class Format:
         """Refuse weights whose norms in patch embeddings and spatial reductions have an eps other than 1e-5 and 1e-6.
 
         Args:
-            eps: The eps of these norms in the code of this format, where it cannot be set.
+            eps: The eps of these norms in the code of this format, which cannot be changed.
 
         Returns:
             A note if the weights were trained with the other eps. The outputs then differ by about 1e-5.
@@ -155,7 +155,7 @@ class Format:
                 f'the {self.name} format has {eps:g}: outputs will differ a little']
 
     def required_size(self, weights: 'Weights') -> Optional[Tuple[int, int]]:
-        """Image size that the position embeddings have to be resized to for this format, None to keep their size."""
+        """Return the image size that position embeddings have to be resized to for this format, None to keep theirs."""
         return None
 
     def check_size(self, img_size: Tuple[int, int]) -> None:
@@ -187,5 +187,5 @@ def tuple_of(value: Any) -> Any:
 
 
 def layer_norms(model: nn.Module, *ends: str) -> List[Any]:
-    """The LayerNorms of a model whose names end in one of `ends`."""
+    """Return the LayerNorms of a model whose names end in one of `ends`."""
     return [m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) and name.endswith(ends)]

@@ -73,7 +73,7 @@ class TransformersFormat(Format):
         Row('norm.{p}',                             'pvt.encoder.layer_norm.{p}'),
         Row('head.{p}',                             'classifier.{p}'),
     )
-    # `PvtModel` alone has no 'pvt.' before its names
+    # a checkpoint of `PvtModel` without a head has no 'pvt.' before its names
     first_weight = (
         'pvt.encoder.patch_embeddings.0.projection.weight', 'encoder.patch_embeddings.0.projection.weight')
     start = re.compile(r'(?:pvt|encoder|classifier\.(?:weight|bias))\b')
@@ -236,7 +236,7 @@ class TransformersFormat(Format):
             format=self.name,
             model=model,
             blocks=[blocks[-1] for blocks in model.pvt.encoder.block],
-            # not the final one, which is 'layer_norm' alone
+            # not the final norm, whose name is only 'layer_norm'
             norms=layer_norms(model.pvt.encoder, '.layer_norm'),
         )
 
@@ -278,7 +278,7 @@ def _config(weights: 'Weights') -> Dict[str, Any]:
     info, args = weights.info, weights.args
     labels = weights.label_names or [f'LABEL_{i}' for i in range(info.num_classes)]
     dtype = str(info.dtype).removeprefix('torch.')
-    # Two names of transformers may stand for one of timm: the first of them is written.
+    # Two names of transformers may mean the same name of timm. The first of them is written.
     activations = {timm: theirs for theirs, timm in reversed(_ACTIVATIONS.items())}
     config = {
         'architectures': ['PvtForImageClassification'],
