@@ -40,7 +40,7 @@ class Classifier:
     name: str  # model and tag, or model and name of the file or folder
     data: Dict[str, Any]  # timm's data config (input_size, mean, std, interpolation, crop_pct...)
     labels: List[str]  # name of every class, empty for a backbone without a head
-    multi_label: bool = False  # whether an image can have several classes (sigmoid instead of softmax)
+    multi_label: bool = False  # whether each class has an independent probability (sigmoid instead of softmax)
 
 
 def load_model(

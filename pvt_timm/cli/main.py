@@ -169,7 +169,7 @@ def image_size(text: str) -> Tuple[int, int]:
 
 
 def join_img_size(argv: Sequence[str]) -> List[str]:
-    """Join `--img-size H W` to `--img-size HxW`, so that the option may stand before the images."""
+    """Join `--img-size H W` into `--img-size HxW`, so that the option can be given before the images."""
     joined: List[str] = []
     for arg in argv:
         if joined[-2:-1] == ['--img-size'] and joined[-1].isdecimal() and arg.isdecimal():

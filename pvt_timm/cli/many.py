@@ -41,7 +41,7 @@ _logger = logging.getLogger(__name__)
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 BATCH_SIZE = 16  # larger batches are not faster on a CPU
-_MOST_WORKERS = 16  # unless --workers is given
+_MOST_WORKERS = 16  # limit of the default of --workers
 _MORE_EXTENSIONS = {'.avif', '.bmp', '.gif', '.jp2', '.pbm', '.pgm', '.ppm', '.tif', '.tiff', '.webp'}
 
 Prepare = Callable[[Image.Image], np.ndarray]  # turns an upright image into pixels (C, H, W) of 8 bits
@@ -65,7 +65,7 @@ def add_output_options(
     """Add `--output`, the file for the results, and `--overwrite`.
 
     Args:
-        what: Begin of the help of `--output`.
+        what: Beginning of the help of `--output`.
         more: End of the help of `--output`.
         formats: Extensions that the file may have, for the help.
         kwargs: Passed to `add_argument` for `--output`.

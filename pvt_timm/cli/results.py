@@ -1,4 +1,4 @@
-""" Write the results of many images to one file, FILE. FILE is either complete or does not exist.
+""" Write the results of many images to one file, FILE, which is never incomplete.
 
 While a command runs, its results are in the folder FILE.parts beside FILE. The folder holds parts, which are complete
 files with the results of some hundred images each, and settings.json, which says what these results were computed with.

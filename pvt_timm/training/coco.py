@@ -192,7 +192,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _wrong_segmentation(segmentation: Any, image: CocoImage) -> Optional[str]:
-    """Return the begin of an error message if a mask is wrong, otherwise None."""
+    """Return the first part of an error message if a mask is wrong, otherwise None."""
     if isinstance(segmentation, list) and segmentation:
         for polygon in segmentation:
             if not isinstance(polygon, list) or not all(map(_is_number, polygon)):
