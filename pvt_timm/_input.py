@@ -1,6 +1,6 @@
-""" What `timm.models._input` of the installed timm has. A timm before 1.0.31 has no such module.
+""" Stands for `timm.models._input`, which timm before version 1.0.31 does not have.
 
-It has this name so that `pvt.py` imports the same thing from the same place inside of timm.
+This file has the same name, so that `pvt.py` can have the same import when it is a file of timm.
 """
 from importlib.util import find_spec
 from typing import Any, Optional, Sequence, Union

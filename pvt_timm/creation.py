@@ -1,6 +1,7 @@
-""" What this package adds where timm creates one of its models.
+""" Create models with the features that only this package has.
 
-`pvt.py` is written as timm would hold it. What only this package does stands here, around its `_create_pvt`.
+`pvt.py` is written as a file of timm. What only this package does when a model is created is in this file, in a
+function that calls `_create_pvt` of pvt.py.
 """
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
@@ -17,22 +18,22 @@ from .sliced_mlp import SlicedMlp
 
 __all__ = ['create_pvt']
 
-_create_pvt = pvt._create_pvt  # the one of pvt.py, also after `pvt._create_pvt` is replaced by the one below
+_create_pvt = pvt._create_pvt  # kept here, because __init__.py replaces `pvt._create_pvt` by `create_pvt`
 
-# Where `pretrained_cfg_overlay` can say that weights are, in timm's words
+# Keys of `pretrained_cfg_overlay` that give a source of weights
 _SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')
 
 
 def create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> pvt.PyramidVisionTransformer:
-    """Do what `_create_pvt` of pvt.py does, with the MLP of this package.
+    """Create a model as `_create_pvt` of pvt.py does, but with the MLP of this package.
 
-    Weights of one's own, from a source in `pretrained_cfg_overlay`, have their own numbers of classes and channels, not
-    those of the tag. A head that fits the model is kept, another one is left out with a warning, and the first
-    convolution is adapted from the channels that there are.
+    The user's weights, from a source in `pretrained_cfg_overlay`, may have other numbers of classes and channels than
+    the published weights. If their head fits the model, it is kept, otherwise it is left out with a warning. The first
+    convolution is adapted to the channels of the model.
 
     Raises:
-        ValueError: An `output_stride` other than 32 is asked for, as segmentation_models_pytorch does for its dilated
-            decoders, or the weights are not those of a PVT v1.
+        ValueError: An `output_stride` other than 32 is given (segmentation_models_pytorch does so for its dilated
+            decoders), or the weights are not those of a PVT v1.
     """
     if kwargs.pop('output_stride', 32) != 32:
         raise ValueError(
@@ -44,10 +45,11 @@ def create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> pvt.Pyr
 
 
 def _with_facts_of_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """The arguments, with the classes and channels of the user's weights in the overlay.
+    """Return the arguments, with the numbers of classes and channels of the user's weights in the overlay.
 
-    timm compares these with the model, after the weights have been read. What a config says of them is not asked: if
-    it were wrong, timm would put a new head in place of the trained one, without a word.
+    timm compares these numbers with those of the model after it has read the weights. They are read from the weights,
+    not from a config. With a wrong number in a config, timm would replace the trained head by a new one without any
+    message.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     cfg: Any = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
@@ -56,7 +58,8 @@ def _with_facts_of_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, An
     has_own_config = not isinstance(kwargs.get('pretrained_cfg') or '', str)  # of a folder, of the hub or of the user
     if has_own_config or any(overlay.get(name) for name in _SOURCES):
         num_classes, in_chans = _facts(overlay.get('state_dict') or _read(cfg.to_dict(), kwargs.get('cache_dir')))
-        # Without a head, the tag's number stays. It tells a new head that was asked for from one that is missing.
+        # For weights without a head, the number of the published weights stays. `checkpoint_filter_fn` compares it with
+        # the model to find out whether a new head is wanted, or the head is missing.
         overlay['num_classes'] = num_classes or cfg.num_classes
         overlay['input_size'] = (in_chans, *cfg.input_size[1:])
         kwargs['pretrained_cfg_overlay'] = overlay
@@ -66,11 +69,11 @@ def _with_facts_of_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, An
 
 
 class _HaveRead(Exception):
-    """Ends timm's loading once the weights have been read."""
+    """Raised to end timm's loading after the weights have been read."""
 
 
 def _read(pretrained_cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]]) -> Mapping[str, Any]:
-    """What timm would hand to the filter of a model with this `pretrained_cfg`."""
+    """Return what timm would pass to the filter function of a model with this `pretrained_cfg`."""
     found: List[Mapping[str, Any]] = []
 
     def keep(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
@@ -87,7 +90,7 @@ def _read(pretrained_cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]])
 
 
 def _facts(checkpoint: Mapping[str, Any]) -> Tuple[int, int]:
-    """Numbers of classes (0 without head) and of image channels."""
+    """Return the numbers of classes (0 without a head) and of image channels of a checkpoint."""
     state_dict = map_to_timm(checkpoint, quiet=True).state_dict
     head = state_dict.get('head.weight')
     return 0 if head is None else head.shape[0], state_dict['stages.0.patch_embed.proj.weight'].shape[1]

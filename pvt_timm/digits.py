@@ -61,7 +61,7 @@ def write_digits(output: Union[str, Path]) -> Path:
     images = (large * 255 / 16 + 0.5).byte().numpy()
     rng = np.random.RandomState(SEED)  # its stream never changes between numpy versions
     output.mkdir(parents=True, exist_ok=True)
-    # written into another folder first, so that a split appears completely or not at all
+    # written to a temporary folder first, so that a split appears completely or not at all
     with tempfile.TemporaryDirectory(prefix='.digits-', dir=output) as aside:
         for label in range(10):
             for split in splits:

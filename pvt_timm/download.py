@@ -20,8 +20,9 @@ def download(url: str, file: PathLike, max_bytes: int = MAX_BYTES, progress: boo
     Args:
         url: An address that starts with http:// or https://.
         file: Where to save it. A file of that name is replaced.
-        max_bytes: Refuse a larger file: at once if the server says its size, else when more bytes have arrived.
-        progress: Show a bar on stderr.
+        max_bytes: Largest size. A larger file is refused: at once if the server says its size, otherwise when more
+            bytes have arrived.
+        progress: Whether to show a bar on stderr.
 
     Raises:
         CheckpointError: The file is larger than `max_bytes`.

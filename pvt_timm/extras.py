@@ -1,4 +1,4 @@
-""" Packages that only some users have. """
+""" Import optional packages, which are installed with an extra of this package. """
 import importlib
 from typing import Any
 
@@ -6,10 +6,10 @@ __all__ = ['import_extra']
 
 
 def import_extra(package: str, extra: str = 'export') -> Any:
-    """A package of an extra.
+    """Return an optional package, which the extra `extra` installs.
 
     Raises:
-        ImportError: It is not there. The message says how to install it.
+        ImportError: The package is not installed. The message says how to install it.
     """
     try:
         return importlib.import_module(package)

@@ -1,4 +1,4 @@
-""" Read and write checkpoint files. What is read may come from anywhere: nothing in it is executed. """
+""" Read and write checkpoint files. Files that are read may come from any source: nothing in them is executed. """
 import errno
 import os
 import struct
@@ -38,20 +38,20 @@ class CheckpointError(ValueError):
 
 
 def too_large(name: str, size: int, max_bytes: int) -> CheckpointError:
-    """The error for a file of `size` bytes."""
+    """Return the error for a file of `size` bytes, which is too large."""
     return CheckpointError(
         f'Expected at most {max_bytes / 1e6:.1f} MB, {name} has {size / 1e6:.1f} MB. '
         f'Pass a larger max_bytes if you trust it.')
 
 
 def find_checkpoint(path: PathLike) -> Path:
-    """The checkpoint that `path` stands for: the file itself, or the checkpoint in a folder.
+    """Return the checkpoint file that `path` names: the file itself, or the checkpoint in a folder.
 
-    In a folder that is a file with one of the usual names, else the only file with the suffix of a checkpoint.
+    In a folder it is the file with one of the usual names, otherwise the only file with a checkpoint's extension.
 
     Raises:
         CheckpointError: The folder has no such file or several, or `path` is neither a file nor a folder.
-        FileNotFoundError: There is nothing under `path`.
+        FileNotFoundError: `path` does not exist.
     """
     path = Path(path)
     if path.is_dir():
@@ -68,7 +68,7 @@ def find_checkpoint(path: PathLike) -> Path:
 
 
 def checkpoints_among(files: Iterable[Path]) -> List[Path]:
-    """The files of a folder that may be its checkpoint: the one with a usual name, else all with a fitting suffix."""
+    """Return the files that may be a folder's checkpoint: the one with a usual name, else all with its extensions."""
     by_name = {file.name: file for file in files}
     for name in _FILES:
         if name in by_name:
@@ -77,7 +77,7 @@ def checkpoints_among(files: Iterable[Path]) -> List[Path]:
 
 
 def refuse_same_file(output: PathLike, *inputs: Optional[PathLike]) -> None:
-    """Refuse an output that is one of the input files, also where it has another name (a link).
+    """Refuse an output that is one of the input files, also under another name (a link).
 
     Raises:
         ValueError: `output` is one of `inputs`.
@@ -94,7 +94,7 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
 
     Args:
         path: A safetensors file, a file written by `torch.save`, or a folder with one of them.
-        max_bytes: Refuse a file that is larger.
+        max_bytes: Largest size of a file. Larger files are refused.
 
     Returns:
         A dict of plain tensors and values. Parameters become tensors, and ordered dicts and `argparse.Namespace`
@@ -124,7 +124,7 @@ def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any
             f'Save the state_dict() alone where it was made.') from e
     except _SIGNS_OF_DAMAGE as e:
         raise _damaged(path.name, e) from e
-    except OSError as e:  # an error of the disk, unless it is EINVAL: a record says that it starts before the file
+    except OSError as e:  # EINVAL means damage: a record claims to start before the file. Others are errors of the disk
         if e.errno != errno.EINVAL:
             raise
         raise _damaged(path.name, e) from e
@@ -137,7 +137,7 @@ def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
     If `path` is a link, the file that it points to is replaced. If it is a device or pipe, it is written to directly.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # before `resolve`, for which an open pipe is no path
+    if path.exists() and not path.is_file():  # before `resolve`, which does not work for an open pipe
         with open(path, 'wb') as f:
             write(f)
         return
@@ -155,7 +155,7 @@ def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def _kind(path: Path) -> str:
-    """'safetensors', 'zip' or 'pickle', told by the content of the file. Its name is not used."""
+    """Return 'safetensors', 'zip' or 'pickle', according to the content of the file. Its name is not used."""
     with open(path, 'rb') as f:
         start = f.read(16)
     if start[:4] == b'PK\x03\x04':

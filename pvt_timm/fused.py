@@ -1,15 +1,16 @@
-""" Inference path for CPU: `pvt_timm.fuse(model)`, or `timm.utils.reparameterize_model(model)`.
+""" Fast path for inference on CPU: `pvt_timm.fuse(model)`, or `timm.utils.reparameterize_model(model)`.
 
-A fused stage holds the parameters of the stage that it was made of and computes the same numbers to rounding:
-  * linears, patch embeddings and spatial reductions run on weights packed once for oneDNN, with GELU fused;
-  * images go through a stage in groups and tokens through its MLPs in slices, which stay in the cache, so that memory
-    grows neither with the hidden size of the MLP nor with the batch;
-  * nothing is copied that need not be: sums are written in place, patches are gathered once.
+A fused stage shares the parameters of the plain stage and computes the same numbers, apart from rounding:
+  * Linear layers, patch embeddings and spatial reductions use weights that are packed once, which means stored in the
+    layout that oneDNN (PyTorch's library for CPUs) is fast with. GELU is computed together with the linear layer.
+  * Images go through a stage in groups, and tokens through its MLPs in slices. Groups and slices fit the CPU's cache,
+    and memory grows neither with the hidden size of the MLP nor with the batch.
+  * Unnecessary copies are avoided: sums are written in place, patches are gathered once.
 
-It takes the plain path of the parent class, with the same results, whenever something else is needed: gradients
-(forward mode too), modules in training mode, autocast, tracing, compiling, export, other devices and dtypes, hooks on,
-replacements of or patches to inner modules and their classes, a build of PyTorch without the operators. `print(model)`
-shows which path a stage is on.
+A fused stage takes the plain path, the forward pass of the plain stage, whenever the fast path is not possible. The
+results are the same. This is so with gradients (also in forward mode), modules in training mode, autocast, tracing,
+compiling, export, other devices and dtypes, hooks on inner modules, inner modules that were replaced or patched, and
+builds of PyTorch without the fast operators. `print(model)` shows which path a stage takes.
 """
 import copy
 import math
@@ -35,14 +36,15 @@ __all__ = ['FusedStage', 'fuse']
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Parts = Dict[str, Tuple[type, ...]]  # types that a module may have, by its name in its parent
 
-# Tokens (of whole images) that go through all blocks of a stage together: they fit the last level of cache
+# Tokens (of whole images) that go through all blocks of a stage together. So many fit the last level of cache
 STAGE_TOKENS = 12544
-# From so many keys on, attention takes products where `_multiplies_faster`: 1.25x of 800x1344 in float32 on a Zen 5
-# and 1.3x in bfloat16 on a Zen 4. With 49 keys they cost 15%, on a CPU without AVX-512 10% of 800x1344.
+# With so many keys or more, attention uses matrix products if `_multiplies_faster`. Images of 800x1344 are then 1.25x
+# as fast in float32 on a Zen 5, and 1.3x as fast in bfloat16 on a Zen 4. With 49 keys, products would cost 15%. On a
+# CPU without AVX-512 they would cost 10% at 800x1344.
 MANY_KEYS = 128
 
-# What the fused forward knows how to compute, and where. Anything else (an adapter, a quantized linear, a norm in place
-# of a dropout) is left to the plain path.
+# The types of modules that the fast path supports, by their place in the stage. With any other module (an adapter, a
+# quantized linear layer, a norm in place of a dropout) the plain path is taken.
 _NORM, _DROP, _PATH = (nn.LayerNorm, LayerNorm), (nn.Dropout, nn.Identity), (DropPath, nn.Identity)
 _STAGE: Parts = dict(patch_embed=(PatchEmbed,), pos_drop=_DROP, blocks=(nn.ModuleList,))
 _MLP: Parts = dict(fc1=(nn.Linear,), act=(nn.GELU,), drop1=_DROP, norm=(nn.Identity,), fc2=(nn.Linear,), drop2=_DROP)
@@ -55,11 +57,11 @@ _PARTS: Dict[type, Parts] = {
     Mlp: _MLP,
     SlicedMlp: _MLP,
 }
-_RANDOM = frozenset((Attention, DropPath, nn.Dropout))  # those of them whose training mode matters
-_WEIGHTED = frozenset((nn.Linear, nn.Conv2d, nn.LayerNorm, LayerNorm))  # those with a weight and a bias, or None for it
+_RANDOM = frozenset((Attention, DropPath, nn.Dropout))  # types that compute something else in training mode
+_WEIGHTED = frozenset((nn.Linear, nn.Conv2d, nn.LayerNorm, LayerNorm))  # types with a weight and a bias (or None)
 
 _KINDS = {kind for parts in (_STAGE, *_PARTS.values()) for kinds in parts.values() for kind in kinds}
-# The code that the fast path stands for, as it is now. Where somebody patches it later on, the plain path is taken.
+# The code that the fast path replaces, as it was imported. If any of it is patched later, the plain path is taken
 _ORIGINALS: Tuple[Tuple[Any, str, Any], ...] = (
     (PyramidVisionTransformerStage, 'forward', PyramidVisionTransformerStage.forward),
     *((kind, name, getattr(kind, name)) for kind in (*_KINDS, nn.Module) for name in ('forward', '__call__')),
@@ -67,36 +69,37 @@ _ORIGINALS: Tuple[Tuple[Any, str, Any], ...] = (
     *((F, name, getattr(F, name)) for name in (
         'linear', 'conv2d', 'layer_norm', 'gelu', 'scaled_dot_product_attention')),
 )
-_lock = Lock()  # at most one thread packs
+_lock = Lock()  # held by the thread that packs weights
 
 
 # --- The only place that touches operators without a public interface ---
 
 def _linear(
         x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, gelu: bool = False) -> torch.Tensor:
-    """A linear layer (and GELU) by oneDNN, with a packed weight or a contiguous one."""
+    """Apply a linear layer (and GELU) with oneDNN. The weight is packed or contiguous."""
     act, algorithm = ('gelu', 'none') if gelu else ('none', '')
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, act, [], algorithm)
 
 
 def _pack_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool = False) -> Linear:
-    """A function that applies a linear layer (and GELU), with the weight in the layout that oneDNN wants."""
+    """Return a function that applies a linear layer (and GELU) with a packed weight."""
     weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     return partial(_linear, weight=weight, bias=None if bias is None else bias.detach(), gelu=gelu)
 
 
 @cache
 def _multiplies_faster() -> bool:
-    """Whether `_linear` is faster than the matrix products inside `scaled_dot_product_attention`.
+    """Return whether `_linear` is faster than the matrix products inside `scaled_dot_product_attention`.
 
-    In float32 these are MKL's, which uses no AVX-512 on AMD. On a CPU with AMX they have a fast variant.
+    In float32 MKL computes these products, and it does not use AVX-512 on AMD. On a CPU with AMX, PyTorch has a fast
+    variant of them.
     """
     amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
     return torch.backends.cpu.get_cpu_capability() == 'AVX512' and not amx
 
 
 def patched() -> str:
-    """The name of a method or function of the models that was replaced since this package was imported, '' if none."""
+    """Return the name of a function or method that was patched since this package was imported, '' if there is none."""
     for owner, name, original in _ORIGINALS:
         if getattr(owner, name) is not original:
             return f'{owner.__name__}.{name}'
@@ -104,7 +107,7 @@ def patched() -> str:
 
 
 def _watched() -> str:
-    """Why the plain path is taken, where something watches or changes operators or modules (global hooks, ...)."""
+    """Return the reason for the plain path if something watches or changes operators or modules, '' otherwise."""
     if torch.is_autocast_enabled('cpu'):
         return 'autocast'
     if torch.jit.is_tracing():
@@ -125,12 +128,12 @@ def _watched() -> str:
 
 @cache
 def _works(dtype: torch.dtype) -> bool:
-    """Whether this build of PyTorch and this CPU have the fast operators, and these compute correct results."""
+    """Return whether this build of PyTorch and this CPU have the fast operators, and their results are correct."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
         if dtype == torch.bfloat16:
-            # attention takes float32 products
+            # attention uses products in float32
             if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not _works(torch.float32):
                 return False
         x = torch.linspace(-1, 1, 64, device='cpu').reshape(2, 2, 16).to(dtype)
@@ -152,36 +155,39 @@ def _works(dtype: torch.dtype) -> bool:
 # --- The fused forward ---
 
 class _State(NamedTuple):
-    plain: str  # why the stage takes the plain path, '' for the fast one
+    plain: str  # the reason why the stage takes the plain path, '' if it can take the fast path
     requires_grad: bool = False
     key: tuple = ()  # address and version of each parameter
 
 
 class _Packed(NamedTuple):
     key: tuple  # key of the parameters that were packed
-    # The bits of one element of each parameter, as views. They keep its storage alive, so that no other parameter can
-    # get the same address.
+    # The bits of one element of each parameter, as views. The views keep the parameter's memory alive, so that no other
+    # parameter can get the same address.
     samples: List[torch.Tensor]
     values: torch.Tensor  # the values of the samples when the parameters were packed
     linears: Dict[nn.Module, Linear]  # the packed function of every linear layer and convolution
 
     def is_of(self, key: tuple) -> bool:
-        """Whether the parameters are the same ones and have not been written to.
+        """Return whether the parameters with this `key` are the ones that were packed, and have not been changed.
 
-        Fused optimizers, collectives and other code outside of PyTorch's operators do not change the version of a
-        parameter. The samples show that they have written to it.
+        Fused optimizers, `torch.distributed` and other code outside of PyTorch's operators change parameters without
+        changing their version. Such a change is noticed by the samples.
         """
         return self.key == key and torch.equal(torch.cat(self.samples), self.values)
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """A view of the bits of an element in the middle. Bits are compared, as NaN is not equal to NaN."""
+    """Return a view of the bits of an element in the middle. Bits are compared because NaN is not equal to NaN."""
     bits = parameter.detach().view(torch.int16 if parameter.dtype == torch.bfloat16 else torch.int32)
     return bits[tuple(slice(n // 2, n // 2 + 1) for n in bits.shape)].reshape(1)
 
 
 def _pack(module: Any, gelu: bool) -> Linear:
-    """A convolution whose stride is its kernel is a linear layer on the patches that `_patches` makes."""
+    """Return a function that applies a linear layer or a convolution with packed weights.
+
+    A convolution whose stride equals its kernel size is a linear layer on the patches that `_patches` returns.
+    """
     weight = module.weight
     if isinstance(module, nn.Conv2d):
         weight = weight.permute(0, 2, 3, 1).flatten(1)
@@ -189,7 +195,7 @@ def _pack(module: Any, gelu: bool) -> Linear:
 
 
 def _patches(x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
-    """(B, H, W, C) to (B, (H // h) * (W // w), h * w * C) for patches of `size` (h, w). A remainder is dropped."""
+    """Cut (B, H, W, C) into patches of `size` (h, w): (B, (H // h) * (W // w), h * w * C). A remainder is dropped."""
     B, H, W, C = x.shape
     h, w = size
     rows, columns = H // h, W // w
@@ -202,7 +208,7 @@ def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention of queries (B, heads, N, d) to keys and values (B, heads, K, d).
+    """Return the attention of queries (B, heads, N, d) to keys and values (B, heads, K, d).
 
     The products are computed in float32, as inside `scaled_dot_product_attention`: bfloat16 has too few digits for
     large logits.
@@ -219,7 +225,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _block(blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tuple[int, int]) -> None:
-    """`Block.forward` on tokens x (B, N, C). The result is written into `x`."""
+    """Compute `Block.forward` for tokens x (B, N, C). The result is written into `x`."""
     B, N, C = x.shape
     attn, mlp = blk.attn, blk.mlp
     y = _norm(blk.norm1, x)
@@ -228,7 +234,7 @@ def _block(blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tu
         kv = _norm(attn.norm, linears[attn.sr](_patches(y.view(B, size[0], size[1], C), attn.sr.kernel_size)))
     q = linears[attn.q](y).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
     k, v = linears[attn.kv](kv).unflatten(2, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    del y, kv  # as large as x, as is q
+    del y, kv  # frees memory: each of them is as large as x, and so is q
     y = _attend(q, k, v)
     del q
     x += linears[attn.proj](y.transpose(1, 2).reshape(B, N, C))
@@ -242,23 +248,23 @@ _plain: Any = PyramidVisionTransformerStage.forward
 
 
 class FusedStage(PyramidVisionTransformerStage):
-    """A stage that takes the fast path where it can. Made by `fuse()`, shares the parameters of the plain stage.
+    """A stage that takes the fast path if possible. `fuse()` makes it. It shares the parameters of the plain stage.
 
-    The state dict is that of the plain stage. Weights are packed at the first forward pass, and again after a change.
-    Packed weights are deleted by `train()`, and when the plain path may have recorded gradients, since an optimizer may
-    change the weights after that.
+    Its state dict is that of the plain stage. Weights are packed at the first forward pass, and packed again after they
+    change. Packed weights are deleted by `train()`. They are also deleted when the plain path may have recorded
+    gradients, because an optimizer may change the weights after that.
 
-    A change is noticed by PyTorch's version counters. Some writes are not counted: those of fused optimizers, of
-    `torch.distributed`, through `parameter.data`, through views of numpy or DLPack, and of other processes that share
-    the memory. They are noticed by one element of each parameter. An uncounted write to a part of the parameters that
-    leaves all those elements as they were is not noticed: call `repack()` after it.
+    Changes are noticed by PyTorch's version counters. Some writes are not counted: those of fused optimizers and
+    `torch.distributed`, those through `parameter.data` and through views of numpy or DLPack, and those of other
+    processes that share the memory. To notice these, one element of each parameter is compared. A write that is not
+    counted and changes none of these elements is not noticed: call `repack()` after it.
     """
-    # the forward of the plain stage under another name, since TorchScript knows no `super()`
+    # the forward of the plain stage under another name, because TorchScript does not support `super()`
     _plain_forward = FunctionType(_plain.__code__, _plain.__globals__, '_plain_forward')
 
     @classmethod
     def from_stage(cls, stage: PyramidVisionTransformerStage) -> PyramidVisionTransformerStage:
-        """The fused form of a stage. The stage itself if it is fused already, or has another class or forward."""
+        """Return the fused form of a stage. A fused stage, or one of another class or forward, is not changed."""
         if type(stage) is not PyramidVisionTransformerStage or 'forward' in stage.__dict__:
             return stage
         fused = cls.__new__(cls)
@@ -292,7 +298,7 @@ class FusedStage(PyramidVisionTransformerStage):
         return 'path=fast (without gradients)' if state.requires_grad else 'path=fast'
 
     def _inspect(self) -> _State:
-        """Look at all inner modules and parameters. This runs at every forward pass, so it is written for speed."""
+        """Check all inner modules and parameters. This is done in every forward pass, so it is written for speed."""
         if self.training:
             return _State('training mode')
         if not torch.backends.mkldnn.enabled:
@@ -346,7 +352,7 @@ class FusedStage(PyramidVisionTransformerStage):
         return _State('', requires_grad, tuple(key))
 
     def _fast_key(self, x: torch.Tensor) -> Optional[tuple]:
-        """What `_get_packed` takes if this call can take the fast path, otherwise None."""
+        """Return the key for `_get_packed` if this call can take the fast path, otherwise None."""
         if (
                 type(x) is not torch.Tensor
                 or x.device.type != 'cpu'
@@ -366,7 +372,7 @@ class FusedStage(PyramidVisionTransformerStage):
         return state.key
 
     def _get_packed(self, key: tuple) -> _Packed:
-        """Packed weights of the parameters with this `key`."""
+        """Return the packed weights of the parameters with this `key`. They are packed now if necessary."""
         packed: Any = self._packed
         if packed is None or not packed.is_of(key):
             with _lock:
@@ -414,29 +420,29 @@ class FusedStage(PyramidVisionTransformerStage):
 
 
 def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Return the model with the fast path for inference on CPU in its PVT stages.
+    """Return the model with PVT stages that have a fast path for inference on CPU.
 
     Args:
         model: A stage or any module with stages inside.
-        inplace: Replace the stages of `model` itself, not of a copy. If `model` is a stage, its fused form is a new
-            object that shares its parameters.
+        inplace: Whether the stages of `model` itself are replaced, instead of those of a copy. If `model` is a stage,
+            its fused form is a new object that shares the stage's parameters.
 
     Returns:
         The model with fused stages. A stage of a derived class, or with another forward, is not changed.
 
     Raises:
-        ValueError: There is no stage in the model, as in one made with `feature_cls='fx'`, or in a scripted one.
+        ValueError: There is no stage in the model. Scripted models and those made with `feature_cls='fx'` have none.
     """
     if not any(isinstance(module, PyramidVisionTransformerStage) for module in model.modules()):
         raise ValueError(
             f'Expected a model with PVT stages inside, got {type(model).__name__}, which has none: fuse a model before '
             "it is scripted or exported, and one with features by another feature_cls than 'fx'.")
     if not inplace:
-        with torch.inference_mode(False):  # otherwise the copies of the parameters would end on the plain path
+        with torch.inference_mode(False):  # parameters that are copied in inference mode force the plain path
             model = copy.deepcopy(model)
     if isinstance(model, PyramidVisionTransformerStage):
         return FusedStage.from_stage(model)
-    fused: Dict[nn.Module, nn.Module] = {}  # a stage that stands in two places stays one
+    fused: Dict[nn.Module, nn.Module] = {}  # a stage that is used in two places stays one object
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, PyramidVisionTransformerStage):

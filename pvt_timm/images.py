@@ -1,4 +1,4 @@
-""" Turn image files into what the models see: upright, 8 bits per channel. """
+""" Prepare images for the models: turn them upright and convert them to 8 bits per channel. """
 import re
 from typing import Any, List, Tuple, Union
 
@@ -8,7 +8,7 @@ __all__ = ['as_seen', 'natural_key']
 
 
 def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:
-    """An image upright, as RGB or, with `channels` 1, as grey levels from 0 to 255.
+    """Return an image as RGB or, with `channels` 1, as grey levels from 0 to 255. EXIF data turn it upright.
 
     Grey images with more than 8 bits are scaled to 0 to 255 (Pillow would cut larger values off at 255). Images of 16
     bits (modes 'I;16', and 'I' where a value is above 255) have values from 0 to 65535, those of floating point numbers
@@ -34,12 +34,12 @@ def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:
 
 
 def natural_key(name: str) -> Tuple[List[Union[str, int]], str]:
-    """A key to sort names by: 2 comes before 10, and capital letters make no difference.
+    """Return a key to sort names by: 2 comes before 10, and capital letters make no difference.
 
     The name itself is the last part of the key, so that two different names never tie. Only the digits 0 to 9 count as
     a number: others, such as a superscript two, are text.
     """
     parts: List[Union[str, int]] = []
     for i, part in enumerate(re.split('([0-9]+)', name.lower())):
-        parts.append(int(part) if i % 2 else part)  # text and numbers take turns, text comes first
+        parts.append(int(part) if i % 2 else part)  # text and numbers alternate, text comes first
     return parts, name

@@ -1,4 +1,7 @@
-""" Exported files in int8: `pvt-timm export --int8 --calibrate FOLDER`. """
+""" Convert exported files to int8 (numbers of 8 bits): `pvt-timm export --int8 --calibrate FOLDER`.
+
+Calibration runs the model on some images to find the range of its activations.
+"""
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +17,18 @@ __all__ = ['CalibrationImages', 'Int8Change', 'find_images', 'measure_change', '
 
 Runner = Callable[[torch.Tensor], List[torch.Tensor]]
 
-CALIBRATION_IMAGES = 300  # at most, evenly spread over the folder
+CALIBRATION_IMAGES = 300  # largest number of images for calibration, which are evenly spread over the folder
 
 
 @dataclass
 class CalibrationImages:
-    """Image files, with the class of each if it is known, and what makes an input (C, H, W) of one."""
+    """Image files for calibration and for measuring what int8 changes."""
     files: List[Path]
-    classes: Optional[List[int]]
-    load: Callable[[Path], torch.Tensor]
+    classes: Optional[List[int]]  # index of the class of each file, if it is known
+    load: Callable[[Path], torch.Tensor]  # turns a file into an input (C, H, W) of the model
 
     def some(self) -> Iterator[torch.Tensor]:
-        """Inputs (1, C, H, W) to calibrate with."""
+        """Yield the inputs (1, C, H, W) to calibrate with."""
         step = -(-len(self.files) // CALIBRATION_IMAGES)
         for file in self.files[::step]:
             yield self.load(file)[None]
@@ -33,9 +36,9 @@ class CalibrationImages:
 
 @dataclass
 class Int8Change:
-    """What int8 changes over the images of a folder."""
+    """What int8 changes in the outputs of a model, measured on the images of a folder."""
     images: int
-    right_before: Optional[float]  # share of the images, None without classes
+    right_before: Optional[float]  # share of the images that are classified right, None without classes
     right_after: Optional[float]
     same_first: Optional[float]  # share of the images with the same most likely class, None for features
     mean_change: float  # of outputs, as a share of the largest value
@@ -43,11 +46,12 @@ class Int8Change:
 
 
 def find_images(folder: Union[str, Path], labels: Sequence[str] = ()) -> Tuple[List[Path], Optional[List[int]]]:
-    """The images of a folder and of those inside it, and the index of the class of each.
+    """Return the images of a folder and its subfolders, and the index of the class of each, None if not known.
 
-    The classes are the names of its folders if all of these are `labels`. Folders of other names, as many as there are
-    labels, are taken in their natural order, as timm does. Otherwise no class is known, and None is returned. Files and
-    folders whose names start with a dot are left out.
+    An image's class is known from the subfolder that it is in. If all subfolders have names from `labels`, these names
+    are the classes. If there are as many subfolders as labels, but with other names, the subfolders in natural order
+    are the classes, as in timm. Otherwise classes are not known. Files and folders whose names start with a dot are
+    left out.
 
     Raises:
         ValueError: There is no image.
@@ -78,7 +82,7 @@ def find_images(folder: Union[str, Path], labels: Sequence[str] = ()) -> Tuple[L
 
 
 def quantize_openvino(source: Path, path: Path, images: CalibrationImages, metadata: Dict[str, str]) -> None:
-    """Quantise weights and activations of an OpenVINO model after training, as is good for transformers."""
+    """Quantise weights and activations of an OpenVINO model after training, with NNCF's settings for transformers."""
     nncf, openvino = import_extra('nncf'), import_extra('openvino')
     inputs = [x.numpy() for x in images.some()]
     model = nncf.quantize(
@@ -90,7 +94,7 @@ def quantize_openvino(source: Path, path: Path, images: CalibrationImages, metad
 
 
 def quantize_onnx(source: Path, path: Path, images: CalibrationImages, metadata: Dict[str, str]) -> None:
-    """Quantise linear layers and convolutions of an ONNX model statically, weights by channel."""
+    """Quantise linear layers and convolutions of an ONNX model, with fixed scales. Weights have one per channel."""
     onnx = import_extra('onnx')
     quantization = import_extra('onnxruntime.quantization')
 
@@ -114,7 +118,7 @@ def quantize_onnx(source: Path, path: Path, images: CalibrationImages, metadata:
 
 
 def measure_change(before: Runner, after: Runner, images: CalibrationImages, metadata: Dict[str, str]) -> Int8Change:
-    """Run both forms of a model on all images."""
+    """Run a model before and after quantisation on all images, and return what changes."""
     is_classifier = json.loads(metadata['outputs']) == ['logits']
     right = [0, 0]
     same, total, largest = 0, 0., 0.

@@ -1,4 +1,4 @@
-""" Names of classes: in files, in configs, beside checkpoints. """
+""" Read and write the names of classes: in files, in configs, beside checkpoints. """
 import json
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ MAX_FILE = 16 * 2 ** 20  # bytes
 
 
 def labels_in(config: Any) -> Optional[List[str]]:
-    """The names of classes in the order of their indices, None if there are none, or only 'LABEL_0' and so on.
+    """Return the names of classes by their indices, None if there are no names, or only 'LABEL_0' and so on.
 
     Args:
         config: A list of names, a dict of indices and names, or a config of timm (`label_names`, or the same in
@@ -54,14 +54,14 @@ def _name(value: Any) -> str:
 
 
 def read_labels(path: PathLike, count: Optional[int] = None) -> List[str]:
-    """The names of classes in a file: JSON (see `labels_in`), or text with a name a line.
+    """Return the names of classes in a file: JSON (see `labels_in`), or text with one name per line.
 
-    A file whose name does not end in .json may hold a JSON list too, see `labels_text`. In text, blank lines and blanks
+    A file whose name does not end in .json may hold a JSON list too, see `labels_text`. In text, empty lines and spaces
     around a name are ignored, and so is a byte order mark.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The file holds no names, or not `count` of them, or is larger than `MAX_FILE`.
+        ValueError: The file has no names, or another number of names than `count`, or is larger than `MAX_FILE`.
     """
     try:
         with open(path, 'rb') as f:
@@ -82,10 +82,10 @@ def read_labels(path: PathLike, count: Optional[int] = None) -> List[str]:
 
 
 def labels_text(names: Sequence[str]) -> bytes:
-    """Content of a file from which `read_labels` reads the same names again.
+    """Return the content of a file from which `read_labels` reads the same names again.
 
-    It has one name per line, as timm's --class-map reads it too. If a name has line breaks, blanks around it, or
-    characters that UTF-8 cannot store, the content is a JSON list.
+    It has one name per line, which timm's --class-map can read too. If a name has line breaks, spaces around it, or
+    characters that UTF-8 cannot store, the content is a JSON list instead.
     """
     try:
         content = ''.join(f'{name}\n' for name in names).encode()
@@ -101,12 +101,12 @@ def _in_text(text: str) -> List[Any]:
         try:
             return list(json.loads(text))
         except ValueError:
-            pass  # a name that starts so
+            pass  # no JSON, but a name that starts with these characters
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def labels_beside(checkpoint: PathLike) -> Optional[List[str]]:
-    """The names that `pvt-timm train` keeps beside its checkpoints, None if there are none."""
+    """Return the names that `pvt-timm train` writes beside its checkpoints, None if there are none."""
     file = Path(checkpoint).parent / LABELS_FILE
     return read_labels(file) if file.is_file() else None
 

@@ -539,7 +539,7 @@ class PyramidVisionTransformer(nn.Module):
 
         Args:
             img_size: New image size, None to change nothing.
-            patch_size: Only the patch size that the model has.
+            patch_size: The patch size of the model, or None. Other values are not supported.
         """
         assert patch_size is None or to_2tuple(patch_size) == to_2tuple(self.patch_size), \
             f'patch_size should stay {self.patch_size}, got {patch_size}.'
@@ -652,7 +652,7 @@ class PyramidVisionTransformer(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (B, num_classes) of images (B, C, H, W), embeddings (B, channels) of a model without head."""
+        """Return logits (B, num_classes) for images (B, C, H, W), or embeddings (B, channels) without a head."""
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
@@ -687,14 +687,14 @@ def checkpoint_filter_fn(
 ) -> Dict[str, torch.Tensor]:
     """ Map a PVT v1 checkpoint of any known format to `model`.
 
-    Neither is changed. As timm then drops a head and adapts a first convolution by what `model.pretrained_cfg` says of
-    the checkpoint, these two may have other shapes than in the model.
+    Neither is changed. The head and the first convolution may keep other shapes than in the model: timm then drops or
+    adapts them, as `model.pretrained_cfg` says.
 
     Args:
         state_dict: The checkpoint.
-        model: The model to load it.
-        num_stages: How many stages of the model are used, all if None. A checkpoint may lack the others, for which the
-            model's own values are returned.
+        model: The model that will load it.
+        num_stages: How many stages of the model are used, all if None. If the checkpoint does not have the other
+            stages, the model's values are returned for them.
 
     Raises:
         ValueError: The checkpoint does not fit the model. The message says where.

@@ -1,4 +1,4 @@
-""" Semantic FPN on PVT as published, and checkpoints of mmsegmentation and of the original code for it.
+""" Semantic FPN on PVT as published. It can load checkpoints of mmsegmentation and of the original code.
 
 The paper trains it on ADE20K for 40,000 steps of 32 crops of 512x512 pixels. This does the same:
 
@@ -39,7 +39,7 @@ _TABLE = (
 
 
 def ade20k_classes() -> Tuple[List[str], List[Color]]:
-    """Names and colours (red, green, blue) of ADE20K's 150 classes, in the order of class indices."""
+    """Return names and colours (red, green, blue) of ADE20K's 150 classes, in the order of class indices."""
     lines = (Path(__file__).parent / 'data' / 'ade20k.txt').read_text(encoding='utf-8').splitlines()
     colors, names = zip(*(line.split(' ', 1) for line in lines))
     return list(names), [tuple(bytes.fromhex(color[1:])) for color in colors]
@@ -103,8 +103,8 @@ class SemanticFpn(nn.Module):
             num_classes: Number of classes.
             channels: Channels of the head.
             drop_rate: Dropout of channels before the classifier.
-            min_size: Shorter side that `segment` resizes to.
-            max_size: Longest side after that.
+            min_size: Shorter side that `segment` resizes images to.
+            max_size: Limit of the longer side. If it is reached, the shorter side becomes smaller than `min_size`.
         """
         super().__init__()
         self.backbone = backbone
@@ -122,11 +122,11 @@ class SemanticFpn(nn.Module):
 
     @torch.no_grad()
     def segment(self, image: torch.Tensor) -> torch.Tensor:
-        """Classes (H, W) of an image (C, H, W) with values from 0 to 1. The model is in evaluation mode meanwhile.
+        """Return the classes (H, W) of an image (C, H, W) with values from 0 to 1. Evaluation mode is used meanwhile.
 
         The image is resized twice, as by the original's AlignResize and mmsegmentation's ResizeToMultiple. First the
         shorter side becomes `min_size`, or less if the longer side would be above `max_size`. Then both sides are
-        enlarged to multiples of 32. Unlike there, values are not rounded to bytes in between.
+        enlarged to multiples of 32. Unlike in these two, values are not rounded to bytes in between.
 
         Raises:
             ValueError: The image has another number of channels, no floating point numbers, or values up to 255.
@@ -163,7 +163,7 @@ def semantic_fpn(
 
 
 def segmenter_to_mmseg(model: SemanticFpn, fmt: str = 'mmdet') -> Dict[str, torch.Tensor]:
-    """The weights of a segmenter as mmsegmentation names them, with the backbone in format 'mmdet' or 'original'."""
+    """Return the weights of a segmenter under mmsegmentation's names, its backbone in format 'mmdet' or 'original'."""
     return to_openmmlab(model, _TABLE, fmt)
 
 
@@ -171,12 +171,13 @@ def semantic_fpn_from_mmseg(checkpoint: Checkpoint, prefix: Optional[str] = None
     """Load a Semantic FPN of mmsegmentation, of the original PVT code or of this package.
 
     Arguments and errors are those of `pvt_timm.detection.retinanet_from_mmdet`. The checkpoint has `backbone.*`,
-    `neck.*` and `decode_head.*`, and `min_size` is 512 if no config in the file says it. Of this package a checkpoint
-    of `pvt-timm segmenter fit` is taken, or the state dict of a segmenter.
+    `neck.*` and `decode_head.*`. `min_size` is 512 if no config in the file gives it. From this package, a checkpoint
+    of `pvt-timm segmenter fit` or the state dict of a segmenter is accepted.
 
     Returns:
-        The model in evaluation mode. Variant, number of classes and widths are read off the weights. Names and colours
-        of classes are those in the file, or ADE20K's where a file of the others says none for 150 classes.
+        The model in evaluation mode. Variant, number of classes and widths are read from the weights. Names and colours
+        of classes are those in the file. If a file of mmsegmentation or of the original code has none and there are 150
+        classes, they are ADE20K's.
     """
     checkpoint = open_checkpoint(checkpoint)
     if is_own(checkpoint):

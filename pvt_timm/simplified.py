@@ -1,12 +1,13 @@
 """ A smaller graph for inference: `pvt_timm.simplify(model)` computes the same numbers with fewer operations.
 
-No engine finds these by itself, since they follow from what attention is:
-  * Where the output is the class token, the last block needs only that token as a query, and in its MLP.
-  * What is added to the scores of all keys alike drops out of the softmax: the bias of the keys.
-  * The weights of a softmax sum to 1, so the bias of the values is a constant, and belongs to the output's bias.
-  * The scale of the scores belongs to the weights of the queries.
-  * A score is x (Wq' Wk) z' for tokens x and z. With few keys it is cheaper to multiply z by both matrices than x by
-    one of them. The matrix of the output goes to the values in the same way (`folding_is_cheaper`).
+Inference engines do not find these simplifications by themselves, because they follow from how attention works:
+  * If the output is the class token, the last block computes its query and its MLP for this token only.
+  * The bias of the keys is left out: it adds the same number to the scores of all keys, and softmax ignores that.
+  * The bias of the values is moved to the bias of the output: the weights of a softmax sum to 1, so it is a constant.
+  * The scale of the scores is moved to the weights of the queries.
+  * A score is x (Wq' Wk) z' for tokens x and z. With few keys it is cheaper to multiply z by the product of both
+    matrices than x and z by one matrix each. In the same way, the matrix of the output is multiplied to that of the
+    values (`folding_is_cheaper`). This is called folding.
 """
 import copy
 from typing import Any, Iterator, Optional, Tuple, Union
@@ -23,23 +24,25 @@ from .sliced_mlp import SlicedMlp
 __all__ = ['simplify']
 
 _NORMS = (nn.LayerNorm, LayerNorm)
-_NOTHING = (nn.Dropout, DropPath, nn.Identity)  # in evaluation mode
+_NOTHING = (nn.Dropout, DropPath, nn.Identity)  # layers that do nothing in evaluation mode
 
 
 def simplify(model: nn.Module, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> nn.Module:
-    """A copy of a model for inference that computes the same with fewer operations. The model stays as it is.
+    """Return a copy of a model for inference that computes the same with fewer operations. The model is not changed.
 
-    Equal to 1e-5 in float32 and to 1e-10 in float64, relative to the largest value, at any size and batch. The copy can
-    be scripted, traced, exported and compiled. It has no dropout, and its weights have no gradients.
+    The outputs are equal to 1e-5 in float32 and to 1e-10 in float64, relative to the largest value, at any image and
+    batch size. The copy can be scripted, traced, exported and compiled. It has no dropout, and its weights have no
+    gradients.
 
     Args:
         model: A PVT or any module with PVT stages inside.
-        img_size: Height and width that the operations are counted for (default that of the position embeddings).
+        img_size: Height and width of images at which the operations are counted, to choose the cheaper form of a layer
+            (default that of the position embeddings).
 
     Returns:
-        For a classifier that pools the class token a module with `forward` only: it computes no other token at the end.
-        Otherwise a copy of the model with other attention layers. Layers of other classes or with hooks are left as
-        they are.
+        For a classifier that pools the class token: a module with `forward` only, because it does not compute the other
+        tokens in the last block. Otherwise: a copy of the model with other attention layers. Layers of other classes or
+        with hooks are not changed.
 
     Raises:
         ValueError: There is no PVT stage in the model, or the code of its layers is patched.
@@ -70,10 +73,11 @@ def simplify(model: nn.Module, img_size: Optional[Union[int, Tuple[int, int]]] =
 
 
 def folding_is_cheaper(queries: int, keys: int, dim: int, heads: int) -> bool:
-    """Whether `FoldedAttention` has fewer multiplications than `ProjectedAttention`, for one of its two halves.
+    """Return whether `FoldedAttention` needs fewer multiplications than `ProjectedAttention`.
 
-    The halves, queries with keys and values with output, cost the same. With many keys it never is: a kernel for the
-    usual form keeps no matrix of scores, which takes more time than there is to win.
+    Attention has two halves, queries with keys and values with output. Both cost the same, so one is counted. With many
+    keys the result is always False: kernels for the usual form do not store the matrix of scores, and storing it takes
+    more time than folding saves.
     """
     if keys >= MANY_KEYS:
         return False
@@ -83,7 +87,7 @@ def folding_is_cheaper(queries: int, keys: int, dim: int, heads: int) -> bool:
 
 
 def _is_plain(module: Any, kinds: Tuple[type, ...]) -> bool:
-    """Whether a module is of one of these very classes, and computes what the class does."""
+    """Return whether a module's class is one of `kinds`, not a derived one, and its forward is that of the class."""
     hooks = module is not None and (module._forward_hooks or module._forward_pre_hooks)
     return type(module) in kinds and 'forward' not in module.__dict__ and not hooks
 
@@ -99,7 +103,7 @@ def _is_plain_attention(attn: Any) -> bool:
 
 
 def _is_plain_block(block: Block) -> bool:
-    """Whether all but the attention of a block sees tokens one by one."""
+    """Return whether all layers of a block except its attention process each token on its own."""
     mlp: Any = block.mlp
     return (
         _is_plain(block, (Block,))
@@ -129,7 +133,10 @@ def _returns_class_token_only(model: Any) -> bool:
 def _stages_and_grids(
         model: nn.Module, img_size: Optional[Union[int, Tuple[int, int]]],
 ) -> Iterator[Tuple[PyramidVisionTransformerStage, Tuple[int, int]]]:
-    """The stages of a model, each with the grid of its tokens. Stages that stand side by side follow one another."""
+    """Yield the stages of a model, each with its grid of tokens: rows and columns.
+
+    Stages inside of the same module are taken to run one after the other.
+    """
     if isinstance(model, PyramidVisionTransformerStage):
         yield model, model.grid_size
         return
@@ -144,13 +151,13 @@ def _stages_and_grids(
 
 
 class _Weights:
-    """The matrices of an attention layer in float64 on the CPU, one for each head, without what drops out.
+    """The simplified matrices of an attention layer in float64 on the CPU, one for each head.
 
     Attributes:
-        q, k, v: (heads, head_dim, C), the scale is in q.
-        q_bias: (heads, head_dim), with the scale.
+        q, k, v: (heads, head_dim, C). The scale of the scores is in q.
+        q_bias: (heads, head_dim). The scale is in it too. There is no bias of the keys.
         out: (heads, C, head_dim).
-        out_bias: (C,), with what the bias of the values comes to.
+        out_bias: (C,). It includes the bias of the values.
     """
 
     def __init__(self, attn: Attention):
@@ -161,7 +168,7 @@ class _Weights:
             return exact(linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias)
 
         by_head = (attn.num_heads, attn.head_dim)
-        # the kernel that `fused_attn` stands for knows no other scale
+        # with `fused_attn`, the layer always uses this scale
         scale = attn.head_dim ** -0.5 if attn.fused_attn else attn.scale
         proj, v_bias = exact(attn.proj.weight), bias(attn.kv).chunk(2)[1]
         self.q = exact(attn.q.weight).unflatten(0, by_head) * scale
@@ -172,12 +179,12 @@ class _Weights:
 
 
 def _parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    """A parameter without gradients, of the type and on the device of `like`."""
+    """Return a parameter without gradients, with the type and on the device of `like`."""
     return nn.Parameter(value.to(like.device, like.dtype).contiguous(), requires_grad=False)
 
 
 def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor], like: torch.Tensor) -> nn.Linear:
-    """A linear layer without gradients, of the type and on the device of `like`."""
+    """Return a linear layer without gradients, with the type and on the device of `like`."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device='meta').eval()
     linear.weight = _parameter(weight, like)
     if bias is not None:
@@ -186,7 +193,7 @@ def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor], like: torch.Tens
 
 
 class _Reduction(nn.Module):
-    """The tokens (B, K, C) that keys and values are made of: all of them or, with a convolution, a reduced grid."""
+    """Returns the tokens (B, K, C) for keys and values: all tokens or, with a convolution, those of a reduced grid."""
 
     def __init__(self, attn: Attention):
         super().__init__()
@@ -201,7 +208,10 @@ class _Reduction(nn.Module):
 
 
 class ProjectedAttention(nn.Module):
-    """Attention as usual, without biases of keys and values. Without a reduction, one product makes all three."""
+    """The usual form of attention, without biases of keys and values.
+
+    Without a reduction, one matrix product computes queries, keys and values.
+    """
     fused_attn: torch.jit.Final[bool]
 
     def __init__(self, attn: Attention):
@@ -235,10 +245,10 @@ class ProjectedAttention(nn.Module):
 
 
 class FoldedAttention(nn.Module):
-    """Attention in which the matrices of queries and output are multiplied to keys and values, for few keys.
+    """Attention for few keys: the matrices of queries and output are folded into those of keys and values.
 
-    They are multiplied to the matrices of keys and values beforehand: one product per head in place of two. One after
-    the other would pay for more heads by the number of multiplications, but OpenVINO then takes more time.
+    The products of the matrices are computed in advance, so there is one product per head instead of two. With two
+    products, one after the other, folding would save multiplications for more heads too, but OpenVINO takes more time.
     """
 
     def __init__(self, attn: Attention):
@@ -269,7 +279,10 @@ class FoldedAttention(nn.Module):
 
 
 class ClassTokenAttention(nn.Module):
-    """Attention of one query (B, 1, C) on tokens (B, K, C). Matrices are multiplied to what there is one of."""
+    """Attention of one query (B, 1, C) to tokens (B, K, C).
+
+    The matrices are multiplied to the single query and to the single mean of the tokens, not to all tokens.
+    """
 
     def __init__(self, attn: Attention):
         super().__init__()
@@ -290,7 +303,7 @@ class ClassTokenAttention(nn.Module):
 
 
 class ClassTokenBlock(nn.Module):
-    """The last block where only the class token is of interest: tokens (B, N, C) to the class token (B, 1, C)."""
+    """A last block that computes only the class token (B, 1, C) from the tokens (B, N, C)."""
 
     def __init__(self, block: Block, attn: Attention):
         super().__init__()
@@ -304,7 +317,7 @@ class ClassTokenBlock(nn.Module):
 
 
 class ClassTokenClassifier(nn.Module):
-    """Images to logits by way of the class token."""
+    """A classifier whose last block computes only the class token. Takes images and returns logits."""
 
     def __init__(self, model: PyramidVisionTransformer):
         super().__init__()

@@ -6,17 +6,19 @@ from timm.layers import Mlp
 
 __all__ = ['SlicedMlp']
 
-# Tokens that an MLP takes at a time. The hidden activations of so many stay in the cache, those of a batch of images
-# (100 MB for 16 of 224x224) are written to fresh memory and read back.
+# Number of tokens in a slice. The hidden activations of so many tokens stay in the CPU's cache. Those of a whole batch
+# (100 MB for 16 images of 224x224) are written to new memory and read back.
 SLICE_TOKENS = 1568
 
 
 class SlicedMlp(Mlp):
-    """timm's `Mlp`, which takes tokens (B, N, C) slice by slice on the CPU where no gradient is recorded.
+    """timm's `Mlp`, which computes tokens (B, N, C) in slices if it runs on a CPU and records no gradient.
 
-    Every token is on its own in an MLP, so slices only change the rounding of the matrix products. Nothing is sliced in
-    training mode, not even where only dropout is (its masks would be drawn in another order than in a recomputation),
-    nor where hooks or other layers than timm's see all tokens.
+    An MLP computes each token independently of the others, so slices change only the rounding of matrix products.
+
+    Tokens are not sliced if this module or one of its layers, such as dropout, is in training mode: the masks of
+    dropout would be drawn in another order than in a recomputation. They are not sliced either if layers have hooks, or
+    are not from torch or timm, because such code may need all tokens together.
     """
 
     def _takes_slices(self, x: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-""" Where a checkpoint comes from: a file, a folder, a url or a hub repository. """
+""" Find or download a checkpoint: a file, a folder, a url or a hub repository. """
 import contextlib
 import functools
 import hashlib
@@ -27,7 +27,7 @@ _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 NEIGHBOURS = ('config.json', 'preprocessor_config.json', CLASS_ROW_FILE)
 _MAX_CONFIG_BYTES = 16 * 2 ** 20
 
-# sha256 of the public file of each pretrained tag, or its first 8 digits where no more is published
+# sha256 of the public file of each pretrained tag, or its first 8 digits if only these are published
 SHA256 = {
     'pvt_tiny.in1k': 'afa86f52bada08f84dab81dd633c6207bbc7802bd4cb24ef9d089cc09488985d',
     'pvt_small.in1k': 'ace9243cd2c343d60908f31c02d921aba586462aa87964c3f2d47b3c80547bbc',
@@ -84,7 +84,7 @@ def open_source(spec: PathLike, max_bytes: int = MAX_BYTES) -> Iterator[Source]:
         name = re.sub(r'[^\w.-]', '_', unquote(parts.path).rpartition('/')[2], flags=re.ASCII)[-80:].lstrip('.')
         with tempfile.TemporaryDirectory(prefix='pvt-convert-') as folder:
             file = Path(folder, name or 'checkpoint')
-            bar = sys.stderr.isatty() and not are_progress_bars_disabled()  # as the hub's own
+            bar = sys.stderr.isatty() and not are_progress_bars_disabled()  # as for the hub's own bar
             download(spec, file, max_bytes, progress=bar)
             # user, password, query and fragment may be secrets
             yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file)
@@ -121,9 +121,9 @@ def _from_hub(spec: str) -> Source:
 
 
 def _with_neighbours(name: str, file: Path) -> Source:
-    """A checkpoint and the files beside it that belong to it.
+    """Return a checkpoint with the files beside it that belong to it.
 
-    They belong to it if a folder was given, or if the file is called as in a folder of the hub.
+    These files belong to it if a folder was given, or if the file has a name that is used on the hub.
     """
     if not os.path.isdir(name) and file.name not in _HUB_FILES:
         return Source(name, file, config_beside=file.with_name('config.json').is_file())

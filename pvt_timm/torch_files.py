@@ -81,7 +81,7 @@ class _Unfinished:
 
 
 class _Storages(Protocol):
-    """Where the bytes of tensors come from."""
+    """The source of the bytes of tensors."""
 
     def get(self, key: str, nbytes: int, dtype: torch.dtype) -> torch.UntypedStorage:
         ...
@@ -112,7 +112,7 @@ def read_zip(path: Path, size: int) -> Any:
     Raises:
         UnknownName: The archive needs more than plain values and tensors.
         ValueError: The archive is damaged, or was not made by `torch.save`.
-        Exception: Errors of `zipfile`, where the archive is damaged.
+        Exception: Errors of `zipfile`, if the archive is damaged.
     """
     with _ArchiveFile(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
         file.longest_piece = size
@@ -152,7 +152,7 @@ def _check_records(
 
 
 class _ZipStorages:
-    """The bytes of tensors in an archive that `_check_records` has checked."""
+    """Reads the bytes of tensors from an archive that `_check_records` has checked."""
 
     def __init__(self, mapped: mmap.mmap, records: Dict[str, zipfile.ZipInfo], folder: str, swap: bool):
         self.mapped = mapped
@@ -173,7 +173,7 @@ class _ZipStorages:
     def make(self, info: zipfile.ZipInfo, dtype: torch.dtype) -> torch.UntypedStorage:
         if info.file_size == 0:
             return torch.UntypedStorage(0, device='cpu')
-        # before the bytes of a record stand its header of 30 bytes, its name and its extra field
+        # the bytes of a record come after its header of 30 bytes, its name and its extra field
         name, extra = struct.unpack_from('<HH', self.mapped, info.header_offset + 26)
         start = info.header_offset + 30 + name + extra
         if start % dtype.itemsize == 0 and not self.swap:
@@ -208,14 +208,14 @@ def read_legacy(path: Path, size: int) -> Any:
 
 @dataclass(frozen=True)
 class _Claimed:
-    """Memory for a storage whose bytes are still to be read."""
+    """Memory for a storage whose bytes have not been read yet."""
     data: np.ndarray
     itemsize: int
     storage: torch.UntypedStorage
 
 
 class _LegacyStorages:
-    """The bytes of tensors in a file of torch < 1.6. They stand behind the pickles, so they are read last."""
+    """The bytes of tensors in a file of torch < 1.6. They come after the pickles, so they are read last."""
 
     def __init__(self, size: int):
         self.left = size  # bytes of the file that no storage has claimed
@@ -233,7 +233,7 @@ class _LegacyStorages:
         return self.known[key].storage
 
     def fill(self, file: io.BufferedReader, keys: Any) -> None:
-        """Read the storages in the order of `keys`. Before the bytes of each one stands its number of values."""
+        """Read the storages in the order of `keys`. The bytes of each storage come after its number of values."""
         if type(keys) is not list or len(keys) != len(self.known) or set(keys) != set(self.known):
             raise ValueError('its list of storages is not that of its tensors')
         for key in keys:
@@ -474,11 +474,11 @@ def _namespace() -> Dict[str, Any]:
 
 
 def _training_log(*_: Any) -> None:
-    """None, in place of a log of OpenMMLab's training."""
+    """Return None instead of a log of OpenMMLab's training."""
 
 
 def _attribute(of: Any, _: Any) -> None:
-    """None, in place of a function in such a training log. Other attributes are refused."""
+    """Return None instead of a function in such a training log. Other attributes are refused."""
     if of != _Name('mmengine.logging.history_buffer.HistoryBuffer'):
         raise UnknownName('builtins.getattr')
 
@@ -616,11 +616,11 @@ _SMALL = (int, float, complex, np.generic, np.ndarray, np.dtype, torch.dtype, to
 def check_plain(content: Any, size: int) -> None:
     """Refuse content that is not plain, that contains itself, or that is far larger than its file when written out.
 
-    One list may stand in several places of a checkpoint, and several tensors may share one storage. Lists of such lists
+    One list may occur in several places of a checkpoint, and several tensors may share one storage. Lists of such lists
     take few bytes in a file and in memory, but as text they may be larger than the memory of any machine.
 
     Args:
-        content: What a file holds.
+        content: Content of a file.
         size: Size of the file in bytes.
     """
     most_text = TEXT_PER_VALUE * MAX_STEPS + 4 * size

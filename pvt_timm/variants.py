@@ -1,10 +1,10 @@
-""" The variants of PVT as the commands know them: what tells them apart, and how accurate they are. """
+""" The variants of PVT: the arguments of their models, and their accuracy. """
 from typing import Any, Dict, Optional, Tuple
 
 __all__ = ['TOP1', 'VARIANTS', 'find_variant']
 
-# Arguments of the model, by the name of its entrypoint. Those of the published variants stand in the entrypoints of
-# pvt.py too, as in any file of timm.
+# Arguments of the model, by the name of its entrypoint. The entrypoints in pvt.py repeat those of the published
+# variants, as in any file of timm.
 VARIANTS: Dict[str, Dict[str, Any]] = {
     'pvt_tiny': dict(depths=(2, 2, 2, 2), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
     'pvt_small': dict(depths=(3, 4, 6, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
@@ -34,7 +34,7 @@ TOP1: Dict[str, float] = {
 
 
 def find_variant(depths: Tuple[int, ...], embed_dims: Tuple[int, ...]) -> Optional[str]:
-    """Name of the variant with these depths and channels, None if there is none."""
+    """Return the name of the variant with these depths and channels, None if there is none."""
     for name, args in VARIANTS.items():
         if args['depths'] == depths and args['embed_dims'] == embed_dims:
             return name

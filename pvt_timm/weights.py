@@ -1,6 +1,6 @@
 """ Find and read a checkpoint and the files beside it, and describe it.
 
-`read_weights` makes one description, `Weights`. All code that needs to know something about a checkpoint asks it.
+`read_weights` returns one description, `Weights`. All other code uses this description.
 """
 import contextlib
 import inspect
@@ -35,8 +35,8 @@ PARTS = ('class_token', 'norm', 'head')
 MIN_SIZE, MAX_SIZE = 32, 2048
 PREPROCESSING = ('img_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 
-# Arguments of the model that a checkpoint or config may give: what the value has to be, in words, and the function that
-# reads it. The shapes of the weights tell the arguments in this table too, and both have to agree.
+# Arguments of the model that a checkpoint or config may give: the expected value, in words, and the function that reads
+# it. The arguments in this table can also be read from the shapes of the weights, and both have to agree.
 _TOLD_BY_THE_WEIGHTS: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
     'num_classes': ('a whole number', lambda x: whole_number(x, low=0)),
     'img_size': ('one or two numbers of pixels', image_size),
@@ -62,8 +62,8 @@ _ONLY_SAID: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
         ('a number from 0 to 1', lambda x: number(x, low=0, high=1))),
 }
 _DROP_RATES = tuple(name for name in _ONLY_SAID if name.endswith('_rate'))
-# Arguments of `timm.create_model` that are ignored: they change nothing where there are weights, or follow from the
-# names of the weights
+# Arguments of `timm.create_model` that are ignored: they have no effect on loaded weights, or follow from the names of
+# the weights
 _WITHOUT_EFFECT = ('weight_init', 'features_only', 'out_indices', 'feature_cls', 'final_norm')
 
 
@@ -72,15 +72,15 @@ class Weights:
     """A checkpoint under timm's names, and all that is known about it."""
     source: Source
     converted: Converted  # how its names were mapped
-    state_dict: StateDict  # with the class row in the last position embedding, where the source has one
+    state_dict: StateDict  # with the class row in the last position embedding, if the source has one
     info: Architecture
     variant: str  # name of the timm model
-    args: Dict[str, Any]  # arguments of the model that the weights do not tell, but a config or the training does
+    args: Dict[str, Any]  # arguments of the model that are not in the weights, but in a config or training settings
     preprocessing: Dict[str, Any]  # input_size, mean, std, crop_pct, crop_mode and interpolation, in timm's words
     label_names: List[str] = field(default_factory=list)  # of the classes, empty if not known
     problem_type: Optional[str] = None  # transformers': 'multi_label_classification' and so on
     origin: Dict[str, str] = field(default_factory=dict)  # license and origin_url, as far as they are known
-    notes: List[str] = field(default_factory=list)  # what is odd about it
+    notes: List[str] = field(default_factory=list)  # what is unusual about it
 
     @property
     def parts(self) -> List[str]:
@@ -106,12 +106,12 @@ class Weights:
 
     @property
     def multi_label(self) -> bool:
-        """Whether every class has a probability of its own, so that they do not add up to 1."""
+        """Whether each class has an independent probability (sigmoid instead of softmax)."""
         return self.problem_type == 'multi_label_classification' or self.info.num_classes == 1
 
     @property
     def model_args(self) -> Dict[str, Any]:
-        """Arguments for `timm.create_model` that differ from the defaults of the variant, but for num_classes."""
+        """Arguments for `timm.create_model` that differ from the defaults of the variant, except num_classes."""
         info = self.info
         height, width = info.img_size
         args: Dict[str, Any] = {
@@ -135,7 +135,7 @@ class Weights:
             **VARIANTS[self.variant],
         }
         if info.class_token != info.norm:
-            del defaults['output_fmt']  # always said, since without a word on it, it follows the norm here
+            del defaults['output_fmt']  # always given: without it, this class takes it from the norm
         return {name: value for name, value in args.items() if value != defaults.get(name)}
 
     @property
@@ -152,14 +152,14 @@ class Weights:
         return ', '.join(dict.fromkeys(str(v.dtype).removeprefix('torch.') for v in self.state_dict.values()))
 
     def for_model(self) -> StateDict:
-        """The state dict without a class row that belongs to no class token: no timm model has a place for it."""
+        """Return the state dict without a class row that has no class token. No timm model can load such a row."""
         return drop_parts(self.state_dict, ['class_token'] if self.has_bare_row else [])
 
     def create_model(self, pretrained: bool = True, **kwargs: Any) -> Any:
-        """The timm model with these weights.
+        """Return the timm model with these weights.
 
         Args:
-            pretrained: False for the same model with random weights.
+            pretrained: Whether the weights are loaded. If not, the model has random weights.
             kwargs: More arguments for `timm.create_model`, such as `features_only=True`, another `num_classes` or
                 `in_chans`, or `drop_path_rate`. They replace `model_args`.
         """
@@ -169,13 +169,13 @@ class Weights:
             args['num_classes'] = 0  # the head was trained on the class token. Without the token it is left out.
             for name in ('global_pool', 'final_norm', 'output_fmt'):
                 args.pop(name, None)
-        # The other fields are those of the variant's default tag, but not the ones that are true of its weights alone
+        # The other fields are those of the variant's default tag, except those that are true only of that tag's weights
         overlay = {**dict.fromkeys(_CLAIMS), **self.pretrained_cfg}
         default: Any = get_pretrained_cfg(self.variant)
         if self.info.num_classes != default.num_classes:
             overlay.setdefault('label_names', None)
         if kwargs.get('num_classes', self.info.num_classes) != self.info.num_classes:
-            overlay['label_names'] = None  # the classes are others
+            overlay['label_names'] = None  # the model gets other classes than the weights
         if not pretrained:
             return timm.create_model(self.variant, pretrained_cfg_overlay=overlay, **{**args, **kwargs})
         if RECORDS_INPUT:  # older versions of timm have no such argument
@@ -191,11 +191,11 @@ class Weights:
         return model
 
     def refuse_args(self, fmt: str, but: Sequence[str]) -> None:
-        """Refuse arguments that change what the model computes, where a format has no place for them.
+        """Refuse arguments that change what the model computes, if a format cannot store them.
 
         Args:
             fmt: Name of the format, for the message.
-            but: Names of arguments that this format stores, or that a reader can see from the weights.
+            but: Names of arguments that this format stores, or that can be read from its weights.
         """
         fine = (*but, *_DROP_RATES, 'class_token', 'final_norm', 'output_fmt', 'in_chans')
         wrong = [f'{name}={shown(value)}' for name, value in self.model_args.items() if name not in fine]
@@ -223,14 +223,15 @@ def create_from_checkpoint(
         source_size: Size = None,
         **kwargs: Any,
 ) -> Any:
-    """A timm model with the weights of any PVT v1 checkpoint, built as its training settings and config say.
+    """Return a timm model with the weights of any PVT v1 checkpoint, built as its training settings and config say.
 
     Args:
-        source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]', in any known format.
-        model: Refuse weights of another timm model than this one, such as 'pvt_small'.
-        prefix: The part before the names of the weights, such as 'encoder.model.', where the file holds several PVTs.
-        use_ema: As timm does, prefer averaged weights where the file holds both.
-        source_size: Image size (or height and width) that the position embeddings are for, if nothing else tells it.
+        source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]', in any supported format.
+        model: Name of a timm model, such as 'pvt_small'. Weights of another model are refused.
+        prefix: The part before the names of the weights, such as 'encoder.model.', if the file holds several PVTs.
+        use_ema: Whether averaged weights are used if the file holds averaged and plain weights, as in timm.
+        source_size: Image size (or height and width) that the position embeddings are for, if it is not known
+            otherwise.
         kwargs: More arguments for `timm.create_model`, such as `features_only=True` or `num_classes=5` (a new head).
 
     Raises:
@@ -254,23 +255,23 @@ def read_weights(
         sha256: Optional[str] = None,
         max_bytes: int = MAX_BYTES,
 ) -> Iterator[Weights]:
-    """Read a checkpoint in any known format, and what its training and the files beside it say.
+    """Read a checkpoint in any supported format, its training settings, and the files beside it.
 
     Args:
         spec: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
-        model: Refuse weights of another timm model than this one.
-        use_ema: As timm does, prefer averaged weights where the file holds both.
-        prefix: The part before the names of the weights, where the file holds several PVTs.
-        source_size: Image size that the position embeddings are for, where nothing else tells it.
-        img_size: A height and width to try for the position embeddings, when no config says one.
+        model: Name of a timm model. Weights of another model are refused.
+        use_ema: Whether averaged weights are used if the file holds averaged and plain weights, as in timm.
+        prefix: The part before the names of the weights, if the file holds several PVTs.
+        source_size: Image size that the position embeddings are for, if it is not known otherwise.
+        img_size: A height and width to try for the position embeddings, if no config gives them.
         labels: File with the names of the classes, instead of those that come with the checkpoint.
         sha256: Hash (or its first 8 or more digits) that the file must have.
-        max_bytes: Refuse a file that is larger.
+        max_bytes: Largest size of a file. Larger files are refused.
 
     Raises:
-        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or two places contradict each other.
+        ValueError: The source is not a PVT v1 checkpoint, is damaged or refused, or two places contradict each other.
         OSError: A file cannot be read.
-        Exception: Errors of the hub's client, where a download fails.
+        Exception: Errors of the hub's client, if a download fails.
     """
     told_size = check_size(source_size, 'source_size')
     if model is not None and model not in VARIANTS:
@@ -316,7 +317,7 @@ def read_weights(
 
 
 def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
-    """Height and width of a size of one or two numbers."""
+    """Return height and width for a size of one or two numbers."""
     if size is None:
         return None
     pair = (size,) if isinstance(size, int) else tuple(size)
@@ -330,7 +331,7 @@ def check_size(size: Size, name: str = 'img_size') -> Optional[Tuple[int, int]]:
 # ---- what is said about the weights ----------------------------------------------------------------------------------
 
 def _what_is_said(source: Source, checkpoint: Mapping[str, Any], of_weights: Format) -> List[Said]:
-    """What each place says about the weights. Where two places say something, the earlier one in this order wins:
+    """Return what each place says about the weights. If two places say something, the earlier one in this order wins:
 
     1. The options of the user. They are not in the returned list: the code that reads an option applies it.
     2. What is published about a public file, which is recognised by its hash. This is used only if a
@@ -378,7 +379,7 @@ def _names_beside(source: Source) -> Said:
 
 
 def _read_config(config: Mapping[str, Any], of_weights: Format) -> Said:
-    """What config.json says. The format of the weights reads it or, if it is a config of another format, that one."""
+    """Return what config.json says. The format of the weights reads it, or another format if it is of that format."""
     for fmt in (of_weights, *FORMATS.values()):
         said = fmt.read_config(config)
         if said is not None:
@@ -388,7 +389,7 @@ def _read_config(config: Mapping[str, Any], of_weights: Format) -> Said:
 
 
 def _as_argument(name: str, value: Any, where: str) -> Any:
-    """An argument of the model in its usual type. An unknown argument is refused, since it may change outputs."""
+    """Return an argument of the model in its usual type. An unknown argument is refused: it may change outputs."""
     if name not in _TOLD_BY_THE_WEIGHTS and name not in _ONLY_SAID:
         raise ValueError(f'{where} says {shown(name)[1:-1]}={shown(value)} of the model, which is not supported.')
     expected, read = {**_TOLD_BY_THE_WEIGHTS, **_ONLY_SAID}[name]
@@ -399,7 +400,7 @@ def _as_argument(name: str, value: Any, where: str) -> Any:
 
 
 def _from_weights(info: Architecture, args_of_format: Mapping[str, Any]) -> Said:
-    """What the weights themselves tell: their shapes, and the arguments that all models of their format share."""
+    """Return what the weights themselves say: by their shapes, and as all models of their format."""
     return Said('the weights', model_args={
         'num_classes': info.num_classes,
         'img_size': info.img_size,
@@ -415,7 +416,7 @@ def _from_weights(info: Architecture, args_of_format: Mapping[str, Any]) -> Said
 
 
 def _merge(places: Sequence[Said]) -> Said:
-    """Merge what several places say. Of each value, the first place that gives it counts, and the others have to agree.
+    """Merge what several places say. Each value is taken from the first place that has it. The others have to agree.
 
     Raises:
         ValueError: Two places disagree about a value that changes outputs. The message names both.
@@ -445,7 +446,7 @@ def _check_agreement(name: str, saying: Sequence[Tuple[Said, Any]]) -> None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values or lists of values are the same. A single value is compared with every value of a list."""
+    """Return whether two values or lists are the same. A single value is compared with every value of a list."""
     ones = list(a) if isinstance(a, (list, tuple)) else [a]
     others = list(b) if isinstance(b, (list, tuple)) else [b]
     ones = ones * len(others) if len(ones) == 1 else ones
@@ -454,7 +455,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _same_value(x: Any, y: Any) -> bool:
-    """Whether two values are equal. Numbers may differ by 1e-6, unless both are below 1e-3, such as an eps."""
+    """Return whether two values are equal. Numbers may differ by 1e-6, unless both are below 1e-3, such as an eps."""
     if isinstance(x, (int, float)) and isinstance(y, (int, float)) and max(abs(x), abs(y)) > 1e-3:
         return abs(x - y) < 1e-6
     return x == y
@@ -464,9 +465,9 @@ def _describe(
         source: Source, converted: Converted, told_size: Optional[Tuple[int, int]],
         other_size: Optional[Tuple[int, int]], said: Sequence[Said],
 ) -> Tuple[StateDict, Architecture]:
-    """The state dict and the architecture that it describes.
+    """Return the state dict and its architecture.
 
-    If the row of the class token is in a file of its own (`Source.class_row`), it is put back into the state dict.
+    If the row of the class token is in a separate file (`Source.class_row`), it is put back into the state dict.
     """
     stored = told_size or next((place.model_args['img_size'] for place in said if 'img_size' in place.model_args), None)
     trained = next((place.img_size for place in said if place.img_size), None)
@@ -493,7 +494,7 @@ def _read_class_row(file: Path, like: torch.Tensor) -> torch.Tensor:
 
 
 def _find_variant(info: Architecture, source: Source, model: Optional[str], said: Sequence[Said]) -> str:
-    """The name of the timm model with these depths and channels. It has to be `model` and what the configs say."""
+    """Return the name of the timm model with these depths and channels. `model` and the configs have to agree."""
     variant = find_variant(info.depths, info.embed_dims)
     if variant is None:
         raise ValueError(
@@ -507,13 +508,13 @@ def _find_variant(info: Architecture, source: Source, model: Optional[str], said
 
 
 def _odd(converted: Converted) -> List[str]:
-    """Notes on weights that are unusual: values that are not finite."""
+    """Return notes on values that are not finite."""
     broken = [key for key, value in converted.state_dict.items() if not value.isfinite().all()]
     return [f'values that are not finite, kept as they are: {some_names(broken, 3)}'] if broken else []
 
 
 def _preprocessing(account: Said, info: Architecture, variant: str, notes: List[str]) -> Dict[str, Any]:
-    """How images are prepared: as the checkpoint and its configs say, else as the variant's default does."""
+    """Return how images are prepared: as the checkpoint and its configs say, otherwise as usual for the variant."""
     default: Any = get_pretrained_cfg(variant)
     cfg: Dict[str, Any] = {}
     for name in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation'):
@@ -534,7 +535,7 @@ def _preprocessing(account: Said, info: Architecture, variant: str, notes: List[
 
 def _labels(
         source: Source, account: Said, file: Optional[PathLike], count: int, notes: List[str]) -> List[str]:
-    """Names of the classes: those in `file`, else those in or beside the checkpoint, else those in its config."""
+    """Return the names of the classes from `file`, otherwise from the checkpoint, a file beside it, or its config."""
     if file is not None:
         return read_labels(file, count)
     names = account.label_names or []

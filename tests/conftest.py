@@ -1,4 +1,4 @@
-""" Fixtures for all tests. No test reaches a real model hub and none touches the caches of whoever runs them. """
+""" Fixtures for all tests. No test reaches a real model hub, and none uses the caches of the user who runs them. """
 import os
 import re
 import sys

@@ -1,9 +1,9 @@
 """ Put the family into a copy of the installed timm, as a pull request would: `python tests/merge_into_timm.py DIR`.
 
-Writes `DIR/timm` and prints how `pvt.py` differs from the one in this package: in import lines only, which `merge`
-makes sure of. What is new in timm: `models/pvt.py`, its private sibling `models/_pvt_formats/` with the formats of
-checkpoints, which are not changed, and one line in `models/__init__.py`. Nothing of `pvt_timm` is imported there: what
-the formats import from it stands in functions that only the converter calls.
+Writes `DIR/timm` and prints how its `pvt.py` differs from the one in this package: only in import lines, which `merge`
+checks. The copy of timm gets `models/pvt.py`, the private folder `models/_pvt_formats/` with the formats of
+checkpoints, which are not changed, and one line in `models/__init__.py`. Nothing of `pvt_timm` is imported there: the
+formats import it only in functions that only the converter calls.
 """
 import re
 import shutil

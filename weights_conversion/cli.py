@@ -24,7 +24,7 @@ COMMANDS = ('convert', 'inspect', 'publish')
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line. Returns the exit code: 0, or 2 after one line on stderr that says what was wrong."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    before = []  # options that may stand before the command too
+    before = []  # options that are also accepted before the command
     while argv and argv[0] in ('--json', '--quiet', '-q', '--debug'):
         before.append(argv.pop(0))
     argv = [*argv[:1], *before, *argv[1:]]
@@ -73,7 +73,7 @@ def _parser() -> Parser:
 
 def _printing_options() -> Parser:
     parser = Parser(add_help=False)
-    parser.add_argument('--debug', action='store_true', help='show where an error comes from, before its one line')
+    parser.add_argument('--debug', action='store_true', help='print the traceback of an error before its one line')
     parser.add_argument('--json', action='store_true', help='print the report as JSON')
     parser.add_argument('--quiet', '-q', action='store_true', help='no progress bar and no report')
     return parser
@@ -85,10 +85,10 @@ def _reading_options() -> Parser:
     add('source', metavar='SOURCE', help='file, folder, http(s) url, or hf-hub:owner/repo[@revision][:file]')
     add('--model', metavar='NAME', help='fail unless the checkpoint is of this model, e.g. pvt_small')
     add('--no-ema', dest='use_ema', action='store_false',
-        help='take the plain weights where the file also holds averaged ones, which are preferred')
-    add('--prefix', help='what stands before the names of the weights, where the file holds several backbones')
+        help='use the plain weights if the file holds averaged ones too (default the averaged ones)')
+    add('--prefix', help='part before the names of the weights, if the file holds several backbones')
     add('--source-size', metavar='N', type=int, nargs='+',
-        help='image size (or height and width) of the position embeddings, if they do not tell')
+        help='image size (or height and width) that the position embeddings are for, if it is not known otherwise')
     add('--labels', metavar='FILE', help='names of the classes, one a line or JSON')
     add('--sha256', metavar='HEX', help='refuse a file with another hash (8 to 64 digits)')
     add('--max-bytes', metavar='N', type=int, default=MAX_BYTES,
@@ -99,7 +99,7 @@ def _reading_options() -> Parser:
 def _uploading_options() -> Parser:
     parser = Parser(add_help=False)
     parser.add_argument('--private', action='store_true', help='make an uploaded repository private')
-    parser.add_argument('--dry-run', action='store_true', help='write the output, only show what would be uploaded')
+    parser.add_argument('--dry-run', action='store_true', help='write the output, but only show what would be uploaded')
     return parser
 
 
@@ -108,24 +108,25 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     add('--output', '-o', metavar='DIR', required=True, help='folder to write')
     add('--to', choices=TARGETS, default='timm', help='target format (default: timm)')
     add('--whole', action='store_true',
-        help='with --to mmdet or original: the whole detector or segmenter, not its backbone alone')
-    add('--drop', metavar='PART', nargs='+', choices=PARTS, default=[], help=f'leave out {", ".join(PARTS)}')
+        help='with --to mmdet or original: convert the whole detector or segmenter, not only its backbone')
+    add('--drop', metavar='PART', nargs='+', choices=PARTS, default=[], help=f'parts to leave out: {", ".join(PARTS)}')
     add('--num-classes', metavar='N', type=int, help='0 leaves out the head')
     add('--img-size', metavar='N', type=int, nargs='+',
         help='resize the position embeddings to this image size (or height and width)')
     add('--dtype', choices=DTYPES, help='cast the weights')
     add('--verify', action='store_true',
         help="compare outputs with the source's own implementation, fail if they differ")
-    add('--force', action='store_true', help='replace files of the same names in the folder, others stay')
+    add('--force', action='store_true', help='replace files of the same names in the folder. Other files stay')
     add('--push', metavar='OWNER/REPO', help='upload the output to the Hugging Face Hub')
 
 
 def _add_publish_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--to', metavar='OWNER', required=True, help='user or organisation on the hub')
-    add('--only', metavar='NAME', nargs='+', default=[], help='some of them, e.g. pvt_small.in1k')
-    add('--output', '-o', metavar='DIR', default='published', help='where to write the folders (%(default)s)')
-    add('--measured', metavar='FILE', help='results of benchmarks/training/imagenet.py, for the cards')
+    add('--only', metavar='NAME', nargs='+', default=[], help='publish only these checkpoints, e.g. pvt_small.in1k')
+    add('--output', '-o', metavar='DIR', default='published',
+        help='folder to write a folder for each checkpoint into (%(default)s)')
+    add('--measured', metavar='FILE', help='results of benchmarks/training/imagenet.py, to put into the model cards')
 
 
 def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:

@@ -29,7 +29,7 @@ TARGETS = tuple(name for name, fmt in FORMATS.items() if fmt.is_target)
 
 
 def inspect(source: PathLike, **options: Any) -> Report:
-    """A report of what a checkpoint is and how its names would be mapped. Nothing is written.
+    """Return a report on a checkpoint and on how its names would be mapped. Nothing is written.
 
     Args:
         source: File, folder, http(s) url, or 'hf-hub:owner/repo[@revision][:file]'.
@@ -64,19 +64,19 @@ def convert(
         num_classes: Only 0 (leave out the head) or the number that the head has.
         img_size: Image size to resize the position embeddings to.
         dtype: 'float32', 'float16' or 'bfloat16', None to keep the types.
-        verify: Compare outputs with those of the code that the source came from, and read the written file back. None
-            does so only where that code is installed.
-        force: Replace files of the same names in a folder that is not empty. Nothing else in it is touched.
-        keep_source: Also copy the source file into the folder `source` of the output.
-        about: Text of the model card before the report, None for how the weights are loaded.
-        options: How to read the checkpoint: `model`, `use_ema`, `prefix`, `source_size`, `labels`, `sha256` and
+        verify: Whether to compare the outputs with those of the code that the source came from, and read the written
+            file back. If None, this is done only if that code is installed.
+        force: Whether files of the same names are replaced in a folder that is not empty. Its other files stay.
+        keep_source: Whether the source file is copied into the folder `source` of the output.
+        about: Text of the model card before the report. By default it says how the weights are loaded.
+        options: Options for reading the checkpoint: `model`, `use_ema`, `prefix`, `source_size`, `labels`, `sha256` and
             `max_bytes` of `pvt_timm.weights.read_weights`.
 
     Raises:
-        ValueError: The source is no PVT v1 checkpoint, is damaged or refused, or does not fit the arguments. A
-            `VerificationError` says how far the outputs differ.
+        ValueError: The source is not a PVT v1 checkpoint, is damaged or refused, or does not fit the arguments. If it
+            is a `VerificationError`, the outputs differ, and the message says by how much.
         OSError: A file cannot be read or written.
-        Exception: Errors of the hub's client, where a download fails.
+        Exception: Errors of the hub's client, if a download fails.
     """
     drop = [drop] if isinstance(drop, str) else drop
     for value, known in ((to, TARGETS), (dtype, (None, *DTYPES)), *((part, PARTS) for part in drop)):
@@ -100,10 +100,10 @@ def convert(
         with new_files(path, force, read) as folder:
             try:
                 FORMATS[to].write(folder, target, tensors)
-            except (RuntimeError, OSError) as e:  # torch raises RuntimeError where the disk is full
+            except (RuntimeError, OSError) as e:  # torch raises RuntimeError if the disk is full
                 raise OSError(f'Cannot write to {path.parent}: {clean(e, 200)}') from e
             if keep_source:
-                (folder / KEPT_SOURCE).mkdir()  # in a folder of its own, readers do not take it for the weights
+                (folder / KEPT_SOURCE).mkdir()  # a separate folder, so that readers do not take it for the weights
                 shutil.copyfile(weights.source.file, folder / KEPT_SOURCE / weights.source.file.name)
             if verify is not False:
                 try:
@@ -119,7 +119,7 @@ def convert(
 
 @contextlib.contextmanager
 def _read(source: PathLike, **options: Any) -> Iterator[Weights]:
-    """`read_weights`, with a note if the weights are the backbone of a detector or segmenter."""
+    """Do what `read_weights` does, and add a note if the weights are the backbone of a detector or segmenter."""
     with read_weights(source, **options) as weights:
         heads = describe_heads(heads_of(weights.converted)) if weights.converted.beside else None
         if heads:
@@ -131,7 +131,7 @@ def _read(source: PathLike, **options: Any) -> Iterator[Weights]:
 def _target(
         weights: Weights, to: str, drop: List[str], size: Optional[Tuple[int, int]], dtype: Optional[str],
 ) -> Weights:
-    """The weights to write, with notes on what was changed in them."""
+    """Return the weights to write, with notes on what was changed in them."""
     fmt, info = FORMATS[to], weights.info
     for part in ('class_token', 'norm'):
         if part in drop and info.num_classes and 'head' not in drop:
@@ -172,7 +172,7 @@ def _target(
 
 
 def _args_of(weights: Weights, info: Architecture) -> Dict[str, Any]:
-    """The arguments of the model, without `global_pool` where the parts that it needs were left out."""
+    """Return the arguments of the model. If class token or norm was left out, those that depend on them are removed."""
     args = dict(weights.args)
     if (info.class_token, info.norm) != (weights.info.class_token, weights.info.norm):
         args.pop('output_fmt', None)
@@ -182,7 +182,7 @@ def _args_of(weights: Weights, info: Architecture) -> Dict[str, Any]:
 
 
 def _origin(weights: Weights) -> Dict[str, str]:
-    """License and origin: as the checkpoint says or, for a public file, as they were published."""
+    """Return license and origin: as the checkpoint says or, for a public file, as they were published."""
     if weights.source.known is None:
         return weights.origin
     cfg: Any = get_pretrained_cfg(weights.source.known)

@@ -1,4 +1,4 @@
-""" Whole detectors and segmenters in the layout of mmdetection, mmsegmentation or the original code. """
+""" Convert whole detectors and segmenters to the layout of mmdetection, mmsegmentation or the original code. """
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
@@ -31,8 +31,8 @@ def convert_whole(
 ) -> Dict[str, Any]:
     """Convert a detector or segmenter with its neck and heads.
 
-    The written file holds the weights under 'state_dict'. Under 'meta' it holds the names and colours of the classes as
-    mmdetection and mmsegmentation read them, and a config of a few lines with the size and normalisation of images,
+    The written file holds the weights under 'state_dict'. Under 'meta' it holds the names and colours of the classes,
+    which mmdetection and mmsegmentation read, and a config of a few lines with the size and normalisation of images,
     which this package reads. The file is read back and compared before it appears in the folder.
 
     Args:
@@ -40,16 +40,16 @@ def convert_whole(
             fit` or `segmenter fit`, the weights of a model of this package, or a file of OpenMMLab or the original.
         output: Folder to write.
         to: 'mmdet' (also for mmsegmentation) or 'original'. They differ in the names of the backbone.
-        prefix: The part before the names of the model, or of its backbone. It is needed where there are several.
-        force: Replace a file of the same name.
-        max_bytes: Refuse a file that is larger.
+        prefix: The part before the names of the model, or of its backbone. It is needed if there are several.
+        force: Whether a file of the same name is replaced.
+        max_bytes: Largest size of a file. Larger files are refused.
 
     Returns:
-        'kind', 'model' (name of the PVT), 'num_classes', 'categories', 'min_size', 'max_size', 'mean', 'std', 'output'
-        and 'files' (name to bytes).
+        A dict with 'kind', 'model' (name of the PVT), 'num_classes', 'categories', 'min_size', 'max_size', 'mean',
+        'std', 'output' and 'files' (bytes by name).
 
     Raises:
-        ValueError: The source is no such checkpoint, or the written file does not give the same model back.
+        ValueError: The source is not such a checkpoint, or the model that is read from the written file differs.
     """
     if to not in WHOLE_TARGETS:
         raise ValueError(f'Expected one of {WHOLE_TARGETS} for a whole detector or segmenter, got {to!r}.')
@@ -69,7 +69,7 @@ def convert_whole(
 
 
 def _load(checkpoint: Dict[str, Any], prefix: Optional[str]) -> Tuple[Any, str]:
-    """The model in a checkpoint, and 'detector' or 'segmenter'."""
+    """Return the model in a checkpoint, and 'detector' or 'segmenter'."""
     if is_own(checkpoint):
         model = load_trained(checkpoint, prefix=prefix)
     else:
@@ -80,10 +80,10 @@ def _load(checkpoint: Dict[str, Any], prefix: Optional[str]) -> Tuple[Any, str]:
 
 
 def _meta(said: Dict[str, Any]) -> Dict[str, Any]:
-    """The entries beside the weights.
+    """Return the entries under 'meta'.
 
-    mmdetection and mmsegmentation read 'dataset_meta', their older versions 'CLASSES' and 'PALETTE', this package reads
-    'cfg' too.
+    mmdetection and mmsegmentation read 'dataset_meta', their older versions 'CLASSES' and 'PALETTE'. This package also
+    reads 'cfg'.
     """
     names = tuple(said['categories'])
     palette = [tuple(color) for color in said['palette']]
@@ -102,7 +102,7 @@ def _meta(said: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _check(file: Path, model: Any, task: str) -> None:
-    """Read the file back as its users do, and refuse it if its weights or classes differ from those of the model."""
+    """Read the written file back, and raise an error if its weights or classes differ from those of the model."""
     again = load_any(file, task)
     meant = model.state_dict()
     wrong = [name for name, value in again.state_dict().items() if not torch.equal(value, meant[name])]

@@ -1,4 +1,4 @@
-""" Write a set of files into a folder: all of them completely or none. Other files there are not touched. """
+""" Write a set of files into a folder: all of them completely or none. Other files in the folder are not changed. """
 import contextlib
 import os
 import shutil
@@ -13,12 +13,11 @@ from pvt_timm.sources import NEIGHBOURS
 
 __all__ = ['KEPT_SOURCE', 'check_output', 'files_in', 'new_files']
 
-KEPT_SOURCE = 'source'  # folder inside of an output that holds a copy of the converted file, if one was asked for
+KEPT_SOURCE = 'source'  # folder inside of an output for a copy of the source file (`keep_source`)
 
 _ASIDE = '.partial'  # end of the name of the hidden folder in which files are prepared
 
-# Content of the file that takes the place of the weights while the other files are replaced. No reader takes it for
-# weights.
+# Content of the text file that replaces the weights while the other files are replaced. No reader takes it for weights.
 _STOPPED = ('pvt-convert was stopped while it replaced the files of this folder. Those that were here before are in '
             '{old}, complete. Move them back, or convert again with --force.\n')
 
@@ -27,7 +26,7 @@ def check_output(path: PathLike, force: bool) -> Path:
     """Return the absolute path of an output folder. Refuse one that cannot be used.
 
     Raises:
-        ValueError: `path` is no folder, or without `force` not an empty one.
+        ValueError: `path` is not a folder, or it is not empty and `force` is not set.
     """
     if not os.fspath(path):
         raise ValueError('Expected a folder for the output, got an empty name.')
@@ -46,26 +45,26 @@ def check_output(path: PathLike, force: bool) -> Path:
 
 
 def files_in(folder: Path) -> Dict[str, int]:
-    """The files in a folder and its subfolders: a dict of their paths relative to the folder, with '/', to bytes."""
+    """Return the bytes of each file in a folder and its subfolders, by its path relative to the folder, with '/'."""
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob('*') if p.is_file()}
     return {name: found[name].stat().st_size for name in sorted(found)}
 
 
 @contextlib.contextmanager
 def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """A hidden folder to fill. When the block ends without an error, its files move to `path`.
+    """Yield a hidden folder to write files into. If the block ends without an error, its files move to `path`.
 
-    If `path` does not exist, it appears with all files at once. If it exists, files are replaced one by one: a file
-    that no reader takes for weights replaces the weights, then the other files follow, and the new weights come last.
-    So old weights never stand beside new settings. After an error the old files are put back.
+    If `path` does not exist, it appears with all files at once. If it exists, files are replaced one by one. First, the
+    weights are replaced by a text file, which no reader takes for weights. Then the other files follow, and the new
+    weights come last. So old weights are never beside new settings. After an error the old files are put back.
 
-    A process that is killed leaves the hidden folder `.NAME-*.partial`, inside of `path` if that existed, else beside
-    it. If files were being replaced, its folder `old` has all old files. No later run touches it.
+    If the process is killed, the hidden folder `.NAME-*.partial` stays: inside of `path` if that existed, otherwise
+    beside it. If files were being replaced, its folder `old` has all old files. Later runs do not change it.
 
     Args:
-        path: What `check_output` returns.
-        force: Replace files of the same names.
-        sources: Files that are being converted. None of them is replaced.
+        path: The path that `check_output` returned.
+        force: Whether files of the same names are replaced.
+        sources: Files that are being converted. They are never replaced.
 
     Raises:
         ValueError: The folder would hold two checkpoints, or a config that belongs to other weights, or a source would
@@ -79,13 +78,13 @@ def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator
         new = hidden / 'new'
         new.mkdir()
         yield new
-        check_output(path, force)  # again: somebody may have put files there in the meantime
+        check_output(path, force)  # again: files may have been added in the meantime
         if os.path.lexists(path):
             _check_names(path, new, sources)
             _replace(path, new, hidden / 'old')
         else:
             new.rename(path)
-    except _NotPutBackError:  # `old` has the only copies of the old files
+    except _NotPutBackError:  # the hidden folder stays: `old` has the only copies of the old files
         raise
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -94,11 +93,11 @@ def new_files(path: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator
 
 
 class _NotPutBackError(OSError):
-    """Files could not be put back after an error."""
+    """Raised if files could not be put back after an error."""
 
 
 def _check_names(path: Path, new: Path, sources: Sequence[Path]) -> None:
-    """Refuse a folder where a source would be replaced, or where readers could not tell which weights are meant."""
+    """Refuse a folder in which a source would be replaced, or readers would find two checkpoints or a wrong config."""
     names = files_in(new)
     for name in names:
         there = path / name
@@ -164,8 +163,8 @@ def _replace(path: Path, new: Path, old: Path) -> None:
 
 
 def _link_or_copy(file: Path, to: Path) -> None:
-    """Give a file the second name `to`, under which it stays when another file takes its first name. Else copy it."""
+    """Give a file the second name `to`, which stays when the first one is replaced. Copy it if that is impossible."""
     try:
         os.link(file, to, follow_symlinks=False)
-    except (OSError, NotImplementedError):  # the file system has no links, or the file belongs to somebody else
+    except (OSError, NotImplementedError):  # the file system has no links, or the file belongs to another user
         shutil.copy2(file, to, follow_symlinks=False)

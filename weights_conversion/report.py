@@ -11,9 +11,9 @@ __all__ = ['Report', 'trace']
 
 
 class Report:
-    """Report of an inspection or conversion. `--json` prints its attributes.
+    """Report on an inspection or conversion. `--json` prints its attributes.
 
-    After a conversion it describes the model that was written, after an inspection the source.
+    After a conversion it describes the model that was written. After an inspection it describes the source.
     """
 
     def __init__(
@@ -22,8 +22,8 @@ class Report:
         """
         Args:
             weights: The source.
-            target: What is written, None if nothing is.
-            to: The format that it is written in.
+            target: The weights that are written, None for an inspection.
+            to: The format that they are written in.
             written: Pairs of (names in that format, timm's names), None if they are the same.
         """
         source, converted = weights.source, weights.converted
@@ -53,14 +53,14 @@ class Report:
             for timm, names in converted.mapped:
                 if not target.state_dict.keys() & set(timm):
                     self.dropped.update({clean(name): 'asked for with --drop' for name in names})
-        self.notes = [clean(note, 500) for note in what.notes]  # what is odd about the source, and what was changed
+        self.notes = [clean(note, 500) for note in what.notes]  # what is unusual about the source, and what was changed
         self.to = to  # target format, None if nothing was converted
         self.output: Optional[str] = None
-        self.files: Dict[str, int] = {}  # name to bytes of what was written
-        self.verification: Optional[Dict[str, Any]] = None  # see `verification.verify`, None if not asked for
+        self.files: Dict[str, int] = {}  # bytes of each written file, by its name
+        self.verification: Optional[Dict[str, Any]] = None  # result of `verification.verify`, None without verification
 
     def to_text(self) -> str:
-        """A summary, and a table that says what became of the keys of the source."""
+        """Return a summary, and a table of the source's keys: their new names, or why they were left out."""
         images = self.preprocessing
         size = 'x'.join(map(str, images['input_size'][1:]))
         wrapped = f', in {" > ".join(self.wrappers)}' if self.wrappers else ''
@@ -95,7 +95,7 @@ class Report:
         return '\n'.join(lines)
 
     def _table(self) -> List[str]:
-        """A line per kind of parameter: its name in the source, how many there are, and its name in the target."""
+        """Return a line per kind of parameter: its name in the source, how many there are, its name in the target."""
         if not self.mapped:
             return []
         width = max(len(clean(row['from'], 90)) for row in self.mapped)
@@ -118,8 +118,9 @@ def trace(read: NamePairs, written: Optional[NamePairs] = None) -> List[Dict[str
         written: Pairs of (names in the target, timm's names), None if the target has timm's names.
 
     Returns:
-        One row per kind of parameter: 'from' and 'to' (names, with ' + ' between them where several parameters of one
-        side are one of the other) and 'count'. Parameters that the target does not have are left out.
+        One row per kind of parameter: 'from' and 'to' (names) and 'count'. If several parameters of one side are one
+        parameter of the other side, ' + ' is between their names. Parameters that the target does not have are left
+        out.
     """
     sources = {name: source for timm, source in read for name in timm}
     links = [(timm, timm) for timm, _ in read] if written is None else written

@@ -1,4 +1,4 @@
-""" Upload converted folders to the Hugging Face Hub, one's own and all public PVT v1 checkpoints. """
+""" Upload converted folders to the Hugging Face Hub: the user's (`push`), and all public checkpoints (`publish`). """
 import hashlib
 import json
 import os
@@ -50,17 +50,18 @@ def push(
     Args:
         folder: Folder with the files.
         repo: 'OWNER/REPO'. It is created if it does not exist.
-        files: Names of the files to upload, as in the `files` of a `Report`. By default all files of the folder, which
-            then may hold none that `convert` does not write.
-        private: Create a private repository, and refuse an existing one that is public.
-        dry_run: Only say what would be uploaded.
+        files: Names of the files to upload, as in the `files` of a `Report`. By default all files of the folder are
+            uploaded. The folder may then hold only files that `convert` writes.
+        private: Whether to create a private repository. An existing one that is public is refused.
+        dry_run: Whether to upload nothing, and only return what would be uploaded.
 
     Returns:
-        'repo', 'url' (None in a dry run), 'files' (name to bytes) and 'dry_run'.
+        A dict with 'repo', 'url' (None in a dry run), 'files' (bytes by name) and 'dry_run'.
 
     Raises:
-        ValueError: No such folder, files that no conversion writes, a wrong name, or a public repository.
-        Exception: What the hub's client raises.
+        ValueError: The folder does not exist, or has files that no conversion writes, or a file is missing, or the name
+            of the repository is wrong, or it is public.
+        Exception: Errors of the hub's client.
     """
     check_repo(repo)
     folder = Path(folder)
@@ -111,25 +112,25 @@ def publish(
 ) -> List[Dict[str, Any]]:
     """Convert the public PVT v1 checkpoints to timm's format and upload each to 'OWNER/pvt_small.in1k' and so on.
 
-    Folders that an interrupted run has finished are used again, if their files are unchanged: a file `TAG.json` beside
-    each folder has their names, sizes and hashes. Only these files are uploaded, and each card is written for `owner`.
+    A folder that an interrupted run has finished is used again, if its files are unchanged. A file `TAG.json` beside
+    the folder has their names, sizes and hashes. Only these files are uploaded. The card is written for `owner`.
 
     Args:
         owner: User or organisation on the hub.
-        only: Pretrained tags such as 'pvt_small.in1k', all if empty.
+        only: Pretrained tags such as 'pvt_small.in1k', all tags if empty.
         output: Folder that gets a folder for each tag.
-        measured: File that benchmarks/training/imagenet.py writes. Its figures go into the cards.
-        private: Make the repositories private.
-        dry_run: Write the folders, upload nothing.
+        measured: File that benchmarks/training/imagenet.py writes. Its figures are written into the cards.
+        private: Whether to make the repositories private.
+        dry_run: Whether to write the folders and upload nothing.
         say: Called with a line of text for each step.
 
     Returns:
         For each tag, what `push` returns.
 
     Raises:
-        ValueError: A tag is unknown, a downloaded file is not the published one, or a folder holds something else than
-            an earlier run wrote.
-        Exception: Errors of the hub's client, where a download or upload fails.
+        ValueError: A tag is unknown, a downloaded file is not the published one, or a folder was changed since an
+            earlier run wrote it.
+        Exception: Errors of the hub's client, if a download or upload fails.
     """
     unknown = [tag for tag in only if tag not in SHA256]
     if unknown:
@@ -152,10 +153,10 @@ def publish(
 
 
 def _finished(folder: Path, tag: str) -> Dict[str, Any]:
-    """The files that an earlier run wrote (see `_describe`), empty if there is no folder or an empty one.
+    """Return the files that an earlier run wrote (see `_describe`), none if the folder does not exist or is empty.
 
     Raises:
-        ValueError: The folder is not as the earlier run left it.
+        ValueError: The folder was changed since the earlier run.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return {}
@@ -188,13 +189,13 @@ def _write(folder: Path, tag: str, repo: str) -> Dict[str, Any]:
             about=_about(tag, repo, cfg))
         written = {name: _describe(new, name, tag) for name in report.files}
         text = json.dumps({'files': written}, indent=2).encode()
-        save_atomically(folder.with_name(f'{tag}.json'), lambda f: f.write(text))  # before the folder is there
+        save_atomically(folder.with_name(f'{tag}.json'), lambda f: f.write(text))  # before the folder gets its name
         os.replace(new, folder)
     return written
 
 
 def _describe(folder: Path, name: str, tag: str) -> Dict[str, Any]:
-    """'bytes' and 'sha256' of a file. For a card, the owner and the measured accuracy are left out: they may change."""
+    """Return 'bytes' and 'sha256' of a file. For a card, owner and measured accuracy are left out: they may change."""
     if name == _CARD:
         card = (folder / name).read_bytes().decode(errors='replace')
         content = _MEASURED.sub('', _repo_in_card(tag).sub('', card)).encode()
@@ -207,12 +208,12 @@ def _describe(folder: Path, name: str, tag: str) -> Dict[str, Any]:
 
 
 def _repo_in_card(tag: str) -> 're.Pattern[str]':
-    """A pattern that finds the repository in the snippets of a card."""
+    """Return a pattern that finds the repository in the snippets of a card."""
     return re.compile(rf"(?<=[':])[\w.-]+/{re.escape(tag)}(?=')")
 
 
 def _about(tag: str, repo: str, cfg: Any) -> str:
-    """The text of the card before the report of the conversion."""
+    """Return the text of the card before the report of the conversion."""
     card = CARDS / ('backbone.md' if tag in BOX_AP else 'classifier.md')
     return Template(card.read_text(encoding='utf-8')).substitute(
         TAG=tag, REPO=repo, VARIANT=tag.partition('.')[0], SCORE={**TOP1, **BOX_AP}[tag], ORIGIN=cfg.origin_url,
@@ -230,7 +231,7 @@ def _make_card(card: Path, tag: str, repo: str, measured: Optional[str]) -> None
 
 
 def _read_measured(file: PathLike) -> Dict[str, str]:
-    """For each tag, the accuracy in the results of benchmarks/training/imagenet.py, as text for the card."""
+    """Return the accuracy of each tag in the results of benchmarks/training/imagenet.py, as text for the card."""
     try:
         found = json.loads(Path(file).read_text(encoding='utf-8'))
         versions = f'torch {found["torch"]}, timm {found["timm"]}'

@@ -35,10 +35,10 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
         to: Name of the target format.
 
     Returns:
-        'reference' (name), 'tolerance', 'passed', and 'differences'. The latter has two figures for each output: the
-        largest difference, divided by the largest value (or by 1 if that is smaller). The first figure is for the
-        reference with the eps of its own norms, the second one for the reference with the eps of our norms. Only the
-        second one is compared with the tolerance.
+        A dict with 'reference' (name), 'tolerance', 'passed', and 'differences'. 'differences' has two figures for each
+        output. A figure is the largest difference, divided by the largest value (or by 1 if that is smaller). The first
+        one is measured with the eps that the norms of the reference have, the second one with the eps of our norms.
+        Only the second one is compared with the tolerance.
 
     Raises:
         VerificationError: The outputs differ by more than `TOLERANCE`.
@@ -50,7 +50,7 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
     reference = _reference(fmt, weights)
     if reference.format == fmt:
         name, raw = reference.name, weights.converted.raw
-    else:  # another format's code takes the place: our table gives the weights its names
+    else:  # the code of another format is used instead, so the weights get the names of that format
         name = f'{reference.name} (in place of the code of the {fmt} format)'
         raw = from_timm(weights.for_model(), reference.format)[0]
     differences = _compare(weights, reference, raw)
@@ -66,7 +66,7 @@ def verify(weights: Weights, target: Weights, tensors: StateDict, folder: Path, 
 
 
 def _reference(fmt: str, weights: Weights) -> Reference:
-    """The implementation to compare with: the format's own where it is installed, else another one that fits."""
+    """Return the implementation to compare with: the format's own if it is installed, otherwise another that fits."""
     info = weights.info
     if info.class_token != info.norm or info.num_classes and not info.norm:
         raise NoReferenceError(
@@ -103,7 +103,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _outputs(model: nn.Module, blocks: List[nn.Module], images: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """Tokens after every stage, and logits where there is a head."""
+    """Return the tokens after every stage, and the logits if there is a head."""
     out: Dict[str, torch.Tensor] = {}
     hooks = [
         block.register_forward_hook(
@@ -128,7 +128,7 @@ def _check_written(tensors: StateDict, folder: Path, to: str) -> None:
 
 
 def _check_equal(found: StateDict, meant: StateDict) -> None:
-    """Refuse anything but the same names, types and bits."""
+    """Raise an error unless names, types and bits of all tensors are the same."""
     wrong = set(found) ^ set(meant)
     for key in set(found) & set(meant):
         a, b = (x.detach().contiguous().view(torch.uint8) for x in (found[key], meant[key]))  # equal also for NaN

@@ -17,7 +17,7 @@ from pvt_timm.files import save_atomically
 
 HERE = Path(__file__).resolve().parent
 PHOTO = HERE / 'photo.jpg'
-SIZE = (832, 1248)  # height and width that the model sees: the shape of the photograph, in steps of 32 pixels
+SIZE = (832, 1248)  # height and width of the model's input: the shape of the photograph, in multiples of 32 pixels
 WIDTH = 1100  # of the picture, in pixels
 NOTE = ('Photograph: Rachel Michetti, CC0. The weights were trained on handwritten digits of 32 × 32 pixels, '
         'never on photographs.')

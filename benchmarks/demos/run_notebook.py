@@ -27,7 +27,7 @@ DPI = 80  # of the pictures
 
 
 def code_cells(notebook: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """The code cells of a notebook that was read from JSON, in their order."""
+    """Return the code cells of a notebook that was read from JSON, in their order."""
     return [cell for cell in notebook['cells'] if cell['cell_type'] == 'code']
 
 
@@ -45,7 +45,7 @@ def run_cells(notebook: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _run(source: str, title: str, names: Dict[str, Any]) -> List[bytes]:
-    """Run one cell and return the pictures that it shows. `title` stands in tracebacks."""
+    """Run one cell and return the pictures that it shows. Tracebacks name the cell `title`."""
     pictures: List[bytes] = []
     with mock.patch.object(plt, 'show', lambda: pictures.extend(_take_figures())):
         exec(compile(source, title, 'exec'), names)
@@ -53,7 +53,7 @@ def _run(source: str, title: str, names: Dict[str, Any]) -> List[bytes]:
 
 
 def _take_figures() -> List[bytes]:
-    """The open figures as PNG with 256 colours. They are closed."""
+    """Return the open figures as PNG with 256 colours, and close them."""
     pictures = []
     for number in plt.get_fignums():
         full, reduced = io.BytesIO(), io.BytesIO()
@@ -66,7 +66,7 @@ def _take_figures() -> List[bytes]:
 
 
 def _output(picture: bytes) -> Dict[str, Any]:
-    """A picture as an output of a cell, in the notebook's format."""
+    """Return a picture as an output of a cell, in the notebook's format."""
     data = {'image/png': base64.b64encode(picture).decode()}
     return {'data': data, 'metadata': {}, 'output_type': 'display_data'}
 

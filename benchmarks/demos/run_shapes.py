@@ -5,7 +5,7 @@
     python benchmarks/demos/run_shapes.py semantic_fpn
 
 The settings are in shapes_NAME.yaml. Writes benchmarks/results/shapes_NAME.json, a curve and a picture with held-out
-images. The same command goes on where it was stopped.
+images. If it was stopped, the same command continues from the last checkpoint.
 """
 import argparse
 import json
@@ -94,7 +94,7 @@ def draw_classes(model: Any, samples: List[Sample], path: Path, title: str) -> N
 
 
 def command_line(kind: str, data: Path, output: Path, more: List[str]) -> List[str]:
-    """The command line that trains."""
+    """Return the command line that trains."""
     task = 'segmenter' if kind == 'semantic_fpn' else 'detector'
     return [sys.executable, '-m', 'pvt_timm', task, 'fit', '--config', str(HERE / f'shapes_{kind}.yaml'),
             '--data', str(data), '--output', str(output), *more]

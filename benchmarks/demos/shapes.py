@@ -45,7 +45,7 @@ class Sample(NamedTuple):
         return out
 
     def tensor(self) -> torch.Tensor:
-        """Image (3, H, W) as floats from 0 to 1."""
+        """Return the image (3, H, W) as floats from 0 to 1."""
         return torch.from_numpy(self.image).permute(2, 0, 1).float() / 255
 
 
@@ -65,12 +65,12 @@ def _draw(label: int, centre: np.ndarray, radius: float, angle: float, aspect: f
 
 
 def make_sample(rng: np.random.Generator, size: Tuple[int, int] = (128, 128), max_objects: int = 4) -> Sample:
-    """One random image.
+    """Return one random image with its objects.
 
     Args:
-        rng: Where randomness comes from.
+        rng: Generator of random numbers.
         size: Height and width.
-        max_objects: Most objects.
+        max_objects: Largest number of objects.
     """
     h, w = size
     coarse = rng.integers(40, 216, size=(4, 4, 3)).astype(np.uint8)
@@ -78,7 +78,7 @@ def make_sample(rng: np.random.Generator, size: Tuple[int, int] = (128, 128), ma
     labels: List[int] = []
     masks: List[np.ndarray] = []
     for _ in range(int(rng.integers(1, max_objects + 1))):
-        for _ in range(10):  # tries, until the place is free
+        for _ in range(10):  # attempts to find a free place
             label = int(rng.integers(len(CLASSES)))
             radius = rng.uniform(0.1, 0.24) * min(h, w)
             centre = np.array([rng.uniform(radius, w - radius), rng.uniform(radius, h - radius)])
@@ -98,19 +98,19 @@ def make_sample(rng: np.random.Generator, size: Tuple[int, int] = (128, 128), ma
 
 
 def generate_samples(count: int, seed: int, low: int = 128, high: int = 128) -> Iterator[Sample]:
-    """Random images, their sides between `low` and `high`, one at a time."""
+    """Yield random images, whose sides are between `low` and `high`."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         yield make_sample(rng, (int(rng.integers(low, high + 1)), int(rng.integers(low, high + 1))))
 
 
 def make_samples(count: int, seed: int, low: int = 128, high: int = 128) -> List[Sample]:
-    """The same as a list."""
+    """Return the images of `generate_samples` as a list."""
     return list(generate_samples(count, seed, low, high))
 
 
 def coco_annotations(samples: Iterable[Sample], first_category: int = 1) -> Dict[str, Any]:
-    """The content of COCO's annotation file for samples. Image ids count from 1."""
+    """Return the content of an annotation file in COCO's format for samples. Image ids count from 1."""
     from pycocotools import mask as coco_mask
     images: List[Dict[str, Any]] = []
     annotations: List[Dict[str, Any]] = []
@@ -128,10 +128,10 @@ def coco_annotations(samples: Iterable[Sample], first_category: int = 1) -> Dict
 
 
 def write_split(samples: Iterable[Sample], folder: Path, split: str) -> None:
-    """Write samples as a detector and as a segmenter take them, one after the other.
+    """Write samples as data sets for detectors and for segmenters. Only one sample is in memory at a time.
 
-    The images are `split`/*.png. `split`.json has COCO's annotations of them, and `split`_labels/*.png are label maps,
-    where 0 is the background.
+    The images are `split`/*.png. `split`.json has their annotations in COCO's format, and `split`_labels/*.png are
+    label maps, where 0 is the background.
     """
     images, label_maps = folder / split, folder / f'{split}_labels'
     images.mkdir(parents=True, exist_ok=True)

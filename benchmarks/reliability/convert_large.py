@@ -2,8 +2,9 @@
 
     python benchmarks/reliability/convert_large.py [--repeats 5] [--output results.json]
 
-Each measurement runs in a process of its own. 'start-up' imports what the converter imports, 'copy' reads the bytes and
-writes and syncs them, as the converter syncs its output. The result is checked before a time is reported.
+Each measurement runs in a separate process. 'start-up' imports what the converter imports. 'copy' reads the file,
+writes its bytes and syncs them to the disk, as the converter does with its output. The result is checked before a time
+is reported.
 """
 import argparse
 import json

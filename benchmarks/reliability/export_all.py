@@ -1,11 +1,11 @@
-""" Every target of `pvt-timm export` for every variant: differences from PyTorch, time and size of file.
+""" Run every target of `pvt-timm export` for every variant: differences from PyTorch, time and size of the file.
 
     python benchmarks/reliability/export_all.py                                 # results/export.json and export.md
     python benchmarks/reliability/export_all.py --variants tiny --targets onnx,openvino --kinds classifier,retinanet
 
-Weights are random. Each file is compared at three sizes by `export` itself, and then read once more by its runtime
-alone, in a process without this package, on images of another size. Cases that are in the results are not repeated,
-unless with `--again`, so that a run that was stopped goes on.
+Weights are random. `export` compares each file with PyTorch at three sizes. Then the file's runtime reads it once more,
+in a process without this package, on images of another size. Cases that are in the results are not run again, so a run
+that was stopped continues where it was. `--again` runs them again.
 """
 import argparse
 import json
@@ -68,7 +68,7 @@ def run_case(kind: str, variant: str, target: str, half: bool) -> Dict[str, Any]
 
 
 def _difference(actual: Any, expected: Any, kind: str, x: torch.Tensor) -> float:
-    """The largest difference as a share of the largest value, infinity where an object is in one list only."""
+    """Return the largest difference as a share of the largest value, infinity if an object is in one list only."""
     if kind != 'retinanet':
         return max((a - e).abs().max().item() / max(1., e.abs().max().item()) for a, e in zip(actual, expected))
     lists = [[output.float() for output in outputs] for outputs in (actual, expected)]
@@ -112,8 +112,8 @@ def main() -> None:
     parser.add_argument('--variants', default=','.join(VARIANTS))
     parser.add_argument('--kinds', default=','.join(KINDS))
     parser.add_argument('--targets', default=','.join(TARGETS))
-    parser.add_argument('--half', action='store_true', help='half precision too')
-    parser.add_argument('--again', action='store_true', help='also what is in the results')
+    parser.add_argument('--half', action='store_true', help='also export in half precision')
+    parser.add_argument('--again', action='store_true', help='also run the cases that are in the results')
     parser.add_argument('--output', type=Path, default=ROOT / 'benchmarks' / 'results')
     args = parser.parse_args()
     path = args.output / 'export.json'

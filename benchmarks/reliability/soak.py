@@ -2,15 +2,15 @@
 
     python benchmarks/reliability/soak.py [--requests 2000] [--name NAME] [--default-allocator]
 
-Heights and widths are drawn from 32 to 1024 pixels (evenly on a log scale), batches from 1 to 4, classification and
-dense features in turn, `test_pvt` with its digits weights and, for one request in 25, `pvt_tiny` with random ones;
-plain and fused models. Every 100th output is compared with that of a model made for it
-alone. Before that 8 threads share the models. Writes results/NAME.json and results/NAME.png. Exit code 1 if a check
-fails.
+Heights and widths are drawn from 32 to 1024 pixels (evenly on a log scale), batch sizes from 1 to 4. Requests take
+turns between classification and dense features, and between plain and fused models. The model is `test_pvt` with its
+digits weights or, for one request in 25, `pvt_tiny` with random weights. Every 100th output is compared with that of a
+new model. Before that, 8 threads share the models. Writes results/NAME.json and results/NAME.png. The exit code is 1 if
+a check fails.
 
-Two things can grow with the number of shapes without a leak: glibc keeps blocks of other sizes, and oneDNN keeps code
-for the last 1,024 shapes of products. So the script starts itself with MALLOC_MMAP_THRESHOLD_ and
-ONEDNN_PRIMITIVE_CACHE_CAPACITY set, as a server should; --default-allocator does not.
+Memory can grow with the number of shapes without a leak: glibc keeps freed blocks of other sizes, and oneDNN keeps code
+for the last 1,024 shapes of products. So the script starts itself again with MALLOC_MMAP_THRESHOLD_ and
+ONEDNN_PRIMITIVE_CACHE_CAPACITY set, as a server should. With --default-allocator it does not.
 """
 import argparse
 import ctypes
@@ -47,7 +47,7 @@ Key = Tuple[str, str, str]  # model, mode, plain or fused
 
 
 def make_models(tiny: bool = True) -> Dict[Key, torch.nn.Module]:
-    """The models under test, always with the same weights."""
+    """Return new models to test, always with the same weights."""
     models = {}
     for name in ('test_pvt', 'pvt_tiny') if tiny else ('test_pvt',):
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ def make_models(tiny: bool = True) -> Dict[Key, torch.nn.Module]:
 
 
 def request(rng: random.Random, largest: int, tiny: bool = True) -> Tuple[str, Tuple[int, int, int, int], int]:
-    """Model, shape and seed of the input."""
+    """Return a random request: name of the model, shape of the input, seed of the input."""
     height, width = (int(round(math.exp(rng.uniform(math.log(32), math.log(largest))))) for _ in range(2))
     name = 'pvt_tiny' if tiny and rng.random() < 0.04 else 'test_pvt'
     return name, (rng.randint(1, 4), 3, height, width), rng.randrange(2 ** 31)
@@ -95,7 +95,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def in_use() -> float:
-    """Memory that is allocated and not freed, as glibc counts it (0 with another C library)."""
+    """Return the memory that is allocated and not freed, in MB, as glibc counts it (0 with another C library)."""
     try:
         function = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError):
@@ -106,12 +106,12 @@ def in_use() -> float:
 
 
 def fit(values: List[float], warm: int) -> float:
-    """Slope after warm-up, per 1,000 requests."""
+    """Return the slope of values per 1,000 requests, from request `warm` on."""
     return round(1000 * float(np.polyfit(np.arange(warm, len(values)), values[warm:], 1)[0]), 3)
 
 
 def soak(requests: int, largest: int, every: int = 100, seed: int = 0) -> Dict[str, Any]:
-    """Send the requests one after another."""
+    """Send the requests one after another, and return memory and differences of outputs."""
     rng = random.Random(seed)
     models = make_models()
     kinds = sorted({(mode, path) for _, mode, path in models})
@@ -208,7 +208,8 @@ def main() -> int:
     parser.add_argument('--largest', type=int, default=1024, metavar='PIXELS', help='longest side (default 1024)')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help="torch's threads")
     parser.add_argument('--name', default='soak', help='name of the result files')
-    parser.add_argument('--default-allocator', action='store_true', help='as the process is started')
+    parser.add_argument(
+        '--default-allocator', action='store_true', help='keep the allocator settings that the process started with')
     args = parser.parse_args()
     if not args.default_allocator and any(os.environ.get(k) != v for k, v in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})

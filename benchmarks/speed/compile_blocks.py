@@ -1,4 +1,4 @@
-"""How much faster torch.compile makes a model, and how long it takes: for the whole model, and for its blocks alone.
+"""Measure how much faster torch.compile makes a model, and how long it takes, for the whole model and for its blocks.
 
     python benchmarks/speed/compile_blocks.py                   # PVT-Large, 4 images of 224x224: results/compile.json
     python benchmarks/speed/compile_blocks.py --model pvt_tiny --output /tmp
@@ -21,7 +21,7 @@ import timm
 
 
 def measure(how: str, name: str, batch_size: int, rounds: int) -> dict:
-    """Seconds of the first forward pass, and milliseconds of a later one, for the plain and the compiled model."""
+    """Return the seconds of the compiled model's first forward pass, and milliseconds of later ones of both models."""
     model, x = timm.create_model(name).eval(), torch.randn(batch_size, 3, 224, 224)
     with torch.no_grad():
         expected = model(x)
@@ -56,7 +56,7 @@ def main() -> None:
         return
     results = dict(machine=machine('cpu'), model=args.model, batch_size=args.batch_size)
     for how in ('blocks', 'whole'):
-        with tempfile.TemporaryDirectory() as cache:  # an empty cache and a process for each, so that nothing is reused
+        with tempfile.TemporaryDirectory() as cache:  # empty cache, new process: nothing is reused
             out = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], '--how', how], check=True, stdout=subprocess.PIPE,
                 env={**os.environ, 'TORCHINDUCTOR_CACHE_DIR': cache})

@@ -1,4 +1,4 @@
-""" The models that the benchmarks compare, each as a function of a batch of images. All PVTs have the same weights. """
+""" The models that the benchmarks compare ("contenders"), as functions of a batch. All PVTs have the same weights. """
 import atexit
 import contextlib
 import copy
@@ -21,8 +21,8 @@ from pvt_timm.formats.mapping import from_timm  # noqa: E402
 from pvt_timm.formats.original import import_original  # noqa: E402
 
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-# Largest difference that is allowed between the logits of a contender and those of the original algorithm in float32,
-# which are about 1 to 2
+# Largest allowed difference between the logits of a contender and those of our model in float32, as a share of the
+# largest of these, which is about 1 to 2
 TOLERANCE = {'fp32': 1e-4, 'tf32': 2e-2, 'bf16': 8e-2, 'fp16': 2e-2}
 CPU = ('original', 'transformers', 'eager', 'fused', 'onnxruntime', 'openvino')
 ENGINES = (
@@ -42,17 +42,17 @@ PVT_V2 = {'tiny': 'pvt_v2_b1', 'small': 'pvt_v2_b2', 'medium': 'pvt_v2_b3', 'lar
 
 
 def has_bf16() -> bool:
-    """Whether the CPU multiplies matrices of bfloat16."""
+    """Return whether the CPU can multiply matrices in bfloat16."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Skipped(Exception):
-    """A contender cannot run here. The message says why."""
+    """Raised if a contender cannot run here. The message says why."""
 
 
-@functools.cache  # random weights take longer to draw than most measurements
+@functools.cache  # drawing random weights takes longer than most measurements
 def reference(variant: str) -> torch.nn.Module:
-    """Our model, with the weights that all PVTs get."""
+    """Return our model, with the weights that all PVTs get."""
     torch.manual_seed(0)
     model = timm.create_model(f'pvt_{variant}').eval()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def _transformers(variant: str) -> torch.nn.Module:
 
 
 def module(name: str, variant: str) -> torch.nn.Module:
-    """A contender that is a module of PyTorch, in float32 on CPU."""
+    """Return a contender that is a module of PyTorch, in float32 on CPU."""
     model = copy.deepcopy(_module(name, variant))
     if name == 'checkpointed':
         model.set_grad_checkpointing()
@@ -118,14 +118,14 @@ def _module(name: str, variant: str) -> torch.nn.Module:
 
 @functools.cache
 def _folder() -> Path:
-    """A folder for exported models, which goes with the process."""
+    """Return a folder for exported models, which is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix='pvt-benchmark-')
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
 def _traced(name: str, variant: str, shape) -> str:
-    """A model as PyTorch's exporter writes it, for images of one shape: 'eager' or 'original'."""
+    """Return the ONNX file that PyTorch's exporter writes for 'eager' or 'original', for images of one shape."""
     path = _folder() / f'{name}_{variant}_{"x".join(map(str, shape))}.onnx'
     if not path.exists():
         with warnings.catch_warnings():
@@ -138,7 +138,7 @@ def _traced(name: str, variant: str, shape) -> str:
 
 @functools.cache
 def _exported(variant: str, target: str, int8: bool, height: int, width: int) -> str:
-    """A model as `pvt-timm export --img-size HEIGHT WIDTH` writes it. For int8 it is calibrated with random images."""
+    """Return the file of `pvt-timm export --img-size HEIGHT WIDTH`. For int8 it is calibrated with random images."""
     from pvt_timm.export import TARGETS, export
     from pvt_timm.int8 import CalibrationImages
 
@@ -225,7 +225,7 @@ def build(
         device: str = 'cpu',
         threads: Optional[int] = None,
 ) -> Callable:
-    """A contender as a function from a batch of images (float32, or `input_dtype`) to logits.
+    """Return a contender as a function that turns a batch of images, of type `input_dtype`, into logits.
 
     Raises:
         Skipped: The contender cannot run here.
@@ -258,27 +258,27 @@ def build(
 
 
 def training_dtype(precision: str, device: str) -> torch.dtype:
-    """Type of weights and images in training. On a GPU it is float32, and mixed precision serves bf16 and fp16."""
+    """Return the type of weights and images in training. On a GPU it is float32: bf16 and fp16 use autocast there."""
     return torch.float32 if device == 'cuda' else DTYPES[precision]
 
 
 def autocast(precision: str, device: str) -> Any:
-    """The context for a forward pass in training: autocast for mixed precision on a GPU, else an empty one."""
+    """Return the context for a forward pass in training: autocast for bf16 and fp16 on a GPU, else an empty one."""
     mixed = device == 'cuda' and DTYPES[precision] != torch.float32
     return torch.autocast(device, DTYPES[precision]) if mixed else contextlib.nullcontext()
 
 
 def tolerance(name: str, precision: str) -> float:
-    """What is allowed between the logits of a contender and those of ours in float32, over the largest of these."""
+    """Return the allowed difference of a contender's logits from ours in float32, as a share of the largest of ours."""
     return INT8_TOLERANCE if name.endswith('int8') else TOLERANCE[precision]
 
 
 def input_dtype(name: str, precision: str) -> torch.dtype:
-    """Type of the images that a contender takes. OpenVINO and onnxruntime take float32 and convert them themselves."""
+    """Return the type of a contender's images. OpenVINO and onnxruntime take float32 and convert it themselves."""
     return torch.float32 if name in RUNTIMES else DTYPES[precision]
 
 
 def set_precision(precision: str, device: str) -> None:
-    """Switch TF32 on or off."""
+    """Use TF32 on a GPU if `precision` is 'tf32', otherwise switch it off."""
     if device == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == 'tf32'

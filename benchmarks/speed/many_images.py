@@ -1,12 +1,12 @@
-"""Images per second of `pvt-timm embed` and `predict`, with reading them from the disk, against the bare model.
+"""Images per second of `pvt-timm embed` and `predict`, which read them from the disk, against the bare model.
 
     python benchmarks/speed/many_images.py                      # PVT-Small on photos: results/many_images.json
     python benchmarks/speed/many_images.py --device cuda --dtype bfloat16 --batch-size 256
-    python benchmarks/speed/many_images.py --memory 20000       # the memory of `embed` on so many images of 64 pixels
+    python benchmarks/speed/many_images.py --memory 20000       # memory of `embed` on 20000 images of 64 pixels
 
-The bare model takes batches that are in memory already, in the same process and in turns with the command's own stream
-of images, so that what else the machine does counts for both. On a CPU both have the fast path of `pvt_timm.fuse`. The
-outputs of the stream are compared with those of the model on images that timm's transform made before a time is shown.
+The bare model computes batches that are in memory already. It runs in the same process as the command's code, in turns
+with it, so that other work of the machine slows both down. On a CPU both use the fast path of `pvt_timm.fuse`. Before a
+time is shown, the outputs of the command's code are compared with those of the model on images from timm's transform.
 """
 import argparse
 import json
@@ -31,7 +31,7 @@ from pvt_timm.files import save_atomically
 
 
 def write_photos(folder: Path, count: int, height: int, width: int) -> None:
-    """JPEG files as large as photos of that size, of smooth noise: white noise would take far longer to decode."""
+    """Write JPEG files of smooth noise. They take as long to decode as photos, white noise would take far longer."""
     rng = np.random.default_rng(0)
     for i in range(count):
         small = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
@@ -104,12 +104,12 @@ def in_python(model: torch.nn.Module, data: dict, files: list[ImageFile]) -> np.
 
 
 def memory(args: argparse.Namespace, folder: Path) -> dict:
-    """The most memory that `embed` and its workers take on many small images, and on a few."""
+    """Return the peak memory of `embed` with its workers, on many small images and on a few."""
     peaks = {}
     for count in (64, args.memory):
         images = folder / str(count)
         images.mkdir()
-        for i in range(count):  # of a few pixels: what is looked for is what grows with their number
+        for i in range(count):  # small images, as only memory that grows with their number is of interest
             file = images / f'{i // 1000}' / f'{i}.png'
             file.parent.mkdir(exist_ok=True)
             Image.new('RGB', (64, 64), (i % 256, i // 256 % 256, 7)).save(file)
@@ -127,7 +127,7 @@ def memory(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def peak_of(process: psutil.Process) -> float:
-    """The largest sum over a process and its children, in MB. Pages that they share count once."""
+    """Return the peak memory of a process and its children together, in MB. Shared pages are counted once."""
     peak = 0.
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         total = 0
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument('--device')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'))
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--memory', type=int, metavar='N', help='measure the memory of N small images in place of that')
+    parser.add_argument('--memory', type=int, metavar='N', help='measure memory with N small images, not speed')
     parser.add_argument('--output', type=Path, default=HERE / 'results')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-""" Table and plots from the JSON that run.py writes: `python benchmarks/speed/report.py results/cpu_avx2.json`. """
+""" Write a table and plots of run.py's JSON: `python benchmarks/speed/report.py results/cpu_avx2.json`. """
 import json
 import sys
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ PAIRS = dict(
 
 
 def ratios(results) -> list:
-    """Rows that say how many times faster (or smaller) one contender is than another, by medians of the same run."""
+    """Return table rows with speed or memory of one model compared with another, by medians of the same run."""
     found = []
     for section, pairs in PAIRS.items():
         key = 'bytes' if 'memory' in section else 'median'
@@ -84,7 +84,7 @@ def ratios(results) -> list:
 
 
 def peak_shares(results) -> list:
-    """(label, {contender: share}): nominal operations of PVT per second, as a share of the measured matrix product."""
+    """Return (label, shares by model): operations of PVT per second as a share of those of a large matrix product."""
     peaks = {p['precision']: p['gflops'] for p in results['peak']}
     shares = []
     for row in results['throughput']:
@@ -143,7 +143,7 @@ class Panel:
 
 
 def draw_panels(rows: List[List[Panel]], output: Path) -> None:
-    """Draw rows of panels. Every panel names its own contenders, so there are no gaps for what was not measured."""
+    """Draw rows of panels. Every panel has only the models that were measured, so there are no gaps."""
     from matplotlib.figure import Figure
 
     columns = max(map(len, rows))
@@ -159,7 +159,7 @@ def draw_panels(rows: List[List[Panel]], output: Path) -> None:
 
 
 def draw_panel(axis: Any, panel: Panel, places: int) -> None:
-    """Horizontal bars in the order of `LABELS`, each with its name and its value, in as many `places`."""
+    """Draw horizontal bars in the order of `LABELS`, each with its name and value. There is room for `places` bars."""
     names = [name for name in LABELS if name in panel.values]
     values = [panel.values[name] for name in names]
     bars = axis.barh(range(len(names)), values, color=[COLOURS[name] for name in names], height=0.8)
@@ -174,7 +174,7 @@ def draw_panel(axis: Any, panel: Panel, places: int) -> None:
 
 
 def panels_of(results: Dict[str, Any]) -> Dict[str, List[List[Panel]]]:
-    """The charts, by name: rows of panels, a row for each precision."""
+    """Return the charts by name. A chart is rows of panels, one row for each precision."""
     order = list(results['gmacs'])
     digits = 1 if results['machine']['gpu'] else 0  # milliseconds are few there
 

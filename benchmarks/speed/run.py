@@ -21,7 +21,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# A CPU without AVX-512, on one that has it. Read when PyTorch is imported.
+# Makes a CPU with AVX-512 work like one without it. These variables are read when PyTorch is imported.
 AVX2 = {'ONEDNN_MAX_CPU_ISA': 'AVX2', 'ATEN_CPU_CAPABILITY': 'avx2', 'MKL_ENABLE_INSTRUCTIONS': 'AVX2'}
 if '--avx2' in sys.argv:
     os.environ.update(AVX2)
@@ -33,14 +33,14 @@ from pvt_timm.files import save_atomically  # noqa: E402
 from contenders import CPU, CUDA, ENGINES, NOT_PVT, RUNTIMES, TRAIN, TRAIN_CUDA, Skipped  # noqa: E402
 
 GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included
-PAUSE = 0.05  # s before a contender runs: threads of other libraries spin for a while after theirs
+PAUSE = 0.05  # seconds before a contender runs, as threads of other libraries stay busy for a while after their work
 HERE = Path(__file__).resolve().parents[1]
 SECTIONS = ('throughput', 'latency', 'engines', 'training', 'memory', 'training_memory')
 PACKAGES = ('torch', 'timm', 'torchvision', 'transformers', 'onnxruntime', 'openvino', 'nncf', 'pvt-timm')
 
 
 def machine(device: str) -> dict:
-    """A description of the machine and the versions, on which the figures depend."""
+    """Return a description of the machine and the versions of packages."""
     cpu = platform.processor()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo', encoding='utf-8') as f:
@@ -75,7 +75,7 @@ def interleave(functions: dict, rounds: int, device: str, clock: str = 'wall') -
     """Time functions in turns, so that other work of the machine slows all of them down alike."""
     now = CLOCKS[clock]
     times = {name: [] for name in functions}
-    pause, calls = (0, 5) if device == 'cuda' else (PAUSE, 1)  # no pauses on a GPU, which is slow at first after them
+    pause, calls = (0, 5) if device == 'cuda' else (PAUSE, 1)  # no pauses on a GPU: it would be slow after them
     for _ in range(rounds):
         for name, function in functions.items():
             synchronize(device)
@@ -97,15 +97,15 @@ def summary(ms: list) -> dict:
 
 
 def check(name, precision, shape, out, expected) -> float:
-    """Largest difference from the expected logits, divided by the largest of them. Ends the run if it is too large."""
+    """Return the largest difference from the expected logits, divided by the largest one. Exits if it is too large."""
     error = ((out.detach().float().cpu() - expected).abs().max() / expected.abs().max()).item()
-    if not error <= contenders.tolerance(name, precision):  # which NaN is not
+    if not error <= contenders.tolerance(name, precision):  # also true for NaN
         raise SystemExit(f'{name} {precision} {shape}: relative error {error:.1e}, nothing to time.')
     return error
 
 
 def inference(variant, shape, precision, names, args) -> dict:
-    """Time contenders on one input, after their outputs were found equal."""
+    """Time contenders on one input, after their outputs have been compared."""
     device = args.device
     contenders.set_precision(precision, device)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -145,7 +145,7 @@ def forward_backward(model, x, precision, device):
 
 
 def training(variant, shape, precision, names, args) -> dict:
-    """Time a forward and backward pass (no optimizer), after the outputs were found equal."""
+    """Time a forward and backward pass (no optimizer), after the outputs have been compared."""
     contenders.set_precision(precision, args.device)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     x = images.to(device=args.device, dtype=contenders.training_dtype(precision, args.device))
@@ -177,7 +177,7 @@ def training(variant, shape, precision, names, args) -> dict:
 
 
 def peak(precision: str, device: str, clock: str) -> dict:
-    """Largest rate of a matrix product that the machine reaches, in GFLOP/s, by any library behind PyTorch."""
+    """Return the rate of a large matrix product in GFLOP/s, with the fastest of the libraries that PyTorch uses."""
     contenders.set_precision(precision, device)
     dtype = contenders.DTYPES[precision]
     n = 8192 if device == 'cuda' else 2048
@@ -196,7 +196,7 @@ def peak(precision: str, device: str, clock: str) -> dict:
     return dict(precision=precision, size=n, gflops=max(rates.values()), by=rates)
 
 
-# --- Memory, on CPU each figure in its own process ---
+# --- Memory. On a CPU, each figure is measured in a separate process ---
 
 def memory(field: str) -> int:
     with open('/proc/self/status', encoding='utf-8') as f:
@@ -204,7 +204,7 @@ def memory(field: str) -> int:
 
 
 def memory_of(name, variant, shape, precision, device, train=False) -> int:
-    """Bytes that one forward (and backward) pass takes at most, beyond those of the loaded (and packed) model."""
+    """Return the peak bytes of one forward (and backward) pass, beyond those of the loaded (and packed) model."""
     contenders.set_precision(precision, device)
     dtype = contenders.training_dtype(precision, device) if train else contenders.input_dtype(name, precision)
     x = torch.randn(shape).to(device=device, dtype=dtype)
@@ -227,7 +227,7 @@ def memory_of(name, variant, shape, precision, device, train=False) -> int:
             step()
             return torch.cuda.max_memory_allocated() - before
         with open('/proc/self/clear_refs', 'w', encoding='utf-8') as f:
-            f.write('5')  # the peak starts anew
+            f.write('5')  # resets the peak
         before = memory('VmRSS')
         step()
         return memory('VmHWM') - before
@@ -237,7 +237,7 @@ def peak_memory(variant, shape, precision, names, args, train=False) -> dict:
     result = {}
     for name in names:
         what = [name, variant, list(shape), precision, args.device, train]
-        if args.device == 'cuda':  # its allocator counts exactly
+        if args.device == 'cuda':  # its allocator counts exactly, so no separate process is needed
             try:
                 result[name] = dict(bytes=memory_of(*what))
             except (AssertionError, RuntimeError, Skipped) as e:
@@ -267,7 +267,7 @@ def suite(args):
     others = () if quick else (args.variants or 'tiny,medium,large').split(',')
     for precision in precisions:
         yield 'peak', peak, precision, args.device, args.clock
-        some = [n for n in names if n != 'compiled' or precision in ('bf16', 'fp32')]  # half a minute each
+        some = [n for n in names if n != 'compiled' or precision in ('bf16', 'fp32')]  # compiling takes half a minute
         few = [n for n in names if n in ('transformers', 'eager', 'fused', 'openvino', 'cuda_graph')]
         for batch in batches:
             yield 'throughput', inference, main, (batch, 3, 224, 224), precision, (
@@ -276,7 +276,7 @@ def suite(args):
             yield 'throughput', inference, variant, (batches[0], 3, 224, 224), precision, few, args
         for size in sizes:
             yield 'latency', inference, main, (1, 3, *size), precision, some, args
-            for variant in () if cuda else others:  # what is promised for all: fused is not slower than plain
+            for variant in () if cuda else others:  # shows for all variants that fused is not slower than plain
                 yield 'latency', inference, variant, (1, 3, *size), precision, ['eager', 'fused'], args
         if not cuda:
             for variant in (main,) if quick else (main, 'tiny'):
@@ -304,8 +304,8 @@ def main(argv=None) -> int:
         'cpu: processor time of all threads, which other programs disturb less; only with --threads 1'))
     parser.add_argument('--rounds', type=int, help='times that each contender is timed (default 5, 3 with --quick)')
     parser.add_argument('--pvt-checkout', help='checkout of whai362/PVT (default: $PVT_CHECKOUT)')
-    parser.add_argument('--variants', help='comma-separated, beside the small one (default: tiny,medium,large)')
-    parser.add_argument('--only', help='sections, comma-separated: ' + ','.join(SECTIONS))
+    parser.add_argument('--variants', help='comma-separated, in addition to small (default: tiny,medium,large)')
+    parser.add_argument('--only', help='sections to run, comma-separated: ' + ','.join(SECTIONS))
     parser.add_argument('--output', type=Path, help='folder (default: results/ here, or a temporary one with --quick)')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -330,7 +330,7 @@ def main(argv=None) -> int:
         parser.error(f'Expected --only to name some of {", ".join(SECTIONS)}, got {args.only!r}.')
     results = dict(machine=machine(args.device), clock=args.clock, gmacs=GMACS, peak=[])
     results.update((section, []) for section in SECTIONS)
-    # engines have a file of their own, as they may be measured on another machine than the rest
+    # engines have a separate file, as they may be measured on another machine than the rest
     kind = 'engines' if list(only) == ['engines'] else args.device
     name = kind if kind == 'cuda' else f'{kind}_{results["machine"]["capability"].lower()}'
     path = output / f'{name}.json'
@@ -339,7 +339,7 @@ def main(argv=None) -> int:
         results.update((section, before.get(section, [])) for section in SECTIONS if section not in only)
         if 'throughput' not in only:
             results.update(peak=before['peak'], machine=before['machine'])
-    measured_peak = bool(results['peak'])  # the shares of the peak stay those of one run
+    measured_peak = bool(results['peak'])  # then the peak is not measured again: shares of it are those of one run
     for section, measure, *what in suite(args):
         if measured_peak if section == 'peak' else section not in only:
             continue

@@ -2,8 +2,8 @@
 
     TIMM_CHECKOUT=... python benchmarks/training/finetune.py
 
-The published weights need a network, so the start is trained here: PVT-Tiny on the digits 0 to 4. Then the digits 5 to
-9 get a new head by the `finetune` recipe, with the backbone frozen and without. Writes
+The published weights need a network, so the start is trained here: PVT-Tiny on the digits 0 to 4. Then a new head for
+the digits 5 to 9 is trained with the `finetune` recipe, once with a frozen backbone and once without. Writes
 results/finetune.json and results/finetune.png. Takes about 5 minutes on 2 free cores.
 """
 import argparse
@@ -20,14 +20,14 @@ from training_runs import read_summary, run
 
 from pvt_timm.files import save_atomically
 
-# With these only the head learns: timm does not train layers whose share of the learning rate is below the limit
+# With these options only the head is trained: timm does not train layers whose share of the learning rate is below 0.5
 FREEZE = ('--layer-decay', '0.01', '--layer-decay-no-opt-scale', '0.5', '--drop-path', '0')
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
 
 
 def half(source: Path, target: Path, labels: range, train: int, validation: int) -> Path:
-    """The first images of some of the digits."""
+    """Copy the first images of some of the digits into a new image folder, and return this folder."""
     for split, count in (('train', train), ('validation', validation)):
         for label in labels:
             folder = target / split / str(label)
@@ -92,8 +92,8 @@ def main() -> None:
     import timm
     from pvt_timm.digits import write_digits
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--redraw', action='store_true', help='only draw again what is in the results')
-    parser.add_argument('--work', metavar='DIR', help='keep what the runs write here, and go on from what is there')
+    parser.add_argument('--redraw', action='store_true', help='only draw the results again')
+    parser.add_argument('--work', metavar='DIR', help='folder that keeps the files of the runs, to continue from them')
     args = parser.parse_args()
     file = RESULTS / 'finetune.json'
     if not args.redraw:

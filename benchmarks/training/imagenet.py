@@ -2,9 +2,9 @@
 
     python benchmarks/training/imagenet.py --data-dir IMAGENET [--device cuda] [--json results.json]
 
-IMAGENET/validation (or val) holds one folder per class. Every image is decoded or the run stops: unlike timm's
-validate.py, which puts the next image in the place of one that it cannot read. Exit code 0 if all models are within the
-allowed difference, 1 if one is not, 2 after an error.
+IMAGENET/validation (or val) holds one folder per class. The run stops if an image cannot be decoded. (timm's
+validate.py would use the next image instead.) The exit code is 0 if all models are within the allowed difference, 1 if
+one is not, and 2 after an error.
 """
 import argparse
 import json
@@ -34,7 +34,7 @@ ALLOWED = 0.15
 
 
 class Images(torch.utils.data.Dataset):
-    """Images with labels. For a file that cannot be read, the item is the error, which the caller raises."""
+    """Images with labels. The item of a file that cannot be read is the error message, which `evaluate` raises."""
 
     def __init__(self, samples: List[Tuple[str, int]], transform) -> None:
         self.samples, self.transform = samples, transform
@@ -58,10 +58,10 @@ def collate(batch):
 
 
 def find_samples(data_dir: os.PathLike, split: str, num_classes: int) -> List[Tuple[str, int]]:
-    """Files and labels of a split.
+    """Return files and labels of a split.
 
     Raises:
-        ValueError: The number of folders is not the number of the model's classes.
+        ValueError: The split does not exist, or has not one folder for each of the model's classes.
     """
     names = [split, 'val'] if split == 'validation' else [split]
     folder = next((Path(data_dir, name) for name in names if Path(data_dir, name).is_dir()), None)
@@ -84,14 +84,14 @@ def evaluate(
         batch_size: int = 128,
         workers: int = 4,
 ) -> Dict[str, Any]:
-    """Score of a model, with images resized and cropped as its data config says.
+    """Return the score of a model. Images are resized and cropped as its data config says.
 
     Args:
         name: Model with tag.
         data_dir: Folder with the split.
         split: Name of the split.
         checkpoint: File with weights instead of the published ones.
-        device: Where to run.
+        device: Device to run on.
         batch_size: Images per forward pass.
         workers: Processes that read images.
 
@@ -99,7 +99,7 @@ def evaluate(
         `top1` and `top5` in percent, `images`, `seconds`.
 
     Raises:
-        ValueError: An image that cannot be read, wrong folders, no weights.
+        ValueError: An image cannot be read, folders are wrong, or there are no weights.
     """
     if checkpoint is None:
         model = load_model(name).model
@@ -133,17 +133,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--split', default='validation', help='name of the split (default validation, or val)')
     parser.add_argument('--models', nargs='+', default=list(PUBLISHED), metavar='MODEL', help='default all')
     parser.add_argument('--checkpoints', nargs='+', metavar='FILE', help='files with weights, one per model')
-    parser.add_argument('--allowed', type=float, default=ALLOWED, help=f'difference in percent (default {ALLOWED})')
+    parser.add_argument(
+        '--allowed', type=float, default=ALLOWED, help=f'allowed difference in percent (default {ALLOWED})')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--batch-size', type=int, default=128)
     parser.add_argument('--workers', type=int, default=4)
-    parser.add_argument('--json', metavar='FILE', help='also write the results')
+    parser.add_argument('--json', metavar='FILE', help='file to write the results to')
     args = parser.parse_args(argv)
     return run_command('imagenet.py', lambda: compare(args))
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Evaluate the models and compare. Returns 1 if one differs by more than is allowed, else 0."""
+    """Evaluate the models and compare their scores. Returns 1 if one differs by more than allowed, otherwise 0."""
     results: Dict[str, Any] = {}
     unknown = [m for m in args.models if m not in PUBLISHED]
     if unknown:

@@ -5,8 +5,8 @@
 writes SHARDS/<split>-0000.tar ... and SHARDS/_info.json. Train with
 `--dataset wds/NAME --data-dir SHARDS --train-split train --val-split validation --aug-repeats 0`
 (pip install webdataset). Use at least as many training shards as there are loader workers in all processes together.
-The shards for validation must be as many for each process and of equal size: timm adds up the scores of all processes
-batch by batch, and stops where one of them has fewer batches.
+Each process must get the same number of validation shards, and these must have equal sizes: timm adds up the scores of
+all processes batch by batch, and stops if one of them has fewer batches.
 """
 import argparse
 import io
@@ -25,13 +25,13 @@ def write_shards(source: Path, target: Path, images: int = 1000, seed: int = 0) 
     """Write the shards.
 
     Args:
-        source: Folder with one folder per split, in it one per class.
+        source: Folder with one folder per split, which has one folder per class.
         target: Folder to write to.
         images: Images per shard.
-        seed: Of the order of the images, so that every shard has all classes.
+        seed: Seed of the order of images, which is random so that every shard has all classes.
 
     Returns:
-        What _info.json says.
+        The content of _info.json.
     """
     splits = {}
     target.mkdir(parents=True, exist_ok=True)

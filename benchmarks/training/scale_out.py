@@ -3,10 +3,10 @@
     TIMM_CHECKOUT=... python benchmarks/training/scale_out.py
 
 Writes results/scale_out.json and results/scale_out.png. Takes about 10 minutes on 2 cores. Three runs on the digits:
-- whole: every step sees all of 640 images, so one and two processes must follow the same curve up to rounding;
-- batches: the digits recipe with 64 images per step; the processes draw other batches, so the curves
-  agree on the whole;
-- killed: two processes, one killed with SIGKILL in the middle of an epoch, against the same run left alone.
+- whole: every step uses all 640 images, so one and two processes must follow the same curve, apart from rounding;
+- batches: the digits recipe with 64 images per step. One and two processes draw different batches, so their curves
+  agree only roughly;
+- killed: two processes, one killed with SIGKILL in the middle of an epoch, against the same run without that.
 """
 import argparse
 import json
@@ -67,7 +67,7 @@ def load_state(folder: Path) -> Dict[str, Any]:
 
 
 def largest_difference(a: Any, b: Any) -> float:
-    """Largest difference of all numbers in two structures of the same shape."""
+    """Return the largest difference of all numbers in two structures of the same shape."""
     if isinstance(a, torch.Tensor):
         return float((a.double() - b.double()).abs().max()) if a.numel() else 0.
     if isinstance(a, dict):
@@ -103,7 +103,7 @@ def killed(data: Path, output: Path, epochs: int = 6, kill_epoch: int = 3, batch
     assert event, 'nothing was killed'
     (output / 'killed.log').write_text(log)
     steps = read_steps(log)
-    # the restart is where the first step of the epoch comes a second time
+    # after the restart, the first step of the epoch is there a second time
     restart = next(i for i in range(1, len(steps)) if steps[i]['epoch'] == kill_epoch and steps[i]['step'] == 0 and
                    steps[i - 1]['epoch'] == kill_epoch)
     rows, rows_alone = read_summary(output / 'killed'), read_summary(output / 'alone')
@@ -166,8 +166,8 @@ def main() -> None:
     import timm
     from pvt_timm.digits import write_digits
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--redraw', action='store_true', help='only draw again what is in the results')
-    parser.add_argument('--work', metavar='DIR', help='where to put what the runs write (default a temporary folder)')
+    parser.add_argument('--redraw', action='store_true', help='only draw the results again')
+    parser.add_argument('--work', metavar='DIR', help="where to make the runs' temporary folder (default as usual)")
     args = parser.parse_args()
     file = RESULTS / 'scale_out.json'
     if not args.redraw:

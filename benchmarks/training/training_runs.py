@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def train_script() -> Path:
-    """timm's train.py, from the checkout that TIMM_CHECKOUT names."""
+    """Return timm's train.py, from the checkout that TIMM_CHECKOUT names."""
     checkout = os.environ.get('TIMM_CHECKOUT')
     if not checkout or not Path(checkout, 'train.py').is_file():
         raise SystemExit('Expected TIMM_CHECKOUT to be a checkout of huggingface/pytorch-image-models (for train.py).')
@@ -29,7 +29,7 @@ def environment() -> Dict[str, str]:
 
 
 def command(args: Sequence[str], processes: int = 1, max_restarts: int = 0) -> List[str]:
-    """The command line of `pvt_timm train`, in one process or in several under torchrun."""
+    """Return the command line of `pvt_timm train`, in one process or in several under torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ['-m', 'torch.distributed.run', f'--nproc-per-node={processes}', f'--max-restarts={max_restarts}',
@@ -51,7 +51,7 @@ def run(
         processes: Number of processes.
         max_restarts: How often torchrun restarts them.
         on_line: Called with every line and the started process.
-        timeout: Seconds after which everything is ended.
+        timeout: Seconds after which all processes are ended.
     """
     process = psutil.Popen(
         command(args, processes, max_restarts), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -83,7 +83,7 @@ def end_all(process: psutil.Popen) -> None:
 
 
 def worker(process: psutil.Process, rank: int) -> psutil.Process:
-    """The training process of a rank under torchrun."""
+    """Return the training process of a rank under torchrun."""
     for child in process.children():
         if child.environ().get('RANK') == str(rank):
             return child
@@ -91,7 +91,10 @@ def worker(process: psutil.Process, rank: int) -> psutil.Process:
 
 
 def read_summary(folder: Path) -> Dict[int, Dict[str, float]]:
-    """The epochs of a summary.csv. A restart writes the header again, and the last run of a repeated epoch counts."""
+    """Return the rows of a summary.csv by epoch.
+
+    A restart writes the header again and may repeat an epoch. The last row of an epoch is returned.
+    """
     rows, header = {}, None
     with open(folder / 'summary.csv', encoding='utf-8', newline='') as f:
         for row in csv.reader(f):
@@ -103,7 +106,7 @@ def read_summary(folder: Path) -> Dict[int, Dict[str, float]]:
 
 
 def read_steps(log: str) -> List[Dict[str, float]]:
-    """Epoch, step, loss (its mean in the epoch so far) and learning rate from the lines that train.py prints."""
+    """Return epoch, step, loss (its mean in the epoch so far) and learning rate from train.py's lines."""
     pattern = re.compile(r'Train: (\d+) \[ *(\d+)/(\d+).*?Loss: *\S+ \(([\d.e+-]+|nan)\).*?LR: ([\d.e+-]+)')
     return [
         dict(epoch=int(m[1]), step=int(m[2]), steps=int(m[3]), loss=float(m[4]), lr=float(m[5]))

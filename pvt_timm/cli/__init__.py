@@ -1,1 +1,1 @@
-""" The command line `pvt-timm`: its options are in `main`, what the commands do in the other files. """
+""" The command line `pvt-timm`. `main` builds its parser, the other files hold the commands. """

@@ -1,4 +1,4 @@
-""" Classifiers and backbones with their weights, labels and preprocessing, for the commands; images for them. """
+""" Load classifiers and backbones with their weights, labels and preprocessing, and open images, for the commands. """
 import contextlib
 import logging
 import math
@@ -35,27 +35,29 @@ _NO_HEAD = 'is a backbone without a classifier: use `features` or `embed`, or we
 
 @dataclass
 class Classifier:
-    """A model with weights and what belongs to it."""
+    """A model with weights, its preprocessing and its labels."""
     model: PyramidVisionTransformer  # in evaluation mode
     name: str  # model and tag, or model and name of the file or folder
     data: Dict[str, Any]  # timm's data config (input_size, mean, std, interpolation, crop_pct...)
-    labels: List[str]  # name of every class, none for a backbone without a head
-    multi_label: bool = False  # whether every class has a probability of its own
+    labels: List[str]  # name of every class, empty for a backbone without a head
+    multi_label: bool = False  # whether each class has an independent probability (sigmoid instead of softmax)
 
 
 def load_model(
         model: Optional[str] = None, checkpoint: Optional[Union[str, Path]] = None, dense: bool = False,
         img_size: Optional[Tuple[int, int]] = None, labels: Optional[Union[str, Path]] = None,
         prefix: Optional[str] = None, headless: bool = False) -> Classifier:
-    """A model with its weights, never with random ones. Arguments are the options of `pvt-timm predict`.
+    """Return a model with its weights. The weights are never random.
+
+    The arguments that are not described here are the options of `pvt-timm predict`.
 
     Args:
-        dense: For features: without class token, final norm and head.
-        headless: For embeddings: without head, which the weights need not have. The class token is kept.
+        dense: For feature maps: the model has no class token, final norm and head.
+        headless: For embeddings: the model has a class token but no head, and the weights need not have a head.
 
     Raises:
-        ValueError: The model is not known, or has no (fitting) weights, or `img_size` has more pixels than Pillow's
-            limit for images. What the libraries raise where weights cannot be had or read is left alone.
+        ValueError: The model is unknown, or has no weights, or the weights do not fit, or `img_size` has more pixels
+            than Pillow's limit for images. Errors of libraries that read the checkpoint are raised unchanged.
     """
     if img_size and math.prod(img_size) > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f'Expected a size of {Image.MAX_IMAGE_PIXELS} pixels at most, got {img_size}')
@@ -102,21 +104,24 @@ def load_model(
 
 
 def check_in_chans(in_chans: int, name: str) -> None:
-    """Refuse a model that no image file is for."""
+    """Refuse a model with a number of channels that image files do not have."""
     if in_chans not in (1, 3):
         raise ValueError(f'Expected a model for images with 1 or 3 channels, {name} takes {in_chans}')
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    """Refuse a model with NaN or infinity among its weights."""
+    """Refuse a model whose weights contain NaN or infinity."""
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise ValueError(f'{name} has weights that are not finite, it is damaged')
 
 
 @contextlib.contextmanager
 def refusing_overflow(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """Inside of it the model raises ValueError where a layer after its PVT, whose NaN or infinity reach that layer,
-    gives NaN or infinity. They would pass for a result: no objects, or the first class."""
+    """Let the model raise ValueError, inside of this context, if it computes NaN or infinity.
+
+    These would look like a result: no objects, or the first class. The outputs of the layers after the PVT are checked,
+    as NaN and infinity of the PVT reach these layers.
+    """
     def check(layer: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         check_output(output, name)
 
@@ -132,10 +137,11 @@ def refusing_overflow(model: torch.nn.Module, name: str) -> Iterator[None]:
 
 
 def check_output(output: torch.Tensor, name: str) -> None:
-    """Refuse NaN and infinity, in what a model gives before it is converted to another type.
+    """Refuse NaN and infinity in an output of a model. Call this before the output is converted to another type.
 
     Raises:
-        ValueError: There are some. The largest number of float16 is 65504, so there good weights may give them too.
+        ValueError: The output contains NaN or infinity. In float16 this can happen with good weights too, because its
+            largest number is 65504.
     """
     if output.isfinite().all():
         return
@@ -145,7 +151,7 @@ def check_output(output: torch.Tensor, name: str) -> None:
 
 
 def _check_source(checkpoint: Union[str, Path]) -> None:
-    """Say at once that the hub of a checkpoint cannot be reached. A file or folder needs none."""
+    """Raise an error at once if the hub of a checkpoint cannot be reached. Files and folders are not checked."""
     match = re.fullmatch(r'hf-hub:([^@:]+)(?:@([^:]+))?', str(checkpoint))
     if match is None:
         return
@@ -171,24 +177,27 @@ def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:
 
 
 def open_image(path: Union[str, Path], channels: int = 3) -> Image.Image:
-    """Open an image upright, as RGB or grey levels.
+    """Open an image as RGB or, with `channels` 1, as grey levels. It is turned upright if its EXIF data say so.
 
     Raises:
-        ValueError: There is no such file, or it is not an image, or damaged, or too thin to be resized.
+        ValueError: The file does not exist, or is not an image, or is damaged, or the image is too thin to be resized.
     """
     try:
         with Image.open(path) as image:
-            if max(image.size) > 100 * min(image.size):  # with 224 pixels for the shorter one it would fill the memory
+            if max(image.size) > 100 * min(image.size):  # with a shorter side of 224 pixels it would fill the memory
                 raise ValueError(f'its sides, {image.width}x{image.height} pixels, differ by more than a factor of 100')
             image.load()
             return as_seen(image, channels)
-    except Exception as e:  # the readers of damaged files raise all sorts
+    except Exception as e:  # for damaged files, Pillow raises errors of many types
         raise ValueError(f'Cannot read the image {path}: {one_line(e)}') from e
 
 
 @torch.inference_mode()
 def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[Tuple[int, float]]:
-    """Most likely classes of an image with their probabilities, which add up to 1 unless there are several labels."""
+    """Return the `topk` most likely classes of an image, with their probabilities.
+
+    The probabilities of all classes add up to 1, except for a multi-label classifier.
+    """
     transform = create_transform(**classifier.data, is_training=False)
     logits = classifier.model(transform(image)[None])[0]
     check_output(logits, classifier.name)
@@ -198,7 +207,7 @@ def predict(classifier: Classifier, image: Image.Image, topk: int = 5) -> List[T
 
 
 def probabilities(classifier: Classifier, logits: torch.Tensor) -> torch.Tensor:
-    """The probability of every class, of logits (..., classes)."""
+    """Return the probability of every class from logits (..., classes)."""
     return logits.sigmoid() if classifier.multi_label else logits.softmax(-1)
 
 
@@ -206,9 +215,11 @@ def probabilities(classifier: Classifier, logits: torch.Tensor) -> torch.Tensor:
 def extract(
         classifier: Classifier, image: Image.Image, img_size: Optional[Tuple[int, int]] = None,
 ) -> Tuple[List[torch.Tensor], Tuple[int, int]]:
-    """Feature maps (C, H, W) of a whole image, from a dense model, and the height and width that it was resized to.
+    """Return the feature maps (C, H, W) of a whole image, and the height and width that the image was resized to.
 
-    That is `img_size`, or by default what `whole_size` says.
+    Args:
+        classifier: Returned by `load_model` with `dense`.
+        img_size: Height and width to resize the image to. By default `whole_size` chooses them.
     """
     model = classifier.model
     if img_size is None:
@@ -221,9 +232,9 @@ def extract(
 
 
 def whole_size(size: Tuple[int, int], shorter: int, stride: int) -> Tuple[int, int]:
-    """Height and width for an image of `size` (width, height) whose shorter side becomes `shorter`.
+    """Return height and width for an image of `size` (width, height), so that its shorter side becomes `shorter`.
 
-    Both are multiples of `stride`. But for that the aspect stays.
+    Both are rounded to multiples of `stride`. Apart from this rounding, the aspect ratio stays the same.
     """
     width, height = size
     scale = shorter / min(size) / stride
@@ -231,5 +242,5 @@ def whole_size(size: Tuple[int, int], shorter: int, stride: int) -> Tuple[int, i
 
 
 def whole_image(data: Dict[str, Any], img_size: Tuple[int, int]) -> Dict[str, Any]:
-    """timm's data config for all of an image, squashed to `img_size` (height, width), in place of its centre."""
+    """Return timm's data config changed to resize the whole image to `img_size` (height, width), without a crop."""
     return dict(data, input_size=(data['input_size'][0], *img_size), crop_pct=1., crop_mode='squash')

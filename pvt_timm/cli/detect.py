@@ -1,4 +1,4 @@
-""" The commands `detect` and `segment`: objects and regions of images, printed, as JSON and drawn. """
+""" The commands `detect` and `segment`: find objects or regions in images, and print, save or draw them. """
 import argparse
 import json
 from collections import Counter
@@ -27,15 +27,15 @@ Rows = List[Dict[str, Any]]
 
 @dataclass(frozen=True)
 class Found:
-    """What was found in an image."""
-    rows: Rows
-    areas: Any  # masks (H, W) of the objects, or the class of each pixel (H, W), to draw
+    """The result for one image."""
+    rows: Rows  # a dict for each object, or for each class of a segmented image
+    areas: Any  # to draw: masks (H, W) of the objects, or the class of each pixel (H, W)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of the two commands."""
-    key: str  # of the JSON, for the rows of an image
+    """What differs between `detect` and `segment`."""
+    key: str  # name of an image's rows in the JSON
     load: Callable[[argparse.Namespace], Any]
     find: Callable[[Any, torch.Tensor, argparse.Namespace], List[Found]]
     draw: Callable[[Image.Image, Found, Any, Path], None]
@@ -117,17 +117,19 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
 
 
 def _split_outputs(outputs: Sequence[Path]) -> Tuple[Optional[Path], Optional[Path]]:
-    """The folder for pictures and the file for results among the values of --output, told by their names.
+    """Return the folder for pictures and the file for results from the values of `--output`.
+
+    A value is the file if it has the extension of a supported format, otherwise the folder.
 
     Raises:
-        ValueError: There are two of a kind, or a new folder is called like a file.
+        ValueError: Two folders or two files are given, or a folder that does not exist has a name with an extension.
     """
     files = [path for path in outputs if path.suffix.lower() in RECORD_SUFFIXES]
     folders = [path for path in outputs if path not in files]
     if len(files) > 1 or len(folders) > 1:
         raise ValueError('Expected one folder for pictures and one file for results at most as --output')
     for folder in folders:
-        if folder.suffix and not folder.is_dir():  # a file of a format that is not known, such as results.json
+        if folder.suffix and not folder.is_dir():  # meant as a file of an unsupported format, such as results.json
             raise ValueError(
                 f'Expected an --output that ends in {", ".join(RECORD_SUFFIXES)}, or a folder for pictures, whose name '
                 f'has a dot only if it is there already, got {folder}')
@@ -137,12 +139,13 @@ def _split_outputs(outputs: Sequence[Path]) -> Tuple[Optional[Path], Optional[Pa
 def _pictures(
         files: Sequence[ImageFile], folder: Optional[Path], command: str, checkpoint: Optional[str],
 ) -> Dict[str, Path]:
-    """The picture of each image, by the image's path. The folder for them is made.
+    """Return the picture to write for each image, by the image's path. The folder for pictures is created.
 
-    A picture is called after its image without the extension, or with it where two images differ in nothing else.
+    A picture is named after its image, without the image's extension. If the names of two images differ only in the
+    extension, their pictures' names include it.
 
     Raises:
-        ValueError: Two images would have one picture, or a picture would replace what is read.
+        ValueError: Two images would have the same picture, or a picture would replace an image or the checkpoint.
     """
     if folder is None:
         return {}
@@ -171,7 +174,7 @@ def _print(path: str, rows: Rows, key: str, pictures: Dict[str, Path]) -> None:
 
 
 def _rounded(row: Dict[str, Any]) -> Dict[str, Any]:
-    """A row as JSON shows it: scores and shares with six digits, boxes with hundredths of pixels."""
+    """Return a copy of a row with scores and shares rounded to six decimals, and boxes to hundredths of a pixel."""
     row = dict(row)
     for key in ('score', 'share'):
         if key in row:
@@ -201,7 +204,7 @@ def _load_detector(args: argparse.Namespace) -> Any:
 
 
 def _detect(model: Any, images: torch.Tensor, args: argparse.Namespace) -> List[Found]:
-    """Objects of images (B, C, H, W), from 0 to 1."""
+    """Return the objects in images (B, C, H, W) with values from 0 to 1."""
     return [_objects(model, found, args.threshold) for found in model(list(images))]
 
 
@@ -220,7 +223,7 @@ def _objects(model: Any, found: Dict[str, torch.Tensor], threshold: float) -> Fo
 
 
 def _object_rows(record: Dict[str, Any]) -> List[Tuple[Any, ...]]:
-    """A row for each object of an image."""
+    """Return a row of the table for each object of an image."""
     image = record['image'], record['width'], record['height']
     return [(*image, row['label'], row['name'], row['score'], *row['box']) for row in record['objects']]
 
@@ -235,14 +238,21 @@ DETECT = Task(
 
 
 def run_lengths(mask: torch.Tensor) -> Dict[str, Any]:
-    """A mask (H, W) as COCO's uncompressed run lengths: column by column, starting with those outside."""
+    """Return a mask (H, W) as COCO's uncompressed run lengths.
+
+    They count the pixels column by column: first those outside the mask, then those inside, and so on in turn.
+    """
     values, counts = mask.T.flatten().unique_consecutive(return_counts=True)
     return dict(size=list(mask.shape), counts=[0] * int(values[0]) + counts.tolist())
 
 
 def compressed(counts: Sequence[int]) -> str:
-    """Run lengths as COCO's text: from the fourth on what they differ from the one two before, in characters of five
-    bits each, the lowest first, where a sixth bit says that more follow."""
+    """Return run lengths as COCO's compressed text.
+
+    From the fourth on, each run length is replaced by its difference from the one two places before. A number is
+    written in groups of five bits, the lowest first, with one character per group. A sixth bit in the character says
+    that more groups follow.
+    """
     text = []
     for i, count in enumerate(counts):
         rest = count - counts[i - 2] if i > 2 else count
@@ -256,17 +266,18 @@ def compressed(counts: Sequence[int]) -> str:
 
 
 def coco_results(results: Sequence[Dict[str, Any]], categories: Sequence[str]) -> Rows:
-    """Objects in COCO's results format, as pycocotools' `loadRes` and COCO's servers take it.
+    """Return objects in COCO's results format, which pycocotools' `loadRes` and COCO's servers read.
 
     Args:
         results: A dict per image: 'image' (its path) and 'objects', whose boxes are x1, y1, x2, y2.
         categories: Names of the classes.
 
     Returns:
-        A dict per object: 'image_id', 'category_id', 'bbox' (x, y, width, height), 'score' and, where there are masks,
-        'segmentation'. An image's id is the number that its file is called after if that is so for all of them (as in
-        COCO: 000000000139.jpg is 139), else they are 1, 2, 3... as given. A category's id is COCO's where the names of
-        the classes are COCO's 80, else 1 for the first class, 2 for the second...
+        A dict per object: 'image_id', 'category_id', 'bbox' (x, y, width, height), 'score' and, if there are masks,
+        'segmentation'. If each image's file name is a different number, as in COCO, this number is the image's id
+        (000000000139.jpg has the id 139). Otherwise the ids are 1, 2, 3... in the order of `results`. If the classes
+        have the names of COCO's 80 classes, in COCO's order, the ids of categories are COCO's. Otherwise the first
+        class has the id 1, the second has 2...
     """
     stems = [Path(result['image']).stem for result in results]
     by_name = all(stem.isascii() and stem.isdigit() for stem in stems) and len(set(map(int, stems))) == len(stems)
@@ -294,7 +305,7 @@ def _load_segmenter(args: argparse.Namespace) -> Any:
 
 
 def _segment(model: Any, images: torch.Tensor, args: argparse.Namespace) -> List[Found]:
-    """Regions of images (B, C, H, W), from 0 to 1."""
+    """Return the regions of images (B, C, H, W) with values from 0 to 1."""
     return [_regions(model, model.segment(image).cpu()) for image in images]
 
 
@@ -308,7 +319,7 @@ def _regions(model: Any, labels: torch.Tensor) -> Found:
 
 
 def _region_rows(record: Dict[str, Any]) -> List[Tuple[Any, ...]]:
-    """A row for each class of an image."""
+    """Return a row of the table for each class of an image."""
     image = record['image'], record['width'], record['height']
     return [(*image, row['label'], row['name'], row['share']) for row in record['classes']]
 

@@ -1,4 +1,4 @@
-""" The command `embed`: one vector per image, of many images, as one file. """
+""" The command `embed`: compute one vector per image, for many images, and write them to one file. """
 import argparse
 from typing import Any, Dict, List, Optional
 
@@ -24,18 +24,17 @@ def add_embed_options(command: argparse.ArgumentParser) -> None:
         formats=', '.join(VECTOR_SUFFIXES), required=True)
     command.add_argument(
         '--layer', choices=LAYERS,
-        help='token: the class token; patches: the mean of the other tokens; stage0 to stage3: the mean over the map '
-        'of that stage. Token and patches are taken after the final norm, where the model has one: a model of feature '
-        "maps has no class token and no final norm (default what the model's classifier takes)")
+        help='token: the class token; patches: the mean of the other tokens; stage0 to stage3: the mean over the '
+        'feature map of that stage. Token and patches are taken after the final norm, where the model has one: a model '
+        "for feature maps has no class token and no final norm (default the layer that the model's classifier uses)")
     add_many_options(command)
 
 
 def embed(model: Any, x: torch.Tensor, layer: str) -> torch.Tensor:
-    """Vectors (B, length) of images (B, C, H, W).
+    """Return the vectors (B, length) of images (B, C, H, W).
 
     Args:
-        layer: One of `LAYERS`, 'token' for a model that has a class token.
-
+        layer: One of `LAYERS`. 'token' needs a model with a class token.
     """
     if layer.startswith('stage'):
         maps = model.forward_intermediates(
@@ -50,7 +49,7 @@ def embed(model: Any, x: torch.Tensor, layer: str) -> torch.Tensor:
 
 
 def choose_layer(model: Any, layer: Optional[str]) -> str:
-    """The layer that was asked for, or the one that the model's own head takes."""
+    """Return `layer`, by default the layer that the model's classifier uses."""
     if layer is not None:
         return layer
     return 'token' if model.num_prefix_tokens and model.global_pool != 'avg' else 'patches'

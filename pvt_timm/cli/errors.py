@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 __all__ = ['EXPECTED', 'Parser', 'clean', 'filled', 'one_line', 'run_command']
 
 
-# Errors that the libraries raise because of files, networks and arguments. The base classes of the hub's error are
-# added because they differ between versions of the hub's client: they are those of its HTTP client, from which errors
-# of the connection are derived too.
+# Errors that libraries raise because of files, networks and arguments. The error of the hub's client derives from the
+# errors of its HTTP client, which is another library in other versions. All these base classes are added, because
+# errors of the connection derive from them too.
 EXPECTED: Tuple[Type[BaseException], ...] = (
     ValueError, OSError, RuntimeError, AssertionError, MemoryError, ImportError,
     SafetensorError, pickle.UnpicklingError, http.client.HTTPException,
@@ -36,21 +36,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def filled(text: str) -> str:
-    """The value of an option. An empty one is refused: in a shell it is often a variable that is not set."""
+    """Return the value of an option. An empty value is refused: in a shell it is often a variable that is not set."""
     if not text:
         raise argparse.ArgumentTypeError('expected a value, got an empty one')
     return text
 
 
 def clean(text: Any, limit: int = 300) -> str:
-    """Text of unknown origin as one line, without characters that control a terminal, cut off after `limit`."""
+    """Return text of unknown origin as one line of at most `limit` characters, without control characters."""
     text = str(text)[:4 * limit]
     text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
     return text if len(text) <= limit else text[:limit - 3] + '...'
 
 
 def one_line(error: BaseException, limit: int = 1000) -> str:
-    """The message of an exception, in one line."""
+    """Return the message of an exception as one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f'{error.strerror}: {error.filename}'

@@ -20,23 +20,25 @@ __all__ = ['add_export_options', 'run_export']
 
 
 def add_export_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument('--to', required=True, choices=list(TARGETS), help='the runtime')
+    command.add_argument('--to', required=True, choices=list(TARGETS), help='runtime that the file is for')
     suffixes = ', '.join(f'{kind.suffix} for {name}' for name, kind in TARGETS.items())
     command.add_argument('--output', required=True, type=_path, metavar='FILE', help=f'file to write ({suffixes})')
     what = command.add_mutually_exclusive_group()
-    what.add_argument('--features', action='store_true', help='the maps of all stages, in place of the logits')
     what.add_argument(
-        '--detector', action='store_true', help='a detector (onnx and openvino): that of --checkpoint, or '
-        "OpenMMLab's RetinaNet on --model (pvt_tiny, pvt_small, pvt_medium)")
-    what.add_argument('--segmenter', action='store_true', help='the segmenter of --checkpoint')
-    command.add_argument('--half', action='store_true', help='weights in float16')
-    command.add_argument('--int8', action='store_true', help='weights and activations in 8 bits (onnx and openvino)')
+        '--features', action='store_true', help='output the feature maps of all stages instead of the logits')
+    what.add_argument(
+        '--detector', action='store_true', help='export a detector (onnx and openvino only): the one in --checkpoint, '
+        "or OpenMMLab's RetinaNet on --model (pvt_tiny, pvt_small, pvt_medium)")
+    what.add_argument('--segmenter', action='store_true', help='export the segmenter in --checkpoint')
+    command.add_argument('--half', action='store_true', help='store weights in float16')
     command.add_argument(
-        '--calibrate', type=_path, metavar='FOLDER', help='images for --int8, in folders named after the classes to '
-        'have the accuracy measured')
+        '--int8', action='store_true', help='use weights and activations of 8 bits (onnx and openvino only)')
+    command.add_argument(
+        '--calibrate', type=_path, metavar='FOLDER', help='images for --int8. If they are in folders named after the '
+        'classes, the accuracy is measured too')
     command.add_argument(
         '--labels', type=filled, metavar='FILE', help='names of the classes (default those of the weights)')
-    command.add_argument('--json', action='store_true', help='for machines')
+    command.add_argument('--json', action='store_true', help='print the result as JSON')
 
 
 def _path(text: str) -> Path:
@@ -69,7 +71,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def _refuse_checkpoint(args: argparse.Namespace) -> None:
-    """Refuse to replace the checkpoint: the file, or what may be it in the folder that is given.
+    """Refuse to replace the checkpoint: the given file, or any checkpoint in the given folder.
 
     Raises:
         ValueError: A file to write is the checkpoint.
@@ -84,7 +86,7 @@ def _refuse_checkpoint(args: argparse.Namespace) -> None:
 
 
 def _export_pvt(args: argparse.Namespace) -> Tuple[str, Exported]:
-    """Export a classifier or its features. Returns the name of the model too."""
+    """Export a classifier or its feature maps. Returns the name of the model and the result."""
     classifier = load_model(
         args.model, args.checkpoint, dense=args.features, img_size=args.img_size, labels=args.labels,
         prefix=args.prefix)
@@ -97,7 +99,7 @@ def _export_pvt(args: argparse.Namespace) -> Tuple[str, Exported]:
 
 
 def _export_whole(args: argparse.Namespace) -> Tuple[str, Exported]:
-    """Export a detector or segmenter. Returns the name of the model too."""
+    """Export a detector or segmenter. Returns the name of the model and the result."""
     if args.checkpoint is None:
         if args.segmenter:
             raise ValueError('Expected --checkpoint with --segmenter, none are published at a fixed address')

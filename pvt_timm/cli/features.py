@@ -1,4 +1,4 @@
-""" The command `features`: the feature maps of images, drawn and as tensors. """
+""" The command `features`: draw the feature maps of images, or save them as tensors. """
 import argparse
 import os
 from pathlib import Path
@@ -20,36 +20,37 @@ from .results import as_text
 __all__ = ['add_features_options', 'run_features']
 
 _FILE_SUFFIXES = ('.png', '.pdf', '.svg', '.jpg', '.jpeg', '.safetensors')
-_MAPS_OF_A_BATCH = 4  # the maps of one image of 800x1344 pixels take 30 MB, and the model many times that
+# Default of --batch-size. The maps of one image of 800x1344 pixels take 30 MB, and computing them takes many times that
+_MAPS_OF_A_BATCH = 4
 
 
 def add_features_options(command: argparse.ArgumentParser) -> None:
     add_images(command)
     command.add_argument(
-        '--output', type=filled, metavar='FILE|DIR', help='picture to write (.png, .pdf, .svg ...). For several images '
-        'a folder, with a .png for each. Files that are there already are replaced')
+        '--output', type=filled, metavar='FILE|DIR', help='picture to write (.png, .pdf, .svg ...). For several '
+        'images, a folder to write a .png for each image into. Existing files are replaced')
     command.add_argument(
-        '--save', type=filled, metavar='FILE|DIR', help='features to write (.safetensors: stage0 to stage3). For '
-        'several images a folder, with a file for each, called after the image. Files that are there already are '
+        '--save', type=filled, metavar='FILE|DIR', help='file for the features (.safetensors: stage0 to stage3). For '
+        'several images, a folder to write a file for each image into, named after the image. Existing files are '
         'replaced')
     command.add_argument(
-        '--crop', action='store_true', help="take the image's centre, as in training and in `predict`. By default all "
-        'of the image is squashed to sides that are multiples of 32, the shorter one as long as in training, or to '
-        '--img-size')
+        '--crop', action='store_true', help="use only the image's centre, as `predict` does. By default the whole "
+        'image is resized to sides that are multiples of 32, the shorter side as long as in training, or to --img-size')
     add_many_options(
         command, _MAPS_OF_A_BATCH, '. Images of different sizes go one by one, unless --crop or --img-size gives them '
         'the same')
 
 
 class _Targets:
-    """Where the picture and the features of each image go."""
+    """The files to write for each image: `pictures` and `features`, each by the path of the image."""
 
     def __init__(self, args: argparse.Namespace, files: List[ImageFile]):
         """
         Raises:
-            ValueError: Two images, or the picture and the features of one, would be written to one file. Or the name of
-                the file for features is that of another format.
-            OSError: The folder of an output is not there.
+            ValueError: Two images, or the picture and the features of one image, would be written to the same file. Or
+                the file for features has the extension of another format. Or there are several images and only a file
+                is given.
+            OSError: The folder of an output does not exist.
         """
         alone = len(args.images) == 1 and not os.path.isdir(args.images[0])
         self.pictures = _outputs(args.output, files, '.png', alone)
@@ -68,7 +69,7 @@ class _Targets:
 
 
 def _outputs(option: Optional[str], files: List[ImageFile], suffix: str, alone: bool) -> Dict[str, Path]:
-    """The file to write of each image, by its path: that of the option, or one in that folder."""
+    """Return the file to write for each image, by the image's path. `option` is this file, or the folder for files."""
     if option is None:
         return {}
     is_folder = os.path.isdir(option) or option.endswith(('/', os.sep))

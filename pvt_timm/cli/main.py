@@ -28,11 +28,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     start = 1 if argv[:1] == ['--debug'] else 0
     has_script = argv[start:start + 1] in (['train'], ['run'])
-    own = start + 2 if has_script else len(argv)  # what follows a script belongs to it
+    own = start + 2 if has_script else len(argv)  # arguments after a script belong to the script
     args = _parser().parse_args(join_img_size(argv[:own]))
     args.script_args = argv[own:]
-    script: List[str] = []  # a command that starts one returns its command line
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries and hints, the error itself follows
+    script: List[str] = []  # command line of the script to run, which `train` and `run` return
+    # hides messages about retries, and hints. The error itself is printed by `run_command`
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
 
     def command() -> int:
         result = args.func(args)
@@ -43,14 +44,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     code = run_command('pvt-timm', command, args.debug)
     if script:
-        run_script(script)  # whose errors are its own
+        run_script(script)  # outside of `run_command`: Python reports the script's errors as usual
     return code
 
 
 def _parser() -> Parser:
     parser = Parser(prog='pvt-timm', description='Pyramid Vision Transformer (v1) for timm.')
     parser.add_argument('--version', action='version', version=f'pvt-timm {__version__}')
-    debug: Dict[str, Any] = dict(action='store_true', help='show where an error comes from, before its one line')
+    debug: Dict[str, Any] = dict(action='store_true', help='print the traceback of an error before its one line')
     parser.add_argument('--debug', **debug)
     parser.set_defaults(func=lambda args: parser.print_help())
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
@@ -58,7 +59,7 @@ def _parser() -> Parser:
     def add(name: str, func: Callable[[argparse.Namespace], Any], what: str, **kwargs: Any) -> Any:
         command = subparsers.add_parser(name, help=what, **kwargs)
         command.set_defaults(func=func)
-        if name not in ('train', 'run'):  # which have it before the command only
+        if name not in ('train', 'run'):  # these accept --debug only before their name
             command.add_argument('--debug', **debug, default=argparse.SUPPRESS)
         return command
 
@@ -67,20 +68,23 @@ def _parser() -> Parser:
     images.add_argument('--json', action='store_true', help='print one JSON document at the end')
     model = Parser(add_help=False)
     model.add_argument(
-        '--model', type=filled, help='name with or without tag, see `list`, or hf-hub:OWNER/REPO '
-        f'(default {DEFAULT_MODEL}, or what the checkpoint is)')
+        '--model', type=filled, help='name of a model, with or without tag (see `list`), or hf-hub:OWNER/REPO '
+        f'(default {DEFAULT_MODEL}, or the model of the checkpoint)')
     model.add_argument(
-        '--checkpoint', type=filled, metavar='SOURCE', help='weights: a file of any known format, a folder of timm or '
-        'transformers, a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default the published ones)')
-    model.add_argument('--prefix', help='what stands before the names of the weights, if the checkpoint has several')
+        '--checkpoint', type=filled, metavar='SOURCE', help='weights: a file of any supported format, a folder of timm '
+        'or transformers, a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default the published ones)')
     model.add_argument(
-        '--img-size', type=image_size, metavar='N | H W', help='size that the model sees (default that of training)')
+        '--prefix', help='part before the names of the weights, such as encoder.model., if the checkpoint holds '
+        'several models')
+    model.add_argument(
+        '--img-size', type=image_size, metavar='N | H W', help="size of the model's input (default that of training)")
     drawn = Parser(add_help=False)
-    drawn.add_argument('--prefix', help='what stands before the names of the backbone, if the file has several')
+    drawn.add_argument(
+        '--prefix', help="part before the names of the backbone's weights, if the file holds several backbones")
     add_output_options(
         drawn, 'folder for pictures, one per image, or file for the results in place of printing them, or both (give '
-        '--output twice). A file', metavar='DIR|FILE', action='append',
-        more='. Masks are in .jsonl only, and images in which nothing is found too')
+        '--output twice). Formats of the file', metavar='DIR|FILE', action='append',
+        more='. Only .jsonl holds masks, and images in which nothing was found')
 
     demo = add('demo', run_demo, 'classify handwritten digits and draw their features, without network')
     demo.add_argument(
@@ -96,7 +100,7 @@ def _parser() -> Parser:
     predict.add_argument('--topk', type=whole_number, default=5, metavar='K', help='classes to show (default 5)')
     add_output_options(predict)
     add_many_options(predict)
-    add_features_options(add('features', run_features, 'feature maps of images, drawn and as tensors', parents=[model]))
+    add_features_options(add('features', run_features, 'draw or save feature maps of images', parents=[model]))
     add_embed_options(add('embed', run_embed, 'one vector per image, of many images', parents=[model]))
     add_export_options(add('export', run_export, 'write a model as a file for another runtime', parents=[model]))
     detect = add('detect', run_detect, 'find the objects in images', parents=[images, drawn])
@@ -106,12 +110,12 @@ def _parser() -> Parser:
         help="pvt_tiny, pvt_small (default) or pvt_medium, for OpenMMLab's RetinaNet on it, trained on COCO")
     which.add_argument(
         '--checkpoint', type=filled, metavar='FILE',
-        help='a RetinaNet, Faster or Mask R-CNN: of `detector fit`, of mmdetection or of the original code')
+        help='a RetinaNet, Faster R-CNN or Mask R-CNN, from `detector fit`, from mmdetection or from the original code')
     detect.add_argument(
         '--format', choices=('plain', 'coco'), default='plain',
-        help="of --json: plain (default), with labels that count from 0, or COCO's results. Those have COCO's ids for "
-        'its 80 classes, else 1 for the first class and so on, and as ids of images the numbers that they are called '
-        'after, else 1 for the first one and so on')
+        help="format of --json: plain (default), where labels count from 0, or COCO's results format. There the ids of "
+        "categories are COCO's if the classes are COCO's 80, otherwise 1, 2, 3... The ids of images are the numbers in "
+        'their file names if each name is a different number, otherwise 1, 2, 3...')
     add_many_options(
         detect, 1, '. Images of different sizes always go one by one, as padding them to one size would change results')
     detect.add_argument(
@@ -121,15 +125,15 @@ def _parser() -> Parser:
         description='Assign a class to every pixel of images. They go through the model one by one.')
     segment.add_argument(
         '--checkpoint', type=filled, required=True, metavar='FILE',
-        help='a Semantic FPN: of `segmenter fit`, of mmsegmentation or of the original code')
+        help='a Semantic FPN, from `segmenter fit`, from mmsegmentation or from the original code')
     add_many_options(segment, batch_size=None)
     add_training(subparsers)
     train = add(
         'train', run_train, "run timm's train.py, with recovery", usage='%(prog)s [-h] SCRIPT [ARGS ...]',
         description="Run timm's train.py with ARGS and the models registered. --config also takes the name of a recipe "
-                    f'({", ".join(RECIPES)}). Device and mixed precision are what the machine has unless ARGS '
-                    'say it. Goes on after the last epoch if the folder of the experiment holds a checkpoint (--resume '
-                    'FILE for another one), and keeps the names of the classes there.')
+                    f'({", ".join(RECIPES)}). Device and mixed precision are chosen for the machine unless ARGS '
+                    'set them. If the folder of the experiment holds a checkpoint, training continues after its last '
+                    'epoch (--resume FILE for another checkpoint). The names of the classes are saved in this folder.')
     train.add_argument('script', metavar='SCRIPT', help="timm's train.py")
     run = add(
         'run', run_run, 'run a Python script with the models registered', usage='%(prog)s [-h] SCRIPT [ARGS ...]',
@@ -140,23 +144,23 @@ def _parser() -> Parser:
 
 
 def folder(text: str) -> Path:
-    """A folder with a name. `Path` takes an empty one for the current folder."""
+    """Return the path of a folder. Empty text is refused: `Path` would take it for the current folder."""
     return Path(filled(text))
 
 
 def score(text: str) -> float:
-    """A number from 0 to 1."""
+    """Parse a number from 0 to 1."""
     try:
         number = float(text)
     except ValueError:
         number = -1.
-    if not 0 <= number <= 1:  # so is nan
+    if not 0 <= number <= 1:  # true for nan too
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got '{text}'")
     return number
 
 
 def image_size(text: str) -> Tuple[int, int]:
-    """'N' or 'HxW' to height and width."""
+    """Parse 'N' or 'HxW' into height and width."""
     height, _, width = text.partition('x')
     try:
         return whole_number(height), whole_number(width or height)
@@ -165,7 +169,7 @@ def image_size(text: str) -> Tuple[int, int]:
 
 
 def join_img_size(argv: Sequence[str]) -> List[str]:
-    """`--img-size H W` as one argument, so that it may stand before the images."""
+    """Join `--img-size H W` into `--img-size HxW`, so that the option can be given before the images."""
     joined: List[str] = []
     for arg in argv:
         if joined[-2:-1] == ['--img-size'] and joined[-1].isdecimal() and arg.isdecimal():

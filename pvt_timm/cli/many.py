@@ -1,7 +1,8 @@
-""" Many images through a model: found in folders, read by workers, batched, on any device.
+""" Run many images through a model, on any device. Images are found in folders, read by worker processes and batched.
 
-A command makes a `Stream` of its options and iterates over `Stream.results`. An image that cannot be read ends the
-command, or is named and counted with `--skip-errors`.
+A command makes a `Stream` from its options. It iterates over `Stream.results`, or calls `Stream.write` to write the
+results to one file. An image that cannot be read ends the command. With `--skip-errors` such images are named and
+counted, and the command continues.
 """
 import argparse
 import functools
@@ -39,19 +40,19 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-BATCH_SIZE = 16  # on a CPU more is not faster
-_MOST_WORKERS = 16  # by default
+BATCH_SIZE = 16  # larger batches are not faster on a CPU
+_MOST_WORKERS = 16  # limit of the default of --workers
 _MORE_EXTENSIONS = {'.avif', '.bmp', '.gif', '.jp2', '.pbm', '.pgm', '.ppm', '.tif', '.tiff', '.webp'}
 
-Prepare = Callable[[Image.Image], np.ndarray]  # an upright image to pixels (C, H, W) of 8 bits
+Prepare = Callable[[Image.Image], np.ndarray]  # turns an upright image into pixels (C, H, W) of 8 bits
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        'images', nargs='+', metavar='IMAGE', help='image files, and folders: all images in them and in the folders '
-        'inside of them, but for hidden ones')
+        'images', nargs='+', metavar='IMAGE', help='image files or folders. A folder stands for all images in it and '
+        'in its subfolders, except hidden ones')
 
 
 def add_output_options(
@@ -61,20 +62,20 @@ def add_output_options(
         metavar: str = 'FILE',
         formats: str = '.jsonl (a line per image), .csv or .parquet (a row per result)',
         **kwargs: Any) -> None:
-    """`--output` for results as a file.
+    """Add `--output`, the file for the results, and `--overwrite`.
 
     Args:
-        what: Begin of its help.
-        more: End of its help.
-        formats: Suffixes of the file, for the help.
-        kwargs: For `add_argument`.
+        what: Beginning of the help of `--output`.
+        more: End of the help of `--output`.
+        formats: Extensions that the file may have, for the help.
+        kwargs: Passed to `add_argument` for `--output`.
     """
     parser.add_argument(
-        '--output', type=_path, metavar=metavar, help=f'{what}: {formats} by its name. It is '
-        'written as a whole in the end. Until then the results are in the folder FILE.parts, from which the same '
-        'command goes on after a crash, also with torchrun. The images must not change in between'
+        '--output', type=_path, metavar=metavar, help=f'{what}: {formats}, as its extension says. '
+        'FILE is written as a whole at the end. Until then the results are in the folder FILE.parts. After a crash the '
+        'same command continues from this folder, also with torchrun. The images must not change in between'
         f'{more}', **kwargs)
-    parser.add_argument('--overwrite', action='store_true', help='replace FILE if it is there')
+    parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
 
 
 def _path(text: str) -> Path:
@@ -84,18 +85,19 @@ def _path(text: str) -> Path:
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--device', metavar='NAME', help='where the model runs: cpu, cuda, cuda:1, mps, xpu (default the accelerator '
-        'of the machine, or its CPU)')
+        'of the machine, otherwise its CPU)')
     parser.add_argument(
-        '--dtype', choices=list(DTYPES), default='float32', help='numbers that the model computes with (default '
-        'float32). The others are faster on GPUs and on CPUs made for them, and less exact')
+        '--dtype', choices=list(DTYPES), default='float32', help='type of the numbers that the model computes with '
+        '(default float32). The other types are less exact, and faster on GPUs and on CPUs that support them')
 
 
 def add_many_options(parser: argparse.ArgumentParser, batch_size: Optional[int] = BATCH_SIZE, how: str = '') -> None:
-    """The options of commands that take many images.
+    """Add the options of commands that take many images.
 
     Args:
-        batch_size: The default, None for a command whose images go one by one.
-        how: More about the batches, for the help.
+        batch_size: Default of `--batch-size`. None: there is no such option, and images go through the model one by
+            one.
+        how: End of the help of `--batch-size`.
     """
     add_device_options(parser)
     if batch_size is not None:
@@ -105,15 +107,15 @@ def add_many_options(parser: argparse.ArgumentParser, batch_size: Optional[int] 
     parser.add_argument(
         '--workers', type=functools.partial(whole_number, smallest=0), metavar='N',
         help='processes that read images while the model computes '
-        f'(default: one for every four cores, beside an accelerator one per core, {_MOST_WORKERS} at most; none for a '
-        'few images)')
+        f'(default: one for every four cores, or one per core if the model is on an accelerator, {_MOST_WORKERS} at '
+        'most; none for a few images)')
     parser.add_argument(
-        '--skip-errors', action='store_true', help='go on after an image that cannot be read: it is named and counted '
-        'at the end (default: the command ends there)')
+        '--skip-errors', action='store_true', help='continue after an image that cannot be read. Such images are '
+        'named, and counted at the end (default: the first one ends the command)')
 
 
 def whole_number(text: str, smallest: int = 1) -> int:
-    """The value of an option that takes whole numbers from `smallest` up."""
+    """Parse the value of an option that takes whole numbers from `smallest` up."""
     try:
         number = int(text)
     except ValueError:
@@ -127,25 +129,25 @@ def whole_number(text: str, smallest: int = 1) -> int:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that was given, or found in a folder that was given."""
-    path: str  # as given, or the folder as given and the path in it
-    name: str  # path in the folder that was given, or the name of the file: what is written for it is called after this
+    """An image that the user named, or an image in a folder that the user named."""
+    path: str  # as the user wrote it. In a folder: the folder as the user wrote it, and the path inside of it
+    name: str  # name of the file, or path inside of the folder. The files written for the image are named after it
 
 
 def find_images(paths: Sequence[str]) -> List[ImageFile]:
-    """The images that `paths` mean: files as they stand, and all images in folders and the folders inside of them.
+    """Return the images that `paths` name: files, and all images in folders and their subfolders.
 
-    The images of a folder come in their natural order (2 before 10), and are told by their extensions. Links to folders
-    are followed, each folder once: under its own name where that is in the folder too. Names that start with a dot are
-    left out.
+    A file is taken whatever its extension is. In a folder, images are recognised by their extensions, and sorted in
+    natural order (2 before 10). Names that start with a dot are left out. Links to folders are followed, but each
+    folder is read only once: under its own name if it lies in the given folder, otherwise under the name of a link.
 
     Raises:
-        OSError: A file or folder is not there or cannot be read.
+        OSError: A file or folder does not exist or cannot be read.
         ValueError: There is no image in a folder.
     """
     found: List[ImageFile] = []
     for path in paths:
-        os.stat(path)  # raises with the name
+        os.stat(path)  # raises OSError, which names the path
         if not os.path.isdir(path):
             found.append(ImageFile(path, os.path.basename(path)))
             continue
@@ -157,16 +159,16 @@ def find_images(paths: Sequence[str]) -> List[ImageFile]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    def fail(error: OSError) -> None:  # os.walk would leave out a folder that cannot be read
+    def fail(error: OSError) -> None:  # by default os.walk skips a folder that cannot be read
         raise error
 
     extensions = get_img_extensions(as_set=True) | _MORE_EXTENSIONS
     seen = set()
-    waiting = [folder]  # links to folders wait here until the folders themselves were walked
+    waiting = [folder]  # links to folders wait here until all real folders have been walked
     while waiting:
         for root, folders, files in os.walk(waiting.pop(0), onerror=fail):
             real = os.path.realpath(root)
-            if real in seen:  # by another link
+            if real in seen:  # it was walked under another name
                 folders.clear()
                 continue
             seen.add(real)
@@ -183,11 +185,11 @@ def _walk(folder: str) -> Iterator[str]:
 # ---- output ----------------------------------------------------------------------------------------------------------
 
 def output_file(args: argparse.Namespace, table: Table, processes: Processes) -> Optional[Results]:
-    """Where the results of a command go that has `--output FILE`, None if they are printed.
+    """Return the `Results` that a command with `--output FILE` writes to, None if it prints its results.
 
     Raises:
-        ValueError: They would be printed by several processes, or both printed as JSON and written, or a file is to be
-            replaced and none is named.
+        ValueError: Several processes would print results, or both `--json` and `--output` are given, or `--overwrite`
+            is given without `--output`.
     """
     if args.output is None:
         if args.overwrite:
@@ -201,7 +203,7 @@ def output_file(args: argparse.Namespace, table: Table, processes: Processes) ->
 
 
 def checked_images(args: argparse.Namespace, results: Optional[Results]) -> List[ImageFile]:
-    """The images of a command, after a look at its output."""
+    """Return the images of a command, after checking that its output can be written and replaces no input."""
     if results is not None:
         results.check()
     files = find_images(args.images)
@@ -211,7 +213,7 @@ def checked_images(args: argparse.Namespace, results: Optional[Results]) -> List
 
 
 def refuse_inputs(outputs: Iterable[Path], files: Sequence[ImageFile], checkpoint: Optional[str]) -> None:
-    """Refuse to replace what is read, also where it has another name (a link).
+    """Refuse outputs that would replace an input, also if they name the input through a link.
 
     Raises:
         ValueError: One of the outputs is an image or the checkpoint.
@@ -227,11 +229,11 @@ def refuse_inputs(outputs: Iterable[Path], files: Sequence[ImageFile], checkpoin
 
 @dataclass
 class Transformed:
-    """Image to pixels by timm's evaluation transform for a data config: resized, its centre cropped."""
-    data: Dict[str, Any]
+    """Turns an image into pixels with timm's evaluation transform: resizes the image and crops its centre."""
+    data: Dict[str, Any]  # timm's data config (input_size, interpolation, crop_pct...)
 
     def __post_init__(self) -> None:
-        # without normalisation, as for timm's prefetcher: a quarter of the bytes goes from the workers to the model
+        # not normalised, as for timm's prefetcher: workers then send bytes, a quarter of the size of float32 numbers
         self.transform: Any = create_transform(**self.data, is_training=False, use_prefetcher=True)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -240,9 +242,9 @@ class Transformed:
 
 @dataclass
 class Whole:
-    """Image to pixels of all of it, squashed to `img_size` (height, width) or to what `whole_size` says."""
-    data: Dict[str, Any]
-    img_size: Optional[Tuple[int, int]]
+    """Turns the whole image into pixels: resizes it without a crop."""
+    data: Dict[str, Any]  # timm's data config
+    img_size: Optional[Tuple[int, int]]  # height and width of the result. If None, `whole_size` chooses them
     stride: int
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -251,20 +253,23 @@ class Whole:
 
 
 def as_pixels(image: Image.Image) -> np.ndarray:
-    """The pixels (C, H, W) of an image as it is."""
+    """Return the pixels (C, H, W) of an image, which is not resized."""
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:
-    """The image of pixels (C, H, W), the reverse of `as_pixels`."""
+    """Return the image that has the pixels (C, H, W). This is the reverse of `as_pixels`."""
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def normalise(pixels: torch.Tensor, data: Dict[str, Any]) -> torch.Tensor:
-    """Pixels (B, C, H, W) of 8 bits as the model of a data config takes them, in float32.
+    """Return pixels (B, C, H, W) of 8 bits as normalised float32 numbers, the input of a model.
 
-    The operations are those of `ToTensor` and `Normalize`, so the numbers are those of timm's transform.
+    The operations are those of `ToTensor` and `Normalize`, so the result equals that of timm's transform.
+
+    Args:
+        data: timm's data config of the model, with `mean` and `std`.
     """
     mean, std = (torch.tensor(data[name], device=pixels.device).view(-1, 1, 1) for name in ('mean', 'std'))
     return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
@@ -272,9 +277,9 @@ def normalise(pixels: torch.Tensor, data: Dict[str, Any]) -> torch.Tensor:
 
 @dataclass
 class Loaded:
-    """An image that was read, or why it was not."""
+    """An image that was read, or the reason why it could not be read (`error`)."""
     file: ImageFile
-    pixels: np.ndarray  # (C, H, W) of 8 bits, without any where there is an error
+    pixels: np.ndarray  # (C, H, W) of 8 bits, empty if there is an error
     width: int = 0  # of the upright image
     height: int = 0
     error: str = ''
@@ -293,7 +298,7 @@ class _Images(Dataset):
             image = open_image(file.path, self.channels)
             try:
                 pixels = np.ascontiguousarray(self.prepare(image))
-            except Exception as e:  # an image that no transform takes is one that cannot be read
+            except Exception as e:  # an image that cannot be transformed counts as one that cannot be read
                 raise ValueError(f'Cannot read the image {file.path}: {one_line(e)}') from e
         except ValueError as e:
             return Loaded(file, np.empty(0, np.uint8), error=str(e))
@@ -301,7 +306,7 @@ class _Images(Dataset):
 
 
 def same_shapes(batch: Sequence[Loaded]) -> Iterator[Tuple[List[Loaded], torch.Tensor]]:
-    """A batch in groups of neighbours with pixels of one shape, and the pixels (B, C, H, W) of each group."""
+    """Yield groups of consecutive images whose pixels have the same shape, each with its pixels (B, C, H, W)."""
     for _, group in itertools.groupby(batch, key=lambda loaded: loaded.pixels.shape):
         images = list(group)
         yield images, torch.from_numpy(np.stack([loaded.pixels for loaded in images]))
@@ -310,10 +315,12 @@ def same_shapes(batch: Sequence[Loaded]) -> Iterator[Tuple[List[Loaded], torch.T
 # ---- device ----------------------------------------------------------------------------------------------------------
 
 def choose_device(name: Optional[str], local_rank: int = 0) -> torch.device:
-    """The device of that name, or the one that the machine has. Of several GPUs, each process takes its own.
+    """Return the device called `name`, by default the accelerator of the machine or its CPU.
+
+    On a machine with several GPUs, each process takes the GPU number `local_rank`, unless `name` has a number.
 
     Raises:
-        ValueError: There is no such device.
+        ValueError: The machine has no such device.
     """
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -331,7 +338,7 @@ def choose_device(name: Optional[str], local_rank: int = 0) -> torch.device:
 
 
 def place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model on a device, with the fast path where that is a CPU. It is the same object, not a copy."""
+    """Move a model to a device and a dtype, and return the same object. On a CPU, its fast path is used (`fuse`)."""
     model = model.to(device=device, dtype=dtype).eval()
     return fuse(model, inplace=True) if device.type == 'cpu' else model
 
@@ -345,15 +352,15 @@ def _cores() -> int:
 # ---- the stream ------------------------------------------------------------------------------------------------------
 
 class UnreadableImage(ValueError):
-    """An image cannot be read, and errors are not skipped."""
+    """Raised if an image cannot be read and errors are not skipped."""
 
 
 class Stream:
-    """Images on their way through a model.
+    """Runs images through a model, as the options of a command say.
 
     Attributes:
-        device: Where the model belongs.
-        dtype: What its parameters belong in.
+        device: Device that the model has to be on, see `place`.
+        dtype: Type that the model's parameters have to have.
         done: Number of images with a result.
         skipped: Number of images that could not be read.
     """
@@ -371,7 +378,7 @@ class Stream:
         self._first_error = ''
 
     def place(self, model: Any) -> Any:
-        """The model on the device of the stream."""
+        """Move a model to `device` and `dtype`, and return the same object."""
         return place(model, self.device, self.dtype)
 
     def results(
@@ -382,10 +389,12 @@ class Stream:
 
         Args:
             files: Images to read.
-            channels: Of the pixels, 1 or 3.
-            prepare: What makes pixels of an image, in a process that reads images.
-            compute: Results for images, of their pixels (B, C, H, W) with 8 bits on the device.
-            prints: Whether results are printed as they come. On a terminal they are the progress, without a bar.
+            channels: Number of channels of the pixels, 1 or 3.
+            prepare: Turns an image into pixels. The worker processes call it.
+            compute: Computes results for images from their pixels (B, C, H, W), which have 8 bits and are on the
+                device.
+            prints: Whether the caller prints each result at once. On a terminal these results show the progress, so
+                there is no progress bar.
 
         Raises:
             UnreadableImage: An image cannot be read, and errors are not skipped.
@@ -415,13 +424,15 @@ class Stream:
             self, files: Sequence[ImageFile], channels: int, prepare: Prepare,
             compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]],
             results: Results, settings: Dict[str, Any], info: Dict[str, str]) -> int:
-        """Write the results of images as one file, each process its share. Returns how many there are.
+        """Compute the results of images and write them to one file. Returns the number of results.
+
+        With torchrun, each process computes its share of the images.
 
         Args:
-            files, channels, prepare, compute: As for `results`.
-            results: Where they go.
-            settings: As for its `prepare`.
-            info: As for its `finish`.
+            files, channels, prepare, compute: As for the method `results`.
+            results: The object that writes the file.
+            settings: Passed to `prepare` of `results`.
+            info: Passed to `finish` of `results`.
         """
         by_path = {file.path: file for file in files}
         try:
@@ -442,7 +453,7 @@ class Stream:
             prepare: Prepare,
             compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]],
             results: Results) -> None:
-        """Write the parts of this process, of its share of the images `todo`."""
+        """Compute the results of this process's share of the images `todo`, and write them as parts (see `Results`)."""
         alone = self.processes.count == 1
         try:
             share = [by_path[path] for path in self.processes.share(todo)]
@@ -458,9 +469,10 @@ class Stream:
             raise
 
     def _readable(self, batch: Sequence[Loaded], bar: Any) -> Iterator[Loaded]:
-        """The images of a batch that could be read, up to the first one that could not unless errors are skipped.
+        """Yield the images of a batch that could be read.
 
-        What is skipped is named: above the progress bar where there is one, otherwise at the end of the command.
+        If errors are skipped, a warning names each image that could not be read: above the progress bar if there is
+        one, otherwise at the end of the command. If errors are not skipped, this stops before the first such image.
         """
         for loaded in batch:
             if not loaded.error:
@@ -482,12 +494,12 @@ class Stream:
         if batches < 3:  # starting processes would take longer than reading the images
             return 0
         cores = _cores() // self.processes.local_count
-        if self.device.type == 'cpu':  # the model needs them more: reading an image takes a small part of its time
+        if self.device.type == 'cpu':  # leave most cores to the model: reading an image takes far less time
             cores //= 4
         return max(1, min(_MOST_WORKERS, batches, cores))
 
     def refuse_none(self) -> None:
-        """Refuse to end well without any result. All processes call it, and their images count together.
+        """Raise an error if no image could be read. All processes call this, and their images are counted together.
 
         Raises:
             ValueError: Images were skipped, and none of them could be read.
@@ -502,7 +514,7 @@ class Stream:
         self.processes.from_first(check)
 
     def say(self) -> None:
-        """One line on stderr: how many images, where and how fast. The numbers are those of all processes."""
+        """Print one line on stderr: the number of images of all processes, the device and the speed."""
         counts = self.processes.gather((self.done, self.skipped, self._seconds))
         done, skipped = (sum(count[i] for count in counts) for i in (0, 1))
         seconds = max(count[2] for count in counts)

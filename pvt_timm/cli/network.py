@@ -1,6 +1,7 @@
-""" Weights that have to be downloaded: whether their host can be reached, found out in seconds, and what helps if not.
+""" Check within seconds whether weights can be downloaded, and say what helps if their host cannot be reached.
 
-Left alone, the hub's client tries for a minute without a word, and a host that does not answer takes minutes.
+Without this check, the hub's client tries for a minute without a message. For a host that does not answer, it takes
+minutes until there is an error.
 """
 import os
 import ssl
@@ -20,30 +21,30 @@ from .errors import one_line
 
 __all__ = ['cannot_load', 'check_hub', 'check_pretrained', 'check_url']
 
-_SECONDS = 10  # for an answer of any kind
-# What huggingface_hub and timm look for, and is in the cache after a download
+_SECONDS = 10  # time for a host to answer at all
+# Files that huggingface_hub and timm look for. One of them is in the cache after a download
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 
 
 def cannot_load(name: str, error: BaseException, url: Optional[str], option: str = '--checkpoint') -> ValueError:
-    """The error of pretrained weights that cannot be had, with what helps where they have a `url`.
+    """Return the error for pretrained weights that cannot be loaded. If they have a `url`, it says what helps.
 
     Args:
         name: Model with its tag.
-        error: What went wrong.
-        url: Where the weights can be downloaded by hand.
-        option: Of the command, for weights from a file.
+        error: The original error.
+        url: Address where the weights can be downloaded by hand.
+        option: Option of the command that takes weights from a file.
     """
     cure = f' ({option} FILE takes a download of {url}, `pvt-timm demo` and --model test_pvt need none)' if url else ''
     return ValueError(f'Cannot load {name}: {one_line(error, 500)}{cure}')
 
 
 def check_pretrained(name: str, option: str = '--checkpoint') -> None:
-    """Refuse to start a download of the pretrained weights of the model `name` where their host cannot be reached.
+    """Raise an error if the pretrained weights of a model have to be downloaded and their host cannot be reached.
 
     Args:
-        name: Model, with or without tag. Of a model of somebody else nothing is checked.
-        option: Of the command, for weights from a file. The message names it.
+        name: Model, with or without tag. Models that are not in this package are not checked.
+        option: Option of the command that takes weights from a file. The error message names it.
 
     Raises:
         ValueError: The host cannot be reached and the weights are not in the cache.
@@ -54,7 +55,7 @@ def check_pretrained(name: str, option: str = '--checkpoint') -> None:
     try:
         cfg: Any = get_pretrained_cfg(name)
     except RuntimeError:
-        return  # there is no such tag, which whoever loads it says
+        return  # there is no such tag. Loading the model reports that
     if cfg is None or not cfg.has_weights or cfg.file:
         return
     try:
@@ -71,7 +72,7 @@ def check_pretrained(name: str, option: str = '--checkpoint') -> None:
 def check_hub(repo: str, revision: Optional[str] = None) -> None:
     """Raise ConnectionError if a repository's weights are not in the cache and its hub cannot be reached."""
     if constants.HF_HUB_OFFLINE:
-        return  # the client says so itself, at once
+        return  # the hub's client reports that itself, at once
     for name in _HUB_FILES:
         if isinstance(try_to_load_from_cache(repo, name, revision=revision), str):
             return
@@ -86,7 +87,7 @@ def check_url(url: str) -> None:
 
 
 def _reach(url: str) -> None:
-    """Raise ConnectionError if the host of a url gives no answer at all. An error of the host is an answer."""
+    """Raise ConnectionError if the host of a url gives no answer at all. An HTTP error counts as an answer."""
     parts = urlsplit(url)
     request = urllib.request.Request(f'{parts.scheme}://{parts.netloc}/', method='HEAD')
     problem = [f'no answer within {_SECONDS} s']
@@ -97,13 +98,13 @@ def _reach(url: str) -> None:
             problem.clear()
         except urllib.error.HTTPError:
             problem.clear()
-        except Exception as e:  # of names that nobody knows, proxies...
-            if isinstance(getattr(e, 'reason', e), ssl.SSLError):  # the client that downloads has its own certificates
+        except Exception as e:  # for unknown host names, proxies...
+            if isinstance(getattr(e, 'reason', e), ssl.SSLError):  # the download uses other certificates
                 problem.clear()
                 return
             problem[0] = one_line(e, 300).removeprefix('<urlopen error ').removesuffix('>')
 
-    # a thread, as looking up the name of the host takes no time limit
+    # in a thread, because a time limit cannot be set for looking up the name of the host
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_SECONDS + 1)

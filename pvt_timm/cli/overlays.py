@@ -1,4 +1,4 @@
-""" Pictures of `detect` and `segment`: boxes, masks, segments and names over an image. Needs matplotlib. """
+""" Draw the pictures of `detect` and `segment`: boxes, masks, segments and names over an image. Needs matplotlib. """
 import colorsys
 import math
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ __all__ = ['SMALLEST_SHARE', 'distinct_color', 'draw_detections', 'draw_segments
 
 Rows = List[Dict[str, Any]]
 Color = Tuple[int, ...]  # red, green, blue, 0 to 255
-Rectangle = Tuple[float, float, float, float]  # left, bottom, right, top in pixels of the picture, counted from below
+Rectangle = Tuple[float, float, float, float]  # left, bottom, right, top in pixels of the picture, y pointing upwards
 
-SMALLEST_SHARE = 0.005  # of an image. Classes below it are left out of legends and of what the terminal shows.
+SMALLEST_SHARE = 0.005  # of an image. Classes with a smaller share are not in legends and not shown on the terminal
 
 # Most people with a colour deficiency can tell these apart too, and white text on them is readable
 _COLORS = ('#d1495b', '#1f77b4', '#2a8c55', '#8e5bb5', '#b8741a', '#17808a', '#c2488f', '#5f6b2d', '#4455a8', '#7a4b3a')
@@ -31,7 +31,7 @@ _NAMED_SHARE = 0.02  # a class with this share of the image or more has its name
 
 
 def distinct_color(rank: int) -> Color:
-    """Red, green and blue of the `rank`-th (from 0) of any number of colours. The first ten differ most."""
+    """Return red, green and blue of colour number `rank` (from 0). The first ten colours differ most."""
     if rank < len(_COLORS):
         return ImageColor.getrgb(_COLORS[rank])
     hue = rank * 0.618034 % 1  # with the golden ratio, every hue is far from those before it
@@ -39,10 +39,10 @@ def distinct_color(rank: int) -> Color:
     return tuple(round(255 * x) for x in colorsys.hls_to_rgb(hue, lightness, saturation))
 
 
-# ---- where things are in a picture -----------------------------------------------------------------------------------
+# ---- positions in a picture ------------------------------------------------------------------------------------------
 
 def _overlap(a: Rectangle, b: Rectangle) -> float:
-    """Area that two rectangles share."""
+    """Return the area that two rectangles share."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     return max(width, 0.) * max(height, 0.)
 
@@ -57,9 +57,9 @@ class _Canvas:
     figure: Any
     axes: Any  # a unit is a pixel of the image, counted from its upper left corner
     renderer: Any
-    width: float  # of the picture in its pixels
+    width: float  # of the picture, in pixels of the picture
     height: float
-    left: float  # where the image starts in it
+    left: float  # left edge of the image in the picture
     bottom: float
     zoom: float  # pixels of the picture for one of the image
     image_height: int
@@ -83,14 +83,17 @@ class _Canvas:
             height * (1 - part[1]) / 2, inches * figure.dpi, h)
 
     def of_box(self, box: Sequence[float]) -> Rectangle:
-        """Where a box x1, y1, x2, y2 of the image is in the picture."""
+        """Return the rectangle in the picture of a box x1, y1, x2, y2 of the image."""
         x1, y1, x2, y2 = box
         top, bottom = self.image_height - y1, self.image_height - y2
         return (self.left + x1 * self.zoom, self.bottom + bottom * self.zoom,
                 self.left + x2 * self.zoom, self.bottom + top * self.zoom)
 
     def text(self, text: str, **kwargs: Any) -> Any:
-        """A text that has no place yet, its width and its height. If it is wider than the picture, it is cut off."""
+        """Create a text, which `move` has to place. Returns the text, its width and its height.
+
+        A text that is wider than the picture is cut off.
+        """
         text = clean(text, 80)
         artist = self.figure.text(0, 0, text, va='baseline', ha='left', parse_math=False, **kwargs)
         while True:
@@ -101,7 +104,7 @@ class _Canvas:
             artist.set_text(text)
 
     def move(self, artist: Any, left: float, bottom: float) -> None:
-        """Put the lower left corner of a text there."""
+        """Move the lower left corner of a text to the given position."""
         extent = artist.get_window_extent(self.renderer)
         x, y = artist.get_position()
         artist.set_position((x + (left - extent.x0) / self.width, y + (bottom - extent.y0) / self.height))
@@ -113,7 +116,7 @@ class _Canvas:
 def _place_label(
         width: float, height: float, box: Rectangle, boxes: Sequence[Rectangle], labels: Sequence[Rectangle],
         canvas: Tuple[float, float]) -> Rectangle:
-    """The place of a box's label: inside of the picture and, if possible, where it hides no label and no whole box.
+    """Return the place of a box's label. It is inside of the picture and, if possible, hides no label and no whole box.
 
     Args:
         width: Width of the label.
@@ -146,10 +149,14 @@ def _place_label(
 # ---- objects ---------------------------------------------------------------------------------------------------------
 
 def draw_detections(image: Image.Image, objects: Rows, masks: Sequence[torch.Tensor], output: Path) -> None:
-    """Draw objects, the best one first, over an image: boxes with names and scores, and masks (H, W) if any.
+    """Draw objects over an image: boxes with names and scores, and masks (H, W) if there are any.
 
-    Each class has a colour or, if there are masks, each object. Where masks overlap, a pixel gets the colour of the
-    object with the best score. The outlines of all masks are drawn.
+    Without masks, each class has a colour. With masks, each object has a colour. Where masks overlap, a pixel gets the
+    colour of the object with the best score. The outlines of all masks are drawn.
+
+    Args:
+        objects: The objects, the one with the best score first.
+        masks: A mask for each object, or none.
     """
     colors = _colors_of_objects(objects) if len(masks) else _colors_of_classes(objects)
     canvas = _Canvas.showing(_fill(np.array(image.convert('RGB')), masks, colors), 'lanczos')
@@ -189,7 +196,7 @@ def _colors_of_classes(objects: Rows) -> List[Color]:
 
 
 def _colors_of_objects(objects: Rows) -> List[Color]:
-    """A colour for each object. Objects whose boxes overlap get different ones, as long as there are enough colours."""
+    """Return a colour for each object. Objects whose boxes overlap get different ones, if there are enough colours."""
     chosen: List[int] = []
     boxes: List[Rectangle] = [tuple(row['box']) for row in objects]
     for i, box in enumerate(boxes):
@@ -202,7 +209,7 @@ def _colors_of_objects(objects: Rows) -> List[Color]:
 
 
 def _fill(pixels: np.ndarray, masks: Sequence[torch.Tensor], colors: Sequence[Color]) -> np.ndarray:
-    """The pixels, where masks are mixed half and half with their colours. Of several masks, the first one counts."""
+    """Return the pixels, mixed half and half with the colours of masks. Where masks overlap, the first one counts."""
     if not len(masks):
         return pixels
     owner = np.full(pixels.shape[:2], -1)
@@ -231,15 +238,15 @@ def draw_segments(
 ) -> None:
     """Draw the class (H, W) of every pixel over an image, with lines between classes and a legend.
 
+    If a class covers 2% of the image or more, its name is written on it. The names tell classes of similar colours
+    apart.
+
     Args:
-        image: What was segmented.
+        image: The image that was segmented.
         labels: A class per pixel.
         classes: The classes in the image, the largest first: 'label', 'name' and 'share' of the image.
         palette: Colour of every class. By default the largest class gets the first of `distinct_color`, and so on.
         output: File to write.
-
-    Segments of classes with 2% of the image or more have the name of the class on them. It tells classes of similar
-    colours apart.
     """
     colors = {row['label']: palette[row['label']] if palette else distinct_color(rank)
               for rank, row in enumerate(classes)}
@@ -255,7 +262,7 @@ def draw_segments(
             _name_segment(canvas, labels == row['label'], row['name'].split(';')[0], placed)
 
     shown = [row for row in classes[:_LEGEND] if row['share'] >= SMALLEST_SHARE]
-    handles, texts = [], []  # given to the legend as lists, as it would leave out artists whose label starts with '_'
+    handles, texts = [], []  # lists, because by itself the legend leaves out artists whose label starts with '_'
     for row in shown:
         handles.append(canvas.axes.scatter([], [], s=120, marker='s', color=[_unit(colors[row['label']])]))
         texts.append(f'{picture_text(row["name"].split(";")[0], 40)}  {row["share"]:.0%}')
@@ -268,11 +275,11 @@ def draw_segments(
 
 
 def _borders(labels: torch.Tensor) -> torch.Tensor:
-    """Lines between classes: a mask (H, W) of the pixels whose neighbour below or to the right has another class."""
+    """Return the lines between classes: a mask (H, W) of pixels whose neighbour below or right has another class."""
     borders = torch.zeros(labels.shape, dtype=torch.bool)
     borders[:-1] |= labels[:-1] != labels[1:]
     borders[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-    reach = max(labels.shape) // 1300  # pixels that a line gets on both sides, if the image will be made smaller
+    reach = max(labels.shape) // 1300  # pixels to widen a line by on both sides, if the picture shows the image smaller
     wide = F.max_pool2d(borders[None].float(), 2 * reach + 1, stride=1, padding=reach)[0]
     return wide > 0 if max(labels.shape) > 100 else torch.zeros_like(borders)  # a small image would be full of lines
 
@@ -295,9 +302,9 @@ def _name_segment(canvas: _Canvas, inside: torch.Tensor, name: str, placed: List
 
 
 def _widest(inside: torch.Tensor) -> Tuple[Tuple[float, float], float]:
-    """Row and column of the pixel that is farthest from the edges of a region (H, W), and this distance in pixels.
+    """Return row and column of the pixel that is farthest from the edges of a region (H, W), and this distance.
 
-    Both are approximate.
+    Position and distance are approximate, in pixels.
     """
     step = math.ceil(max(inside.shape) / 160)  # a coarse grid is enough
     part = F.pad(inside[::step, ::step].float()[None], (1, 1, 1, 1))

@@ -1,4 +1,4 @@
-""" Draw feature pyramids as false colour. Needs matplotlib (the `draw` extra). """
+""" Draw feature pyramids in false colours. Needs matplotlib (the `draw` extra). """
 from pathlib import Path
 from typing import Any, List, Sequence, Tuple, Union
 
@@ -17,7 +17,7 @@ _MOSAICS = ('I0123', 'II01;II23', 'II;II;01;23', 'I;0;1;2;3')
 
 
 def new_figure(**kwargs: Any) -> Any:
-    """matplotlib's `Figure`, outside of pyplot and its windows."""
+    """Return matplotlib's `Figure` without pyplot, so that no window is opened."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -26,15 +26,16 @@ def new_figure(**kwargs: Any) -> Any:
 
 
 def picture_text(text: Any, limit: int = 200) -> str:
-    """Text from elsewhere as one line of a picture, as it stands: matplotlib would take '$' for the start of a formula.
+    """Return text of unknown origin as one line for a picture.
 
-    It is cut, as the memory for a picture grows with its longest line.
+    '$' is escaped, because matplotlib takes it for the start of a formula. The text is cut off after `limit`
+    characters, because the memory for a picture grows with its longest line.
     """
     return clean(text, limit).replace('$', r'\$')
 
 
 def pca(features: torch.Tensor) -> torch.Tensor:
-    """Scores (3, H, W) in float64 of the first three principal components of a feature map (C, H, W)."""
+    """Return the scores (3, H, W) of the first three principal components of a feature map (C, H, W), in float64."""
     x = features.flatten(1).double()
     x = x - x.mean(1, keepdim=True)
     _, vectors = torch.linalg.eigh(x @ x.T)  # ascending
@@ -42,10 +43,11 @@ def pca(features: torch.Tensor) -> torch.Tensor:
 
 
 def false_colour(levels: Sequence[torch.Tensor], image: torch.Tensor) -> List[np.ndarray]:
-    """Three principal components of every feature map (C, H, W) as red, green and blue (H, W, 3), 0 to 1.
+    """Return three principal components of every feature map (C, H, W) as red, green and blue (H, W, 3), 0 to 1.
 
-    A component's sign is free. It is chosen so that every level looks most like the one before it, the first one like
-    the image (3, H, W), so that a colour keeps its meaning down the pyramid as far as it can.
+    The sign of a principal component is arbitrary. Here it is chosen so that every level looks like the level before
+    it, and the first level like the image (3, H, W). So a colour has a similar meaning in all levels, as far as
+    possible.
     """
     colours = []
     before = image.double().mean(0, keepdim=True).expand(3, -1, -1)
@@ -56,19 +58,19 @@ def false_colour(levels: Sequence[torch.Tensor], image: torch.Tensor) -> List[np
         before = torch.where((scores * reference).sum((1, 2), keepdim=True) < 0, -scores, scores)
         # percentiles, as a few outliers would leave everything else grey
         low, high = np.quantile(before.numpy(), (.02, .98), axis=(1, 2), keepdims=True)
-        flat = high - low <= 1e-6 * level.abs().max().item()  # nothing but rounding
+        flat = high - low <= 1e-6 * level.abs().max().item()  # constant, except for rounding
         colour = np.where(flat, .5, (before.numpy() - low) / np.where(flat, 1, high - low))
         colours.append(colour.clip(0, 1).transpose(1, 2, 0))
     return colours
 
 
 def with_gaps(pixels: np.ndarray, cells: Tuple[int, int], cell_size: Tuple[int, int]) -> np.ndarray:
-    """A sheet of images (H, W, 3) with white gaps between them, an eighth of an image wide.
+    """Return a sheet of images (H, W, 3) with white gaps between the images. A gap is an eighth of an image wide.
 
     Args:
-        pixels: The sheet, or a feature map of it, bytes or from 0 to 1.
+        pixels: The sheet, or a feature map of the sheet, with values in bytes or from 0 to 1.
         cells: Rows and columns of images.
-        cell_size: Height and width that each of them is enlarged to, multiples of those that it has.
+        cell_size: Height and width that each image is enlarged to. They are multiples of the image's own.
     """
     white = 255 if pixels.dtype == np.uint8 else 1
     for axis in (0, 1):
@@ -87,14 +89,14 @@ def draw_pyramid(
     """Draw an image and its four feature levels, each labelled with stride, channels, height and width.
 
     Args:
-        image: All of it as the model saw it, at any size.
+        image: The part of the image that the model saw, at any size.
         features: Feature maps (C, H, W), the finest first.
         img_size: Height and width that the model saw.
-        output: File to write, its extension says the format (png, pdf, svg, jpg...).
-        title: Line above everything.
-        name: What the image is called, above it.
-        note: Line below everything, before what the colours are.
-        cells: Rows and columns of an image that is a sheet of images, to draw gaps between them.
+        output: File to write. Its extension says the format (png, pdf, svg, jpg...).
+        title: Line at the top of the picture.
+        name: Name of the image, written above the image.
+        note: Line at the bottom, before the explanation of the colours.
+        cells: If the image is a sheet of images: its rows and columns. Gaps are drawn between them.
     """
     image = image.convert('RGB')
     image.thumbnail((2000, 2000))
@@ -121,5 +123,5 @@ def draw_pyramid(
     figure.suptitle(picture_text(title, 100), fontsize=15, weight='bold')
     below = f'{picture_text(note)}\nColours: first three principal components of each level. Sizes: height × width.'
     figure.supxlabel(below.strip(), fontsize=9)
-    # the format by itself, as matplotlib would take it from a name that the temporary file does not have
+    # the format is given, because matplotlib cannot take it from the name of the temporary file
     save_atomically(output, lambda f: figure.savefig(f, format=Path(output).suffix.lstrip('.').lower() or 'png'))

@@ -31,7 +31,7 @@ DIGITS = Path(__file__).resolve().parents[1] / 'data' / 'digits'
 # ---- predict ---------------------------------------------------------------------------------------------------------
 
 def _rows(record: Dict[str, Any]) -> List[Tuple[Any, ...]]:
-    """A row for each class that is shown of an image."""
+    """Return a row for each class that is predicted for an image."""
     rows = []
     for rank, item in enumerate(record['predictions'], start=1):
         rows.append((record['image'], rank, item['index'], item['label'], item['probability']))
@@ -100,7 +100,7 @@ def _predict_all(args: argparse.Namespace, processes: Processes) -> None:
 
 def _record(
         classifier: Classifier, loaded: Loaded, indices: Sequence[int], shares: Sequence[float]) -> Dict[str, Any]:
-    """What is said about an image."""
+    """Return the record of an image: its path and its most likely classes."""
     top = [
         dict(index=index, label=classifier.labels[index], probability=round(probability, 6))
         for index, probability in zip(indices, shares)]
@@ -128,7 +128,7 @@ def run_demo(args: argparse.Namespace) -> None:
         print("Their features are drawn with the `draw` extra: pip install 'pvt-timm[draw]'")
         return
 
-    # One sheet, a column per digit: an image of another size and shape than the model was trained on.
+    # All digits in one image, a column per digit. Its size and shape differ from those that the model was trained on.
     sheet = Image.fromarray(np.hstack([np.vstack([*map(np.asarray, images)]) for images in by_digit.values()]))
     backbone = load_model('test_pvt', dense=True)
     draw_pyramid(

@@ -1,4 +1,4 @@
-""" The processes that torchrun starts, as one command: each takes its share, the first one says and writes. """
+""" Let the processes of torchrun work as one command: each computes a share, the first one prints messages. """
 import contextlib
 import datetime
 import os
@@ -13,25 +13,25 @@ _TIMEOUT = datetime.timedelta(days=30)  # a process that is done waits for the s
 
 
 class ProcessEnded(RuntimeError):
-    """Another process has ended, with an error of its own that it has printed."""
+    """Raised if another process has ended with an error. That process has printed the error."""
 
 
 @contextlib.contextmanager
 def _naming_the_end_of_others() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as e:  # about sockets, which tells nobody what happened
+    except RuntimeError as e:  # torch's message is about sockets and does not say what happened
         raise ProcessEnded('Another process ended with an error') from e
 
 
 class Processes:
-    """This process among those of torchrun, or the only one.
+    """This process and the others that torchrun started. Without torchrun, this process is the only one.
 
     Attributes:
-        rank: Number of this process.
-        count: How many there are.
-        local_rank: Number of this process among those of the machine.
-        local_count: How many of them the machine has.
+        rank: Number of this process, from 0.
+        count: Number of processes.
+        local_rank: Number of this process among those on the same machine, from 0.
+        local_count: Number of processes on this machine.
     """
 
     def __init__(self) -> None:
@@ -47,14 +47,14 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> List[T]:
-        """The part of `items` that belongs to this process."""
+        """Return the part of `items` that this process has to compute."""
         return list(items[self.rank::self.count])
 
     def gather(self, value: T) -> List[T]:
-        """The values of all processes. They wait for each other.
+        """Return the values of all processes. The processes wait for each other.
 
         Raises:
-            ProcessEnded: One of them ended before.
+            ProcessEnded: Another process ended before it gave its value.
         """
         if self.count == 1:
             return [value]
@@ -64,11 +64,13 @@ class Processes:
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process, in all of them. What it raises ends them all.
+        """Call `make` in the first process only, and return its result in all processes.
+
+        An error of `make` ends all processes: it is raised in the first one, and SystemExit in the others.
 
         Raises:
-            SystemExit: In the others, where the first one raises.
-            ProcessEnded: One of the others ended before.
+            SystemExit: In the other processes, if `make` raises an error in the first one.
+            ProcessEnded: Another process ended before.
         """
         if self.count == 1:
             return make()
@@ -77,7 +79,7 @@ class Processes:
         if self.is_first:
             try:
                 box = [make(), False]
-            except BaseException as e:  # the others would wait for ever
+            except BaseException as e:  # raised below: the other processes must know of it first, or they wait forever
                 error = e
         try:
             with _naming_the_end_of_others():
@@ -88,7 +90,7 @@ class Processes:
         if error is not None:
             raise error
         if box[1]:
-            raise SystemExit(2)  # the first one says why
+            raise SystemExit(2)  # the first process prints the error
         return box[0]
 
     def __enter__(self) -> 'Processes':

@@ -1,10 +1,11 @@
-""" Results of many images as one file: complete or not there, going on where a run was killed.
+""" Write the results of many images to one file, FILE, which is never incomplete.
 
-While a command runs, its results lie in the folder FILE.parts beside FILE: in files of some hundred images, each of
-them complete, beside settings.json, which says what they are results of. In the end they are merged into FILE, in the
-order of the images, and the folder is removed. The same command goes on from the folder of a run that ended early.
-Results of other settings are refused, and so is a second run at the same time. Memory holds the names of the images
-and a few parts.
+While a command runs, its results are in the folder FILE.parts beside FILE. The folder holds parts, which are complete
+files with the results of some hundred images each, and settings.json, which says what these results were computed with.
+At the end the parts are merged into FILE, in the order of the images, and the folder is removed.
+
+If a run was killed, the same command continues from the folder. A command with other settings is refused, and so is a
+second run at the same time. Memory holds the names of all images, and the results of only a few parts.
 """
 import csv
 import hashlib
@@ -46,12 +47,12 @@ RECORD_SUFFIXES = ('.jsonl', '.csv', '.parquet')
 VECTOR_SUFFIXES = ('.parquet', '.npz', '.safetensors')
 
 _PART_IMAGES = 512  # images of a part, at most
-_PART_SECONDS = 10.  # after which a part is written, however few images it has
+_PART_SECONDS = 10.  # after this time a part is written even if it has fewer images
 _CHUNK = 1024  # images that are merged at a time
-_OPEN_PARTS = 16  # parts that are held while merging
-_LARGEST_HEADER = 90 * 10 ** 6  # bytes; safetensors reads 100 MB
+_OPEN_PARTS = 16  # parts that are in memory while merging
+_LARGEST_HEADER = 90 * 10 ** 6  # bytes; safetensors reads headers up to 100 MB
 _PART = re.compile(r'[0-9a-f]{32}')  # name of a part, without its suffix
-_UNFINISHED = re.compile(r'\.([0-9a-f]{32}\.\w+|settings\.json)-[0-9a-f]{32}')  # as `save_atomically` calls it
+_UNFINISHED = re.compile(r'\.([0-9a-f]{32}\.\w+|settings\.json)-[0-9a-f]{32}')  # temporary files of `save_atomically`
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """What results of images look like as rows: columns, and the rows of an image's record."""
+    """How the results of images are written as a table."""
     columns: Tuple[Column, ...]
-    rows: Callable[[Dict[str, Any]], List[Tuple[Any, ...]]]
+    rows: Callable[[Dict[str, Any]], List[Tuple[Any, ...]]]  # turns the record of an image into its rows
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of all weights of a model."""
+    """Return a hash of all weights of a model."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -77,10 +78,10 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def settings_of(model: torch.nn.Module) -> str:
-    """A hash of what a model computes with beside its weights.
+    """Return a hash of the settings of a model, on which its results depend too.
 
-    That are the classes of all modules and their plain attributes, such as the eps of a norm, the number of heads, the
-    pooling, or the sizes and thresholds of a detector.
+    The settings are the classes of all modules and their attributes with plain values, such as the eps of a norm, the
+    number of heads, the pooling, or the sizes and thresholds of a detector.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
@@ -100,7 +101,7 @@ def _is_plain(value: Any) -> bool:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 class _RecordParts:
-    """Parts with a record per image: JSON lines."""
+    """Reads and writes parts with one record per image, as JSON lines."""
     suffix = '.jsonl'
 
     def content(self, files: Sequence[str], rows: Sequence[Any]) -> bytes:
@@ -116,7 +117,7 @@ class _RecordParts:
 
 
 class _VectorParts:
-    """Parts with a vector of float32 per image: safetensors, with the names of the files in the metadata."""
+    """Reads and writes parts with one float32 vector per image, as safetensors. Its metadata has the files' names."""
     suffix = '.safetensors'
 
     def content(self, files: Sequence[str], rows: Sequence[Any]) -> bytes:
@@ -133,38 +134,39 @@ class _VectorParts:
 
 @dataclass
 class _Index:
-    """Where each image's result is: number of its part and of its row there."""
+    """Says where the result of each image is."""
     parts: List[Path] = field(default_factory=list)
-    rows: Dict[str, Tuple[int, int]] = field(default_factory=dict)
+    rows: Dict[str, Tuple[int, int]] = field(default_factory=dict)  # by image: index in `parts`, row in that part
 
 
 class Results:
-    """Results of images on their way into one file.
+    """Collects the results of images as parts, and merges the parts into one file.
 
-    `prepare` in the first process, `add` in all of them, `flush` at the end of each, then `finish` in the first one.
-    `close` in all of them, whatever happened.
+    Call `check` and `prepare` in the first process, `add` in all processes, and `flush` at the end of each process.
+    Then call `finish` in the first process. Call `close` in all processes at the end, also after an error.
     """
 
     def __init__(self, output: Path, table: Optional[Table] = None, overwrite: bool = False):
         """
         Args:
-            output: File to write. Its name says the format.
-            table: Of records. Without one, results are vectors of float32.
-            overwrite: Replace a file of that name.
+            output: File to write. Its extension says the format.
+            table: How records are written as a table. If None, the results are float32 vectors.
+            overwrite: Whether `output` is replaced if it exists.
         """
         self.output, self.table, self.overwrite = output, table, overwrite
         self.folder = output.with_name(output.name + '.parts')
         self._kind: Any = _VectorParts() if table is None else _RecordParts()
-        self._added: List[Tuple[str, Any]] = []  # an image and its result, not yet written
+        self._added: List[Tuple[str, Any]] = []  # images and their results that are not yet written
         self._lock: Optional[BinaryIO] = None
         self._since = time.monotonic()
 
     def check(self) -> None:
-        """Raise what stands against the output, before a model is loaded.
+        """Check, before a model is loaded, that the output can be written.
 
         Raises:
-            ValueError: The name has another extension than those of the formats, or a file of that name is there.
-            OSError: Its folder is not there.
+            ValueError: The output's extension is not that of a supported format, or the output exists and may not be
+                replaced, or it is not a file.
+            OSError: The folder of the output does not exist.
             ImportError: The format needs a package that is not installed.
         """
         suffixes = VECTOR_SUFFIXES if self.table is None else RECORD_SUFFIXES
@@ -184,27 +186,28 @@ class Results:
             raise ValueError(f'{self.output} is there already: --overwrite replaces it, once all results are there')
 
     def prepare(self, files: Sequence[str], settings: Dict[str, Any]) -> List[str]:
-        """Make the folder, or go on from it. Returns the `files` that have no result yet, each once.
+        """Create the folder of the parts, or continue from it. Returns the `files` without a result, each once.
 
         Args:
             files: All images.
-            settings: What the results depend on beside the images, for JSON. A run with others does not go on.
+            settings: Everything but the images that the results depend on, as values for JSON. A folder with results of
+                other settings is refused.
 
         Raises:
-            ValueError: The folder holds something else, or results of other settings or other images, or of images
-                that were changed since. Or another run uses it.
+            ValueError: The folder holds other files than parts, or results of other settings, or results of images that
+                are not in `files` or have been changed since. Or another run uses the folder.
         """
         files = list(dict.fromkeys(files))
         if self.output.suffix.lower() == '.safetensors' and _length_in_header(files) > _LARGEST_HEADER:
             raise ValueError(f'{len(files)} names are too many for the header of a safetensors file: write .parquet')
-        if not all(os.path.isabs(file) for file in files):  # elsewhere the same paths are other images
+        if not all(os.path.isabs(file) for file in files):  # in another folder, the same paths name other images
             settings = dict(settings, working_directory=os.getcwd())
-        settings = json.loads(json.dumps(dict(settings, format=1, version=__version__)))  # as it is read again
+        settings = json.loads(json.dumps(dict(settings, format=1, version=__version__)))  # as JSON returns them
         marker = self.folder / 'settings.json'
         self.folder.mkdir(exist_ok=True)
-        self._refuse_other_content(marker)  # before a lock is put there
+        self._refuse_other_content(marker)  # before the lock file is created in it
         self._take_lock()
-        self._refuse_other_content(marker)  # a run that has just ended may have left some
+        self._refuse_other_content(marker)  # again: a run that has just ended may have left other files
         if not marker.is_file():
             content = json.dumps(settings, indent=2).encode()
             save_atomically(marker, lambda f: f.write(content))
@@ -230,7 +233,7 @@ class Results:
         return [file for file in files if file not in done]
 
     def _refuse_other_content(self, marker: Path) -> None:
-        """Refuse a folder of somebody else. One of a run that was killed while it began is taken."""
+        """Refuse a folder that holds other files. A run that was killed at its start may have left no settings."""
         if marker.is_file():
             return
         for path in self.folder.iterdir():
@@ -243,7 +246,7 @@ class Results:
         try:
             if sys.platform == 'win32':
                 msvcrt.locking(self._lock.fileno(), msvcrt.LK_NBLCK, 1)
-            else:  # a lock of this process alone: those that read images do not inherit it
+            else:  # this lock belongs to this process only: its worker processes do not inherit it
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as e:
             raise ValueError(f'{self.folder} is in use by another run of this command: wait for its end') from e
@@ -251,7 +254,7 @@ class Results:
             _logger.warning(f'{self.folder} cannot be locked, do not run this command twice at once: {one_line(e)}')
 
     def _refuse_changed(self, index: _Index) -> None:
-        """Refuse results of images that were written to after their part."""
+        """Refuse results of images that were changed after their part was written."""
         written = [path.stat().st_mtime for path in index.parts]
         for file, (part, _) in index.rows.items():
             if os.path.exists(file) and os.stat(file).st_mtime > written[part]:
@@ -260,22 +263,23 @@ class Results:
                     f'anew, or choose another --output')
 
     def close(self) -> None:
-        """Let other runs use the folder."""
+        """Release the lock, so that other runs can use the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def add(self, file: str, row: Any) -> None:
-        """Keep the result of an image.
+        """Add the result of an image. Results are kept in memory until there are enough for a part.
 
-        Results are written together, once there are 512, or when one is added 10 seconds after the last were written.
+        A part is written once there are 512 results, or when a result is added more than 10 seconds after the last
+        part.
         """
         self._added.append((file, row))
         if len(self._added) >= _PART_IMAGES or time.monotonic() - self._since > _PART_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added."""
+        """Write the results in memory as a part."""
         if self._added:
             content = self._kind.content([file for file, _ in self._added], [row for _, row in self._added])
             path = self.folder / f'{uuid.uuid4().hex}{self._kind.suffix}'
@@ -284,10 +288,10 @@ class Results:
         self._since = time.monotonic()
 
     def close_early(self, alone: bool) -> None:
-        """Keep what is done when the command ends in an error.
+        """Write the results in memory as a part, when the command ends with an error.
 
-        A process that is alone leaves no folder without a result. With several processes the folder stays: the others
-        may still write there.
+        If this process is the only one (`alone`) and there is no part, the folder is removed. With several processes
+        the folder stays, as the other processes may still write to it.
         """
         try:
             self.flush()
@@ -297,15 +301,16 @@ class Results:
             self._remove([])
 
     def finish(self, files: Sequence[str], info: Dict[str, str], unreadable: int = 0) -> int:
-        """Write the output, with the images in the order of `files`, and remove the parts. Returns how many there are.
+        """Merge the parts into the output, in the order of `files`, and remove them. Returns the number of results.
 
         Args:
-            files: All images. Those without a result are left out.
-            info: What the file says about itself, where its format has a place for that.
-            unreadable: How many images have no result because they could not be read.
+            files: All images. Images without a result are left out.
+            info: Metadata of the file. Formats without metadata ignore it.
+            unreadable: Number of images that have no result because they could not be read.
 
         Raises:
-            ValueError: More results are missing, or none is there, or a file of the output's name is there meanwhile.
+            ValueError: Other results are missing too, or there is no result, or the output has been created meanwhile
+                and may not be replaced.
         """
         index = self._index()
         files = list(dict.fromkeys(files))
@@ -343,11 +348,14 @@ class Results:
             raise ValueError(f'{path} is damaged, remove it to have its images computed again: {one_line(e)}') from e
 
     def _chunks(self, order: Sequence[str], index: _Index) -> Iterator[Tuple[List[str], List[Any]]]:
-        """Names and results of some images after the other. A few parts are held: neighbours are in the same ones."""
+        """Yield the names and results of all images in the given order, some of them at a time.
+
+        A few parts stay in memory, as images that are close in the order are mostly in the same parts.
+        """
         held: 'OrderedDict[int, List[Any]]' = OrderedDict()
         for start in range(0, len(order), _CHUNK):
             files = list(order[start:start + _CHUNK])
-            places: Dict[int, List[Tuple[int, int]]] = {}  # of each part: where its rows go, and which ones
+            places: Dict[int, List[Tuple[int, int]]] = {}  # by part: index in `files`, row in the part
             for i, file in enumerate(files):
                 part, row = index.rows[file]
                 places.setdefault(part, []).append((i, row))
@@ -362,8 +370,10 @@ class Results:
             yield files, rows
 
     def _remove(self, parts: Sequence[Path]) -> None:
-        """Remove these parts, the settings, the lock and what a killed run left unfinished. Where something else is in
-        the folder, it stays."""
+        """Remove the given parts, the settings, the lock file and temporary files of a killed run.
+
+        The folder is removed too, unless it holds other files.
+        """
         self.close()
         unfinished = [path for path in self.folder.iterdir() if _UNFINISHED.fullmatch(path.name)]
         for path in (*parts, *unfinished, self.folder / 'settings.json', self.folder / 'lock'):
@@ -376,14 +386,14 @@ class Results:
 
 @dataclass
 class _Merged:
-    """All results in order, for a writer."""
+    """All results in order, for the function that writes a format."""
     files: List[str]
     chunks: Iterator[Tuple[List[str], List[Any]]]
     table: Optional[Table]
     info: Dict[str, str]
 
     def vectors(self) -> Tuple[int, Iterator[np.ndarray]]:
-        """The length of a vector, and the vectors (N, length) of some images after the other."""
+        """Return the length of a vector, and an iterator over the vectors (N, length) of N images at a time."""
         _, first = next(self.chunks)
         return len(first[0]), (np.stack(rows) for rows in self._starting_with(first))
 
@@ -393,7 +403,7 @@ class _Merged:
             yield rows
 
     def rows(self) -> Iterator[List[Tuple[Any, ...]]]:
-        """The rows of the table of some images after the other."""
+        """Yield the rows of the table, for some images at a time."""
         assert self.table is not None
         for _, records in self.chunks:
             yield [row for record in records for row in self.table.rows(record)]
@@ -407,7 +417,7 @@ def _write_jsonl(f: BinaryIO, results: _Merged) -> None:
 
 def _write_csv(f: BinaryIO, results: _Merged) -> None:
     assert results.table is not None
-    # the bytes of a name that is no text stay as they are
+    # a file name with bytes that are not valid text is written with the same bytes
     text = io.TextIOWrapper(f, encoding='utf-8', errors='surrogateescape', newline='', write_through=True)
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow([column.name for column in results.table.columns])
@@ -442,12 +452,12 @@ def _write_parquet(f: BinaryIO, results: _Merged) -> None:
 
 
 def as_text(value: str) -> str:
-    """A name as text that every format takes: bytes that are none become \\udc80 and the like."""
+    """Return a file name as valid Unicode text. Bytes that are not text become \\udc80 and the like."""
     return value.encode('utf-8', 'backslashreplace').decode()
 
 
 def _write_npz(f: BinaryIO, results: _Merged) -> None:
-    """Arrays `file` and `embedding`, as `np.savez` writes them, some rows at a time."""
+    """Write the arrays `file` and `embedding` in the format of `np.savez`, some rows at a time."""
     length, chunks = results.vectors()
     count = len(results.files)
     with zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -468,12 +478,12 @@ def _write_npy_header(f: Any, dtype: np.dtype, shape: Tuple[int, ...]) -> None:
 
 
 def _length_in_header(files: Sequence[str]) -> int:
-    """Bytes that the names take in the header of a safetensors file: JSON as a string of JSON."""
+    """Return how many bytes the names take in the header of a safetensors file: a JSON list inside a JSON string."""
     return len(json.dumps(json.dumps(files)))
 
 
 def _write_safetensors(f: BinaryIO, results: _Merged) -> None:
-    """A tensor `embedding`, and the names of the files as a JSON list under `file` in the metadata."""
+    """Write a tensor `embedding`, and the names of the files as a JSON list under `file` in the metadata."""
     length, chunks = results.vectors()
     count = len(results.files)
     info = {name: as_text(value) for name, value in results.info.items()}

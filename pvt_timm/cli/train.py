@@ -1,7 +1,8 @@
-""" The commands `train` and `run`: timm's unmodified scripts with the models registered, `train` with recovery.
+""" The commands `train` and `run`. Both run unmodified scripts of timm with the models of this package registered.
 
-When the folder of the experiment holds a checkpoint, training goes on after its epoch, so the same command starts and
-continues, and a restart by torchrun loses no more than the epoch that the crash happened in.
+`train` also recovers from a crash: if the folder of the experiment holds a checkpoint, training continues after the
+epoch of this checkpoint. So the same command starts and continues a training. A restart by torchrun loses no more than
+the epoch in which the crash happened.
 """
 import argparse
 import os
@@ -27,7 +28,7 @@ __all__ = ['latest_checkpoint', 'machine_settings', 'run_run', 'run_train']
 # Settings of train.py that are read here
 _TEXT = ('experiment', 'output', 'resume', 'device', 'amp_dtype', 'model')
 _NUMBERS = ('num_classes', 'in_chans', 'img_size')
-# What says how long a run is
+# Options of train.py that say how long a run is
 _SCHEDULE = {
     '--epochs': int, '--sched': str, '--warmup-epochs': int, '--cooldown-epochs': int, '--lr-cycle-limit': int,
     '--lr-cycle-mul': float}
@@ -44,7 +45,7 @@ def run_run(args: argparse.Namespace) -> List[str]:
 
 
 def _value_of(script_args: Sequence[str], *names: str) -> Optional[str]:
-    """The value of an option of a script, whose other options are not known. None if it has none."""
+    """Return the value of an option in the arguments of a script, None without it. Other options are ignored."""
     for i, arg in enumerate(script_args):
         name, equals, value = arg.partition('=')
         if name in names:
@@ -54,16 +55,16 @@ def _value_of(script_args: Sequence[str], *names: str) -> Optional[str]:
 
 
 def _script(args: argparse.Namespace) -> List[str]:
-    """The command line of a script."""
+    """Return the command line of a script."""
     if not Path(args.script).is_file():
         raise ValueError(f'No such script: {args.script}')
     return [args.script, *args.script_args]
 
 
 def run_train(args: argparse.Namespace) -> List[str]:
-    """Choose what the machine has, find the checkpoint to go on from. Returns the command line of the script.
+    """Choose settings for this machine, find the checkpoint to continue from, and return the script's command line.
 
-    What it says on stderr comes at the end, as an error is one line with nothing before it.
+    Messages are printed on stderr at the end, because nothing may be printed before the one line of an error.
     """
     command = _script(args)
     parser = Parser(prog='pvt-timm train', add_help=False, argument_default=argparse.SUPPRESS)
@@ -99,7 +100,7 @@ def run_train(args: argparse.Namespace) -> List[str]:
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(settings, sort_keys=False).encode()
     save_atomically(folder / 'settings.yaml', lambda f: f.write(text))
-    command += ['--config', str(folder / 'settings.yaml')]  # the last one counts
+    command += ['--config', str(folder / 'settings.yaml')]  # train.py uses the last --config
     _keep_class_names(folder)
     if now.get('device') == 'cpu':
         _allow_cpu_processes()
@@ -111,9 +112,9 @@ def run_train(args: argparse.Namespace) -> List[str]:
 
 
 def _length_and_weights(script_args: Sequence[str]) -> Dict[str, Any]:
-    """What the command line says about the length of the run, and about where weights come from.
+    """Return the options on the command line that say how long the run is and where its weights come from.
 
-    Whole names only: `--lr` would be the beginning of one of these.
+    Abbreviated options are ignored: train.py's `--lr` would be an abbreviation of `--lr-cycle-limit`.
     """
     parser = Parser(prog='pvt-timm train', add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for option, kind in _SCHEDULE.items():
@@ -131,9 +132,10 @@ def _say(text: str) -> None:
 
 
 def _read_config(config: str) -> Dict[str, Any]:
-    """The settings of a YAML file, or of a recipe by its name.
+    """Return the settings of a YAML file, or of the recipe with that name.
 
-    What has to be text is text: in YAML, `experiment: 2024` is a number, which train.py does not take for a name.
+    Settings that have to be text are checked. In YAML, `experiment: 2024` is a number, and train.py does not accept a
+    number as a name.
     """
     file = Path(config) if Path(config).is_file() else RECIPES.get(config)
     if file is None:
@@ -159,7 +161,10 @@ def _check_device(device: str) -> None:
 
 
 def machine_settings(settings: Dict[str, Any], given: Dict[str, Any]) -> Dict[str, Any]:
-    """What this machine has in place of a config's `settings`: device and mixed precision, unless they are `given`."""
+    """Return the device and mixed precision that suit this machine and differ from a config's `settings`.
+
+    Settings that are `given` on the command line are not changed.
+    """
     machine: Dict[str, Any] = {}
     device = {**settings, **given}.get('device')
     if device is None:
@@ -179,20 +184,21 @@ def machine_settings(settings: Dict[str, Any], given: Dict[str, Any]) -> Dict[st
 
 def latest_checkpoint(
         folder: Path, say: Callable[[str], None] = _say, settings: Optional[Dict[str, Any]] = None) -> Optional[Path]:
-    """The newest checkpoint of the end of an epoch that can be read, None if there is none at all.
+    """Return the newest checkpoint in `folder` that can be read, None if there is no checkpoint at all.
 
-    `recovery-*` files are not taken: they are from the middle of an epoch, whose rest train.py would leave out.
+    Only checkpoints from the end of an epoch are used. `recovery-*` files are ignored: they are from the middle of an
+    epoch, and train.py would skip the rest of that epoch.
 
     Args:
-        say: Called with a line for each one that is passed over, and for the one that is taken.
-        settings: Of the run that goes on from it. train.py needs the model to be the same.
+        say: Called with a line for each checkpoint that cannot be read, and for the one that is returned.
+        settings: Settings of the run that continues from the checkpoint. The model has to be the same.
 
     Raises:
-        ValueError: None of those that are there can be read, or the newest one has another model.
+        ValueError: There are checkpoints but none can be read, or the newest readable one has another model.
     """
     numbered = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda file: natural_key(file.name), reverse=True)
     broken: List[str] = []
-    for file in filter(Path.is_file, [folder / 'last.pth.tar', *numbered]):  # the newest one is there twice
+    for file in filter(Path.is_file, [folder / 'last.pth.tar', *numbered]):  # last.pth.tar is a copy of the newest one
         try:
             state = read_checkpoint(file)
             if not {'epoch', 'optimizer'} <= state.keys():
@@ -212,7 +218,15 @@ def latest_checkpoint(
 
 
 def _check_same_model(file: Path, trained: Any, settings: Dict[str, Any]) -> None:
-    """Compare what train.py kept of its arguments with those of now, as far as both say it."""
+    """Refuse to continue if the model's settings in a checkpoint differ from those of the run.
+
+    Settings that are not known for both of them are not compared.
+
+    Args:
+        file: The checkpoint.
+        trained: The arguments that train.py saved in the checkpoint.
+        settings: Settings of the run.
+    """
     before = _model_settings(trained if isinstance(trained, dict) else {})
     now = _model_settings(settings)
     for name in before.keys() & now.keys():
@@ -224,11 +238,12 @@ def _check_same_model(file: Path, trained: Any, settings: Dict[str, Any]) -> Non
 
 
 def _finished(latest: Path, now: Dict[str, Any]) -> Optional[str]:
-    """What to say of a run whose last epoch is in its latest checkpoint, None of one that has more to do.
+    """Return a message if a run is finished: its latest checkpoint is from its last epoch. Otherwise return None.
 
     Args:
-        latest: The checkpoint.
-        now: Settings of the command and its config. Where they say nothing, what train.py kept of its own counts.
+        latest: The latest checkpoint.
+        now: Settings of the command line and the config. For those that are missing, the settings in the checkpoint
+            are used.
     """
     state = read_checkpoint(latest)
     before = state.get('args')
@@ -236,12 +251,12 @@ def _finished(latest: Path, now: Dict[str, Any]) -> Optional[str]:
     epoch = state.get('epoch')
     if type(epoch) is not int or not {'epochs', 'sched'} <= settings.keys():
         return None
-    # on updates, the number of epochs is the same
+    # this setting does not change the number of epochs
     settings['sched_on_updates'] = False
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     try:
         epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(argparse.Namespace(**settings)))[1]
-    except (AttributeError, TypeError, ValueError, AssertionError):  # train.py says what is wrong with them
+    except (AttributeError, TypeError, ValueError, AssertionError):  # train.py reports wrong settings itself
         return None
     if epoch + 1 < epochs:
         return None
@@ -251,10 +266,13 @@ def _finished(latest: Path, now: Dict[str, Any]) -> Optional[str]:
 
 
 def _model_settings(said: Dict[str, Any]) -> Dict[str, Any]:
-    """What a model's weights depend on, as far as it is said. The number of classes is the model's own by default."""
+    """Return the settings that the shapes of a model's weights depend on, as far as `said` has them.
+
+    The number of classes is by default that of the model's pretrained weights.
+    """
     found: Dict[str, Any] = {}
     if isinstance(said.get('model'), str):
-        found['model'] = said['model'].partition('.')[0]  # a tag chooses weights to start from
+        found['model'] = said['model'].partition('.')[0]  # without the tag, which only chooses weights to start from
         default: Any = get_pretrained_cfg(said['model'])
         if default is not None:
             found['num_classes'] = default.num_classes
@@ -265,7 +283,7 @@ def _model_settings(said: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _keep_class_names(folder: Path) -> None:
-    """Listen in on timm's `create_dataset` for the names of the classes, which no checkpoint holds."""
+    """Make timm's `create_dataset` save the names of the classes in `folder`. timm's checkpoints do not hold them."""
     create_dataset = timm.data.create_dataset
 
     def create(*args: Any, **kwargs: Any) -> Any:
@@ -280,7 +298,10 @@ def _keep_class_names(folder: Path) -> None:
 
 
 def _allow_cpu_processes() -> None:
-    """timm gives DistributedDataParallel the device of the process, which it refuses if that is a CPU."""
+    """Make training with several processes work on a CPU.
+
+    timm passes the device of the process to DistributedDataParallel, which refuses a CPU. So this argument is dropped.
+    """
     ddp: Any = torch.nn.parallel.DistributedDataParallel
     init = ddp.__init__
 

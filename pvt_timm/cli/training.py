@@ -1,4 +1,4 @@
-""" The commands `detector` and `segmenter`: train on one's own data, and measure what is published. """
+""" The commands `detector` and `segmenter`: train models on the user's data, and measure models. """
 import argparse
 import dataclasses
 import json
@@ -38,10 +38,10 @@ def add_training(subparsers: Any) -> None:
                         help="folder to write boxes.json and masks.json into, in COCO's results format")
                 parser.add_argument(
                     '--published', action=argparse.BooleanOptionalAction, default=None,
-                    help='compare with the published figures (default where the weights are not of fit)')
+                    help='compare with the published figures (default if the weights are not from `fit`)')
                 parser.add_argument(
                     '--allowed', type=float, default=ALLOWED, metavar='X',
-                    help=f'difference from them in percent (default {ALLOWED})')
+                    help=f'allowed difference from the published figures, in percent (default {ALLOWED})')
                 parser.add_argument(
                     '--json', action='store_true', help='print the figures as JSON, from 0 to 1 with all their digits')
             add_options(parser, kind)
@@ -62,7 +62,7 @@ def _lightning() -> None:
 
 
 def _check_network(settings: Any, fit: bool = True) -> None:
-    """Say at once that published weights cannot be downloaded."""
+    """Raise an error at once if published weights cannot be downloaded."""
     name = settings.model or 'pvt_small'
     if settings.weights == 'retinanet_coco':
         check_pretrained(f'{name}.retinanet_coco', '--weights')
@@ -112,7 +112,7 @@ def run_validate(args: argparse.Namespace) -> int:
 
 
 def _percent(figures: Dict[str, float]) -> Dict[str, float]:
-    """COCO says -1 where there is nothing to measure."""
+    """Return figures in percent. COCO's -1, which means that there is nothing to measure, is not changed."""
     return {name: 100 * value if value >= 0 else value for name, value in figures.items()}
 
 
@@ -122,7 +122,7 @@ def _print(lines: List[str]) -> None:
 
 
 def _settings_in(weights: str) -> Dict[str, Any]:
-    """Where the data lie in their folder, and what the label maps mean, as a checkpoint of `fit` says."""
+    """Return the settings in a checkpoint of `fit` about the data: its paths, and the meaning of label maps."""
     said = read_checkpoint(weights).get(KEY)
     settings = said.get('settings') if isinstance(said, dict) else None
     if not isinstance(settings, dict):

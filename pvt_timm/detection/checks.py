@@ -12,7 +12,7 @@ _PIXELS_OUTSIDE = 1.
 
 
 def check_image(image: torch.Tensor, in_chans: int, name: str = 'the image', unit_range: bool = True) -> None:
-    """Refuse a tensor that is not an image as the models take it.
+    """Refuse a tensor that is not an image for the models.
 
     Args:
         image: An image (C, H, W) of floating point numbers.
@@ -47,7 +47,7 @@ def check_targets(
         masks: Whether there have to be masks. If not, masks are not checked.
 
     Raises:
-        ValueError: A target is wrong. The message says which, what was expected and what came.
+        ValueError: A target is wrong. The message says which one, what was expected and what it has.
     """
     if len(targets) != len(images):
         raise ValueError(f'Expected one target per image ({len(images)}), got {len(targets)}.')

@@ -34,7 +34,7 @@ from .parts import (
 class PvtRetinaNet(PublishedDetector, RetinaNet):
     """torchvision's RetinaNet with the settings of the published PVT detectors.
 
-    Labels count from 0 to `num_classes - 1`, in targets and in what is found. There is no background class.
+    Labels count from 0 to `num_classes - 1`, in targets and in results. There is no background class.
     """
     kind = 'retinanet'
     levels = dict(out_indices=(1, 2, 3), extra_levels='p6p7_on_input')
@@ -46,8 +46,9 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
         Args:
             backbone: Five levels with strides 8 to 128.
             num_classes: Number of classes, without a background class.
-            kwargs: Arguments for torchvision's class, such as `min_size` (shorter side that images are resized to, 800,
-                several to choose from in training), `max_size` (longest side after that, 1333), `score_thresh`.
+            kwargs: Arguments for torchvision's class, such as `score_thresh`, `min_size` (shorter side of resized
+                images, 800 by default; training takes a random one of several values) and `max_size` (limit of the
+                longer side, 1333 by default).
         """
         anchors = FixedStrideAnchors((8, 16, 32, 64, 128), [4 * 2 ** (i / 3) for i in range(3)])
         settings: Dict[str, Any] = dict(
@@ -61,7 +62,7 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
     def postprocess_detections(
             self, head_outputs: Dict[str, List[torch.Tensor]], anchors: List[List[torch.Tensor]],
             image_shapes: List[Tuple[int, int]]) -> List[Detection]:
-        """Detections as torchvision returns them, without boxes that lie outside of the image and so have no area."""
+        """Return the detections of torchvision, without boxes that lie outside of the image and so have no area."""
         unlimited = copy.copy(self)
         unlimited.detections_per_img = None  # the limit is applied below, to the boxes that stay
         detections = RetinaNet.postprocess_detections(unlimited, head_outputs, anchors, image_shapes)
@@ -74,8 +75,8 @@ class PvtRetinaNet(PublishedDetector, RetinaNet):
 class PvtFasterRCNN(PublishedDetector, FasterRCNN):
     """torchvision's Faster R-CNN with the settings of the published PVT detectors.
 
-    Labels count from 1 to `num_classes`, in targets and in what is found. Label 0 is the background. `num_classes` does
-    not count it, while the argument `num_classes` of torchvision's class does.
+    Labels count from 1 to `num_classes`, in targets and in results. Label 0 is the background. `num_classes` does not
+    count it, while the argument `num_classes` of torchvision's class does.
     """
     kind = 'faster_rcnn'
     first_label = 1

@@ -11,7 +11,7 @@ from timm.models import create_model
 
 
 def usual_normalisation(in_chans: int) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
-    """Mean and standard deviation per channel, for images from 0 to 1. `pvt-timm predict` uses the same.
+    """Return mean and standard deviation per channel, for images from 0 to 1. `pvt-timm predict` uses the same.
 
     These are the values of ImageNet. If there are not three channels, every channel gets the average of the three.
     """
@@ -67,7 +67,7 @@ class PvtFpnBackbone(nn.Module):
         """
         Args:
             model_name: Name of a timm model, with or without a tag.
-            pretrained: Load its weights.
+            pretrained: Whether to load its published weights.
             out_channels: Channels of the pyramid.
             out_indices: Stages whose feature maps are used, from fine to coarse. Stages 0 to 3 have strides 4 to 32.
             extra_levels: Which coarser levels to add. 'pool' adds one, every second position of the last level (for

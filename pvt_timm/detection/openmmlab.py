@@ -103,13 +103,13 @@ _FOR_ON_PVT = ('num_classes', 'model_args', 'frozen_stages')
 
 
 def coco_categories() -> Dict[int, str]:
-    """COCO's 80 categories in the order of class indices: a dict of ids in the annotation files to names."""
+    """Return the names of COCO's 80 categories by their ids in annotation files, in the order of class indices."""
     names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta['categories']
     return {i: name for i, name in enumerate(names) if name not in ('__background__', 'N/A')}
 
 
 def describe_heads(state_dict: Mapping[str, Any]) -> Optional[Tuple[str, int]]:
-    """The kind of detector or segmenter that a state dict of OpenMMLab holds, and its number of classes.
+    """Return the kind of detector or segmenter that a state dict of OpenMMLab holds, and its number of classes.
 
     Args:
         state_dict: Tensors under the names of mmdetection or mmsegmentation, with any prefix.
@@ -132,13 +132,13 @@ def describe_heads(state_dict: Mapping[str, Any]) -> Optional[Tuple[str, int]]:
 
 
 def heads_of(converted: Converted) -> Dict[str, Any]:
-    """The tensors outside of the backbone of a detector or segmenter, under OpenMMLab's names."""
+    """Return the tensors outside of the backbone of a detector or segmenter, under OpenMMLab's names."""
     root = converted.prefix.removesuffix('backbone.')
     return {k[len(root):]: v for k, v in converted.beside.items() if isinstance(k, str) and k.startswith(root)}
 
 
 def _outline(heads: Mapping[str, Any]) -> str:
-    """The modules outside of a backbone and their parts, such as 'bbox_head (cls_convs, gfl_cls), neck (fpn_convs)'."""
+    """Return the modules beside a backbone and their parts, such as 'bbox_head (cls_convs), neck (fpn_convs)'."""
     inner: Dict[str, Set[str]] = {}
     for key in heads:
         part, _, rest = key.partition('.')
@@ -194,7 +194,7 @@ def from_openmmlab(
     body = drop_parts(converted.state_dict, ('class_token', 'norm', 'head'), info.class_row)
     body, _ = from_timm(body, 'timm_features')
     ours, _, _ = to_ours(heads, table)
-    # Empty tensors do not tell a width. A checkpoint that has some is refused below.
+    # A width cannot be read from an empty tensor. A checkpoint with empty tensors is refused below.
     settings: Dict[str, Any] = dict(widths_of({name: x for name, x in ours.items() if x.numel()}))
     meta = checkpoint.get('meta')
     said = read_settings(meta if isinstance(meta, Mapping) else {}, kind)
@@ -232,7 +232,7 @@ def from_openmmlab(
 def _build(
         build: Callable[..., Any], variant: str, num_classes: int, settings: Dict[str, Any],
         normalisation: Mapping[str, Tuple[float, ...]]) -> Any:
-    """A model with the normalisation of images that the config says, unless `settings` say another one."""
+    """Build a model with the normalisation of images of the config, unless `settings` give another one."""
     model = build(variant, num_classes, **settings)
     holder, names = (model.transform, ('image_mean', 'image_std')) if hasattr(model, 'transform') else (
         model, ('mean', 'std'))
@@ -258,7 +258,7 @@ def _without_leftovers(heads: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
-    """The weights of `model` as OpenMMLab names and stacks them, with the backbone in format 'mmdet' or 'original'."""
+    """Return the weights of `model` as OpenMMLab names and stacks them. `fmt` is that of the backbone."""
     state_dict = model.state_dict()
     body, _ = from_timm(map_to_timm(state_dict).state_dict, fmt)
     if fmt == 'original':
@@ -268,12 +268,12 @@ def to_openmmlab(model: nn.Module, table: Table, fmt: str) -> StateDict:
 
 
 def detector_to_mmdet(model: Union[PvtRetinaNet, PvtFasterRCNN, PvtMaskRCNN], fmt: str = 'mmdet') -> StateDict:
-    """The weights of a detector, named and stacked as in mmdetection or the original code.
+    """Return the weights of a detector, named and stacked as in mmdetection or the original code.
 
     Args:
         model: A detector of this package.
-        fmt: 'mmdet', or 'original' for the backbone of the original code (whose position embedding of the last stage
-            gets a row of zeros that it never uses).
+        fmt: 'mmdet', or 'original' for the backbone of the original code. Then the position embedding of the last stage
+            gets a row of zeros, which the original code expects and does not use.
     """
     tables = dict(_DETECTORS.values())
     table = next((tables[base] for base in type(model).__mro__ if base in tables), None)  # the class or a subclass
@@ -304,18 +304,18 @@ def retinanet_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, *
     Args:
         checkpoint: A file (nothing in it is executed), or its content: a state dict, bare or under 'state_dict', with
             `backbone.*`, `neck.*` and `bbox_head.*`. A two-stage detector has `rpn_head.*` and `roi_head.*` instead of
-            `bbox_head.*`. Of this package a checkpoint of `pvt-timm detector fit`, or the state dict of a detector.
-        prefix: The part before the names of the model, or of its backbone. It is needed where there are several.
+            `bbox_head.*`. From this package: a checkpoint of `pvt-timm detector fit`, or the state dict of a detector.
+        prefix: The part before the names of the model, or of its backbone. It is needed if there are several.
         kwargs: Arguments of `pvt_retinanet`, such as `min_size` (by default that of the file, or 800), `num_classes`,
             `model_args` (such as `dict(drop_path_rate=0.1)`) and `frozen_stages`. If `num_classes` differs from that
             of the file, the layers that depend on it are new and have to be trained. A warning names them.
 
     Returns:
-        A torchvision model in evaluation mode. Variant, number of classes and widths are read off the weights. Names
-        of classes, sizes and normalisation of images are those that the file says.
+        A torchvision model in evaluation mode. Variant, number of classes and widths are read from the weights. Names
+        of classes, sizes and normalisation of images are those in the file.
 
     Raises:
-        ValueError: It is no such checkpoint. The message says what is wrong.
+        ValueError: It is not such a checkpoint. The message says what is wrong.
         TypeError: A keyword is not known.
     """
     return detector_from_mmdet(checkpoint, prefix, ['RetinaNet'], **kwargs)
@@ -332,7 +332,7 @@ def mask_rcnn_from_mmdet(checkpoint: Checkpoint, prefix: Optional[str] = None, *
 
 
 def retinanet_coco(model_name: str = 'pvt_small', cache_dir: Optional[str] = None, **kwargs: Any) -> PvtRetinaNet:
-    """OpenMMLab's RetinaNet on PVT, trained on COCO (published box AP: tiny 36.6, small 40.4, medium 41.7).
+    """Return OpenMMLab's RetinaNet on PVT, trained on COCO (published box AP: tiny 36.6, small 40.4, medium 41.7).
 
     The weights are the file of the tag `retinanet_coco` (a tag is timm's name for a set of published weights). It is
     downloaded once, and compared with the hash in its name.

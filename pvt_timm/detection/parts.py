@@ -57,7 +57,7 @@ class FixedStrideAnchors(AnchorGenerator):
 
 
 def in_full(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers in float32, or in float64 if that is their type.
+    """Return the same numbers in float32, or in float64 if that is their type.
 
     Half precision is not used for coordinates and scores. It cannot tell neighbouring pixels apart above 256 (bfloat16)
     or 2048 (float16).
@@ -102,7 +102,7 @@ class BestForObjectMatcher(Matcher):
 
 
 class FullRPNHead(RPNHead):
-    """torchvision's, whose scores and box deltas are float32 or better."""
+    """torchvision's `RPNHead`, but its scores and box deltas are in float32 or float64."""
 
     def forward(self, x: List[torch.Tensor]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
         scores, deltas = super().forward(x)
@@ -110,7 +110,7 @@ class FullRPNHead(RPNHead):
 
 
 class FullBoxPredictor(FastRCNNPredictor):
-    """torchvision's, whose scores and box deltas are float32 or better."""
+    """torchvision's `FastRCNNPredictor`, but its scores and box deltas are in float32 or float64."""
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         scores, deltas = super().forward(x)
@@ -118,7 +118,7 @@ class FullBoxPredictor(FastRCNNPredictor):
 
 
 class FullMaskPredictor(MaskRCNNPredictor):
-    """torchvision's, whose logits are float32 or better."""
+    """torchvision's `MaskRCNNPredictor`, but its logits are in float32 or float64."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return in_full(super().forward(x))
@@ -194,7 +194,7 @@ def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: Tuple[int, int])
 
 
 def _sampling_weights(low: torch.Tensor, high: torch.Tensor, pixels: int, cells: int) -> torch.Tensor:
-    """Weights (N, pixels, cells) of the cells of N masks for the pixels along one side of the image.
+    """Return the weights (N, pixels, cells) of the cells of N masks for the pixels along one side of the image.
 
     The cells lie between `low` and `high` (N,), the edges of the boxes on this side. The weight of a cell falls from 1
     at its centre to 0 at the centre of the next cell. It is 0 for pixels that are more than a pixel outside of the box.
@@ -208,14 +208,14 @@ def _sampling_weights(low: torch.Tensor, high: torch.Tensor, pixels: int, cells:
 
 
 def resized(width: Any, height: Any, min_size: int, max_size: int) -> Tuple[Any, Any]:
-    """Width and height that an image is resized to, in proportion.
+    """Return the width and height that an image is resized to. Its aspect ratio is kept.
 
     The shorter side becomes `min_size`, or less if the longer side would be above `max_size`. Both are rounded, and at
     least 1. In an exported graph they are computed from the size of the image that the graph gets.
     """
     if torch.jit.is_tracing():
         sides = torch.stack([torch.as_tensor(width), torch.as_tensor(height)]).double()
-        # tensors over tensors: of a number over a tensor OpenVINO takes the tensor itself
+        # a tensor is divided by a tensor: if a number is divided by a tensor, OpenVINO returns the tensor itself
         limits = torch.tensor([max_size, min_size], dtype=torch.float64)
         scale = (limits / torch.stack([sides.max(), sides.min()])).min()
         width, height = (sides * scale + 0.5).long().clamp(min=1).unbind()
@@ -252,7 +252,7 @@ class RoundingTransform(GeneralizedRCNNTransform):
 
 
 class PublishedDetector(nn.Module):
-    """Base class of the detectors here: what they have in common. Their second base is a class of torchvision.
+    """Base class of the detectors in this package. Each of them also derives from a class of torchvision.
 
     A detector takes a list of images (C, H, W) of any sizes, with values from 0 to 1. In evaluation mode it returns a
     dict for each image: 'boxes' (N, 4) as x1, y1, x2, y2 in pixels, 'scores' (N,) and 'labels' (N,). In training mode
@@ -312,14 +312,14 @@ class PublishedDetector(nn.Module):
             model_name: Name of a timm model, 'pvt_small' or with a tag 'pvt_small.in1k'. A tag is timm's name for a set
                 of published weights.
             num_classes: Number of classes, without a background class.
-            pretrained_backbone: Load the published weights of the backbone. They are downloaded when first used.
+            pretrained_backbone: Whether to load the published weights of the backbone. They are downloaded once.
             out_channels: Channels of the feature pyramid, and of RetinaNet's head.
             model_args: Arguments for `timm.create_model`, such as `dict(drop_path_rate=0.1)`.
             frozen_stages: Number of stages of the backbone that are not trained, from the first one on.
             kwargs: Arguments for the class of the detector, such as `min_size` and `max_size`.
 
         Returns:
-            The detector in training mode. `first_label` of it says whether labels count from 0 or from 1.
+            The detector in training mode. Its `first_label` says whether labels count from 0 or from 1.
 
         Raises:
             TypeError: An argument is not known.

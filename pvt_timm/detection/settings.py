@@ -1,8 +1,8 @@
-""" Settings of a detector or segmenter in the config that OpenMMLab keeps in a checkpoint.
+""" Read the settings of a detector or segmenter from the config that OpenMMLab keeps in a checkpoint.
 
-The weights do not tell the scales of anchors, the thresholds or the sizes of images, and with other values the model
-finds something else. So each setting that changes the results either becomes an argument of our model, or must have the
-one value that our model has. Any other value is refused by name.
+Scales of anchors, thresholds and sizes of images cannot be read from the weights, and with other values the results
+differ. So each setting that changes the results either becomes an argument of our model, or must have the one value
+that our model has. Any other value is refused, and the message names the setting.
 """
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
@@ -107,7 +107,7 @@ OBEYED: Dict[str, Dict[str, Tuple[str, float, float]]] = {
 
 
 def read_settings(meta: Mapping[str, Any], kind: str) -> Dict[str, Any]:
-    """Arguments of our model from the config in a checkpoint.
+    """Return arguments of our model from the config in a checkpoint.
 
     Args:
         meta: The entry 'meta' of the checkpoint.
@@ -157,7 +157,7 @@ _NOT_SAID = Unknown()
 
 
 def _at(model: Any, place: str) -> Any:
-    """The value at a place such as 'test_cfg.nms.type', `_NOT_SAID` if it is not there."""
+    """Return the value at a place such as 'test_cfg.nms.type', `_NOT_SAID` if there is none."""
     for name in place.split('.'):
         if not isinstance(model, dict) or name not in model:
             return _NOT_SAID
@@ -166,9 +166,9 @@ def _at(model: Any, place: str) -> Any:
 
 
 def _same(theirs: Any, ours: Any) -> bool:
-    """Whether a value of a config is the same as ours.
+    """Return whether a value of a config is the same as ours.
 
-    A list may stand for a tuple, and a single number for a tuple of equal numbers.
+    A list is compared like a tuple, and a single number like a tuple of equal numbers.
     """
     if isinstance(ours, (int, float)) and not isinstance(ours, bool):
         values = numbers(theirs)
@@ -190,7 +190,7 @@ _SCALES = ('scale', 'img_scale', 'scales')
 
 
 def _image_size(config: Dict[str, Any]) -> Dict[str, int]:
-    """Shorter and longest side that images are resized to in testing."""
+    """Return the sizes that images are resized to in testing: the shorter side, and the limit of the longer side."""
     for pipeline in _pipelines(config):
         steps = [step for name in _RESIZING for step in find_dicts(pipeline, name)]
         for step in steps:
@@ -208,7 +208,7 @@ def _image_size(config: Dict[str, Any]) -> Dict[str, int]:
 
 
 def _pipelines(config: Dict[str, Any]) -> Iterator[Any]:
-    """The places that may say how images are resized in testing. The first one that says it counts."""
+    """Yield the places that may say how images are resized in testing. The first one that says it is used."""
     data = config.get('data')
     yield _at(config, 'test_dataloader.dataset')
     yield data.get('test') if isinstance(data, dict) else None
@@ -218,7 +218,7 @@ def _pipelines(config: Dict[str, Any]) -> Iterator[Any]:
 
 
 def _as_scales(value: Any) -> Iterable[Tuple[int, int]]:
-    """(side, side) for each size in a value of a config. A single number is a square."""
+    """Yield (side, side) for each size in a value of a config. A single number is a square."""
     several: List[Any] = [value]
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple)):
         several = list(value)

@@ -1,9 +1,9 @@
-""" Checkpoints of this package's own detectors and segmenters: what they say about a model, and the model.
+""" Describe the detectors and segmenters of this package in checkpoints, and load them from these checkpoints.
 
-`pvt-timm detector fit` and `segmenter fit` write plain values under the key 'pvt_timm' beside the weights: all that is
-needed to build the model, its classes and the sizes of its images. Weights alone, as of
-`torch.save(model.state_dict())`, are read too: variant, kind, number of classes and widths follow from their names and
-shapes.
+`pvt-timm detector fit` and `segmenter fit` write a description of the model under the key 'pvt_timm', beside the
+weights. It holds plain values only: the arguments to build the model, its classes and the sizes of its images. Files
+with only weights, as written by `torch.save(model.state_dict())`, are read too. Variant, kind, number of classes and
+widths are then read from the names and shapes of the weights.
 """
 import inspect
 import logging
@@ -29,20 +29,20 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 Checkpoint = Union[str, 'PathLike[str]', Mapping[str, Any]]
-Builder = Callable[..., Any]  # name of a PVT, number of classes and keywords to a model
+Builder = Callable[..., Any]  # returns a model for the name of a PVT, a number of classes and keywords
 
 KEY = 'pvt_timm'
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How the weights of a kind of model are told from those of the others, and what they say.
+    """How to recognise the weights of a kind of model, and to read its number of classes from them.
 
     Attributes:
-        name: As messages say it.
-        head: A parameter whose rows are classes.
-        rows_per_class: How many of its rows are for one class.
-        background: Rows for the background.
+        name: Name for messages.
+        head: A parameter that has rows for each class. Other kinds do not have it.
+        rows_per_class: Number of its rows for one class.
+        background: Number of its rows for the background.
     """
     name: str
     head: str
@@ -50,14 +50,14 @@ class Kind:
     background: int = 0
 
 
-# Attribute `kind` of a model -> the kind. The first one whose parameter is there counts
+# Attribute `kind` of a model -> how to recognise it. The first kind whose parameter `head` is in the weights is taken
 KINDS = {
     'retinanet': Kind('RetinaNet', 'head.classification_head.cls_logits.weight', 9),  # 3 scales x 3 aspect ratios
     'mask_rcnn': Kind('Mask R-CNN', 'roi_heads.mask_predictor.mask_fcn_logits.weight', background=1),
     'faster_rcnn': Kind('Faster R-CNN', 'roi_heads.box_predictor.cls_score.weight', background=1),
     'semantic_fpn': Kind('Semantic FPN', 'head.classifier.weight'),
 }
-# How the names of parameters start whose rows are classes
+# Starts of the names of parameters that have rows for each class
 OF_CLASSES = (
     'head.classification_head.cls_logits.', 'roi_heads.box_predictor.', 'roi_heads.mask_predictor.mask_fcn_logits.',
     'head.classifier.')
@@ -76,21 +76,21 @@ _STAGES = _BODY + 'stages_'
 
 
 def open_checkpoint(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What a file holds, of which nothing is executed. What is no path is given back."""
+    """Return the content of a file, without executing anything in it. If content is given, it is returned as it is."""
     if isinstance(checkpoint, (str, PathLike)):
         return read_checkpoint(checkpoint)
     return checkpoint
 
 
 def is_own(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of this package: written by `fit`, or with the weights of one of its models."""
+    """Return whether a checkpoint is of this package: written by `fit`, or with weights of one of its models."""
     return KEY in checkpoint or bool(_roots(unwrap(checkpoint)[0]))
 
 
-# ---- what is said about a model --------------------------------------------------------------------------------------
+# ---- the description of a model --------------------------------------------------------------------------------------
 
 def kind_of(model: nn.Module) -> str:
-    """'retinanet', 'faster_rcnn', 'mask_rcnn' or 'semantic_fpn'."""
+    """Return the kind of a model: 'retinanet', 'faster_rcnn', 'mask_rcnn' or 'semantic_fpn'."""
     kind = getattr(model, 'kind', None)
     if kind not in KINDS:
         raise ValueError(f'Expected a detector or segmenter of this package, got {type(model).__name__}.')
@@ -98,13 +98,13 @@ def kind_of(model: nn.Module) -> str:
 
 
 def widths_of(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, int]:
-    """Widths of pyramid and heads, as arguments of the function that builds the model."""
+    """Return the widths of pyramid and heads, as arguments of the function that builds the model."""
     return {argument: state_dict[name].shape[dim] for argument, (name, dim) in _WIDTHS.items()
             if name in state_dict and state_dict[name].ndim > dim}
 
 
 def describe_body(state_dict: Mapping[str, torch.Tensor]) -> Tuple[str, Dict[str, Any]]:
-    """Name and arguments of the PVT in the state dict of a detector or segmenter."""
+    """Return name and arguments of the PVT in the state dict of a detector or segmenter."""
     info = describe(map_to_timm(state_dict).state_dict)
     variant = find_variant(info.depths, info.embed_dims)
     if variant is None:
@@ -113,17 +113,17 @@ def describe_body(state_dict: Mapping[str, torch.Tensor]) -> Tuple[str, Dict[str
 
 
 def describe_model(model: nn.Module, head_args: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
-    """Plain values that `load_own` builds the model from again.
+    """Return a description of a model in plain values, from which `load_own` can build the model.
 
     Args:
         model: A detector or segmenter of this package.
-        head_args: Arguments that its class was made with, as far as they do not follow from the weights.
+        head_args: Arguments of the model's class that cannot be read from its weights.
 
     Returns:
-        What belongs under the key 'pvt_timm' of a checkpoint, beside the weights.
+        The value for the key 'pvt_timm' of a checkpoint.
 
     Raises:
-        ValueError: Its PVT was made with arguments that are no plain values.
+        ValueError: The PVT was created with arguments that are not plain values.
     """
     any_model: Any = model
     state_dict = model.state_dict()
@@ -145,7 +145,7 @@ def describe_model(model: nn.Module, head_args: Optional[Mapping[str, Any]] = No
 
 
 def _unusual_args(variant: str, model_args: Mapping[str, Any]) -> Dict[str, Any]:
-    """Those arguments that a PVT has otherwise than the variant. Rates of dropout are only for training."""
+    """Return the arguments of a PVT that differ from the variant's, without dropout rates (only for training)."""
     usual = {**_MODEL_ARGS, **VARIANTS[variant]}
     found = {}
     for name, value in model_args.items():
@@ -158,7 +158,7 @@ def _unusual_args(variant: str, model_args: Mapping[str, Any]) -> Dict[str, Any]
 
 
 def _plain(name: str, value: Any) -> Any:
-    """An argument of a model as a file may hold it, with lists for tuples."""
+    """Return an argument of a model as a plain value for a file. Tuples become lists."""
     if isinstance(value, (list, tuple)):
         return [_plain(name, one) for one in value]
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -167,7 +167,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _described_by(weights: Mapping[str, torch.Tensor]) -> Dict[str, Any]:
-    """What weights alone say about their model."""
+    """Return the description of a model as far as it can be read from its weights."""
     for kind, about in KINDS.items():
         if about.head in weights and weights[about.head].ndim:
             variant, model_args = describe_body(weights)
@@ -179,7 +179,7 @@ def _described_by(weights: Mapping[str, torch.Tensor]) -> Dict[str, Any]:
 
 
 def _check_described(said: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a description that makes no sense, or of another model than the weights, before anything is built."""
+    """Refuse a description that is wrong or does not fit the weights, before a model is built."""
     if not isinstance(said, Mapping) or not all(isinstance(said.get(name), str) for name in ('kind', 'model')) or (
             said['kind'] not in KINDS or said['model'] not in VARIANTS):
         raise ValueError(f"Expected a known kind and model under '{KEY}' in the checkpoint.")
@@ -209,7 +209,7 @@ def _len_of(value: Any) -> Any:
 
 
 def is_color(value: Any) -> bool:
-    """Whether a value from a checkpoint is red, green and blue."""
+    """Return whether a value from a checkpoint is a colour: red, green and blue from 0 to 255."""
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         return False
     return all(isinstance(x, int) and 0 <= x <= 255 for x in value)
@@ -220,21 +220,22 @@ def is_color(value: Any) -> bool:
 def load_own(
         checkpoint: Checkpoint, builders: Mapping[str, Builder], prefix: Optional[str] = None,
         num_classes: Optional[int] = None, model_args: Optional[Mapping[str, Any]] = None, **kwargs: Any) -> Any:
-    """The detector or segmenter in a checkpoint of this package.
+    """Return the detector or segmenter in a checkpoint of this package.
 
     Args:
-        checkpoint: File, of which nothing is executed, or what it holds.
-        builders: Kind, as 'retinanet', to the function that makes such a model. Other kinds are refused.
-        prefix: What stands before the names of the model, or of its backbone, needed where there are several.
-        num_classes: With another number than in the checkpoint the layers that depend on it are new.
+        checkpoint: A file (nothing in it is executed), or its content.
+        builders: The function that builds a model of each kind, such as 'retinanet'. Other kinds are refused.
+        prefix: The part before the names of the model, or of its backbone. It is needed if there are several.
+        num_classes: Number of classes. If it differs from the checkpoint, the layers that depend on it are new.
         model_args: Arguments of the PVT that replace those in the checkpoint, such as `dict(drop_path_rate=0.1)`.
         kwargs: Arguments for the builder that replace those in the checkpoint, such as `min_size`.
 
     Returns:
-        The model in evaluation mode. `categories` names its classes, if the checkpoint does and they are the same.
+        The model in evaluation mode. `categories` has the names of its classes, if the checkpoint has them and
+        `num_classes` does not change their number.
 
     Raises:
-        ValueError: Not such a checkpoint. The message says what is wrong.
+        ValueError: It is not such a checkpoint. The message says what is wrong.
         TypeError: A keyword is not known.
     """
     checkpoint = open_checkpoint(checkpoint)
@@ -261,7 +262,15 @@ def load_own(
 
 
 def with_new_classes(model: Any, state_dict: Mapping[str, torch.Tensor], name: str) -> Any:
-    """`model` with those weights of `name`, a model of another number of classes, that do not depend on the number."""
+    """Load the weights of a model with another number of classes into `model`, and return it.
+
+    Weights that depend on the number of classes are not loaded. A warning names them.
+
+    Args:
+        model: A new model.
+        state_dict: Weights of the other model.
+        name: Name of the other model, for the warning.
+    """
     own = model.state_dict()
     kept = {k: v for k, v in state_dict.items() if v.shape == own[k].shape}
     new = sorted(k.removesuffix('.weight') for k in own if k not in kept and k.endswith('.weight'))
@@ -273,7 +282,7 @@ def with_new_classes(model: Any, state_dict: Mapping[str, torch.Tensor], name: s
 def _build(
         build: Builder, said: Mapping[str, Any], num_classes: Optional[int], model_args: Optional[Mapping[str, Any]],
         kwargs: Mapping[str, Any]) -> Any:
-    """The model that a description is of, with arguments that replace what it says."""
+    """Build the model of a description. `model_args` and `kwargs` replace arguments in the description."""
     pvt_args = {name: tuple(value) if isinstance(value, list) else value
                 for name, value in said.get('model_args', {}).items()}
     sizes = {name: said[name] for name in ('min_size', 'max_size') if said.get(name) is not None}
@@ -284,7 +293,7 @@ def _build(
         model = build(said['model'], num_classes, **settings)
     except (TypeError, AssertionError) as e:
         if model_args or kwargs:
-            _build(build, said, said['num_classes'], None, {})  # raises what is wrong with the checkpoint, if it is
+            _build(build, said, said['num_classes'], None, {})  # raises ValueError if the checkpoint is wrong
             raise
         raise ValueError(f"What stands under '{KEY}' in the checkpoint does not fit together: {e}") from e
     where, names = (model.transform, ('image_mean', 'image_std')) if hasattr(model, 'transform') else (
@@ -296,7 +305,7 @@ def _build(
 
 
 def _roots(state_dict: Mapping[str, Any]) -> List[str]:
-    """What stands before the names of each such model's parameters, as 'model.', in the order of the weights."""
+    """Return the part before the names of each detector or segmenter, such as 'model.', in the order of the weights."""
     roots: Dict[str, None] = {}
     for name in state_dict:
         root, found, _ = str(name).partition(_STAGES)
@@ -306,7 +315,7 @@ def _roots(state_dict: Mapping[str, Any]) -> List[str]:
 
 
 def _weights(checkpoint: Mapping[str, Any], prefix: Optional[str]) -> Dict[str, torch.Tensor]:
-    """The weights, without what stands before their names."""
+    """Return the weights of the model, without the part before their names."""
     state_dict = unwrap(checkpoint)[0]
     roots = _roots(state_dict)
     if not roots:

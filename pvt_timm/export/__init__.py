@@ -1,8 +1,8 @@
 """ Models as files for other runtimes: `export(model, 'onnx', 'pvt.onnx')`, on the command line `pvt-timm export`.
 
-What is written is the smaller graph of `pvt_timm.simplify`. Every file is read back by the runtime that it is for, and
-compared with the model in PyTorch, before it gets its name. It says how images have to be prepared, and what the
-classes are called (`read_metadata`).
+The model is first made smaller by `pvt_timm.simplify`. Every file is first written to a temporary folder. The runtime
+that it is for reads it there, and its outputs are compared with those of the model in PyTorch. Only then the file is
+moved to its place. Its metadata say how images have to be prepared, and name the classes (`read_metadata`).
 """
 import contextlib
 import io
@@ -34,12 +34,12 @@ PathLike = Union[str, 'os.PathLike[str]']
 
 @dataclass
 class Exported:
-    """What was written, and how far its outputs are from PyTorch's."""
+    """The result of an export, and the differences of its outputs from PyTorch's."""
     path: Path
     target: str
     outputs: List[str]
-    bytes: int  # of all its files
-    seconds: float  # to write and to check it
+    bytes: int  # size of all its files
+    seconds: float  # time to write and compare it
     differences: Dict[Size, float] = field(default_factory=dict)  # by batch, height, width; before int8
     int8: Optional[Int8Change] = None
 
@@ -65,21 +65,21 @@ def export(
     Args:
         model: A PVT, a detector of `pvt_timm.detection` or a segmenter of `pvt_timm.segmentation`.
         target: 'onnx', 'openvino', 'torch' (torch.export) or 'executorch'. Detectors: the first two.
-        output: File to write. For OpenVINO it is the .xml, beside which a .bin of the same name is written. A .bin that
-            is there without its .xml is not replaced: it is something else, such as a checkpoint.
-        features: The feature maps of all stages, without a class token and head. The model has to be a dense one
-            (`class_token=False`).
-        img_size: Height and width that the graph is optimised for, the only ones for targets of a fixed size (default
-            that of `pretrained_cfg`). Not for detectors, which resize their images.
-        half: Weights in float16. Images and outputs stay float32.
+        output: File to write. For OpenVINO it is the .xml file, and a .bin file of the same name is written beside it.
+            A .bin file that exists without its .xml file is not replaced: it may be a checkpoint.
+        features: Whether to export the feature maps of all stages instead of the logits. The model has to be a dense
+            one (`class_token=False`).
+        img_size: Height and width that the graph is optimised for (default that of `pretrained_cfg`). For targets with
+            a fixed size, they are the only ones. Not allowed for detectors, which resize images themselves.
+        half: Whether to store weights in float16. Images and outputs stay float32.
         preprocessing: timm's data config, for the metadata (default that of the model).
         labels: Names of the classes, for the metadata (default `categories` of detectors and segmenters).
         name: Name of the model, for the metadata.
-        calibration: Images to quantise to int8 with, for classifiers and features, and for 'onnx' and 'openvino'. What
-            that changes is in the result.
+        calibration: Images for quantising to int8. Only classifiers and features, and only the targets 'onnx' and
+            'openvino' can be quantised. The field `int8` of the result says what it changes.
 
     Raises:
-        ImportError: The package of the target is not there.
+        ImportError: The package of the target is not installed.
         ValueError: An argument is not one of the expected ones, or outputs differ from PyTorch's. Nothing is written.
     """
     started = time.monotonic()
@@ -130,7 +130,8 @@ def _write(kind: Target, graph: Graph, path: Path) -> None:
 def _write_detector(kind: Target, graph: Graph, reference: Any, path: Path) -> Dict[Size, float]:
     """Write a detector and compare it. Returns the largest difference at each size.
 
-    If it finds too little in the images that it is compared on, the same graph with a lower score is compared first.
+    If the detector finds too few objects in the images for the comparison, the graph is first compared with a lower
+    `score_thresh` (the lowest score of an object).
     """
     differences: Dict[Size, float] = {}
     parts = [thresholds_of(module.model) for module in (reference, graph.module)]
@@ -154,10 +155,10 @@ def _write_detector(kind: Target, graph: Graph, reference: Any, path: Path) -> D
 
 
 def read_metadata(path: PathLike) -> Dict[str, Any]:
-    """What an exported file says of itself: 'model', 'input', 'outputs', 'labels', 'preprocessing', 'version'.
+    """Return the metadata of an exported file: 'model', 'input', 'outputs', 'labels', 'preprocessing', 'version'.
 
     Raises:
-        ValueError: The name of the file ends in none of the targets' suffixes, or it was not written by `export`.
+        ValueError: The file's extension is not one of a target, or the file was not written by `export`.
     """
     path = Path(path)
     for kind in TARGETS.values():
@@ -188,7 +189,7 @@ def _target_of(target: str, output: PathLike) -> Tuple[Target, Path]:
 
 
 def _able(what: str) -> str:
-    """The targets that can do something, by the name of the field of `Target`."""
+    """Return the names of the targets whose field `what` is set, such as 'detectors'."""
     return ', '.join(name for name, kind in TARGETS.items() if getattr(kind, what))
 
 
@@ -199,7 +200,7 @@ def _import_packages(packages: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in training or in evaluation mode as before."""
+    """Restore at the end which modules are in training mode and which are in evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -210,7 +211,7 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
-    """A new folder beside a file, which is gone at the end."""
+    """Yield a new folder beside a file. It is removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix=f'.{path.stem}-', dir=path.parent))
     try:
         yield folder
@@ -219,7 +220,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 def move_into_place(aside: Path, path: Path) -> int:
-    """Move a file, and what was written beside it, to where it belongs, itself last. Returns the bytes of all."""
+    """Move a file and the files beside it to the folder of `path`, the file itself last. Returns their bytes."""
     files = sorted((file for file in aside.parent.iterdir() if file.is_file()), key=lambda file: file == aside)
     size = sum(file.stat().st_size for file in files)
     for file in files:
@@ -229,7 +230,7 @@ def move_into_place(aside: Path, path: Path) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters say of themselves."""
+    """Suppress the messages and warnings of exporters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

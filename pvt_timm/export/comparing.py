@@ -1,4 +1,4 @@
-""" How far the outputs of an exported file are from those of PyTorch. """
+""" Compare the outputs of an exported file with those of PyTorch. """
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
@@ -13,19 +13,24 @@ __all__ = [
 
 Runner = Callable[[torch.Tensor], List[torch.Tensor]]
 
-# How far outputs may be from PyTorch's, as a share of the largest value or of 1. Boxes: as a share of the longer side.
+# Largest allowed difference from PyTorch's outputs, as a share of the largest value, or of 1 if that is larger. For
+# boxes it is a share of the longer side of the image
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
-# Values of a mask go from 0 to 1 within a pixel or less where its box is small, so they move with the box.
+# Masks have a larger tolerance: in a small box their values go from 0 to 1 within a pixel or less, so a small shift of
+# the box changes them a lot
 MASK_TOLERANCE = 5e-2
-# An object less than this above the lowest score of a list may be missing in another list.
+# An object whose score is less than this above the lowest score of a list may be missing in the other list
 AT_THE_END = 1e-4
-# Objects that there have to be in each image for a comparison of detectors
+# Number of objects that are needed in each image to compare detectors
 _ENOUGH = 10
 
 
 def sizes_to_check(img_size: Tuple[int, int], smallest: int, dynamic: bool) -> List[Size]:
-    """Three sizes: that of the export, and where the target can a larger one and one that no stride divides."""
+    """Return the sizes to compare at: that of the export and, for a dynamic target, two others.
+
+    One of these is larger, the other one is not divisible by the strides.
+    """
     height, width = img_size
     if not dynamic:
         return [(1, height, width)]
@@ -36,10 +41,10 @@ def sizes_to_check(img_size: Tuple[int, int], smallest: int, dynamic: bool) -> L
 @torch.no_grad()
 def compare(
         run: Runner, reference: nn.Module, graph: Graph, sizes: Sequence[Size], tolerance: float) -> Dict[Size, float]:
-    """The largest difference of outputs at each size, as a share of the largest value or of 1.
+    """Return the largest difference of outputs at each size, as a share of the largest value or of 1.
 
     Raises:
-        ValueError: It is more than `tolerance`, or an output has another shape.
+        ValueError: A difference is larger than `tolerance`, or an output has another shape.
     """
     differences = {}
     for size in sizes:
@@ -60,15 +65,15 @@ def compare(
 # detectors ------------------------------------------------------------------------------------------------------------
 
 def thresholds_of(model: Any) -> Any:
-    """The part of a detector that has `score_thresh`, the lowest score, and `detections_per_img`, the longest list."""
+    """Return the part of a detector with the limits `score_thresh` (lowest score) and `detections_per_img`."""
     return model if hasattr(model, 'score_thresh') else model.roi_heads
 
 
 @torch.no_grad()
 def scores_to_compare(reference: Any, graph: Graph) -> float:
-    """The lowest score at which there are objects to compare in the images, the model's own if that is enough.
+    """Return the `score_thresh` to compare a detector with: the detector's own, or 0 if it finds too few objects.
 
-    Images without objects would agree whatever the file computes.
+    Without objects, any two files would agree.
     """
     part = thresholds_of(reference.model)
     own = part.score_thresh
@@ -85,10 +90,10 @@ def scores_to_compare(reference: Any, graph: Graph) -> float:
 
 @torch.no_grad()
 def compare_detections(run: Runner, reference: Any, graph: Graph, tolerance: float) -> Dict[Size, float]:
-    """The largest difference of boxes (as a share of the longer side), scores and masks, at each size.
+    """Return the largest difference of boxes (as a share of the longer side), scores and masks, at each size.
 
-    Each object has to be in both lists, but those at the very end of a list: it ends at a score, or at a number of
-    objects, so that the last digit says which are the last ones.
+    Each object has to be in the lists of the file and of PyTorch, except those at the end of a list. A list ends at a
+    certain score or number of objects, so rounding decides which objects are the last ones.
 
     Raises:
         ValueError: An object is missing in one of the lists, or masks have another size.
@@ -125,7 +130,11 @@ def compare_detections(run: Runner, reference: Any, graph: Graph, tolerance: flo
 def distance(
         some: List[torch.Tensor], others: List[torch.Tensor], lowest: float, side: int, tolerance: float,
 ) -> Tuple[float, int]:
-    """How far objects with a score above `lowest` are from their counterparts, and how many have none."""
+    """Compare objects that have a score above `lowest` with the same objects in another list.
+
+    Returns:
+        The largest difference, and the number of objects that are not in the other list.
+    """
     largest, missing = 0., 0
     boxes, scores, labels, *masks = some
     for i in (scores > lowest).nonzero()[:, 0].tolist():
@@ -135,7 +144,7 @@ def distance(
         away = (others[0] - boxes[i]).abs().amax(dim=1) / side
         away = torch.maximum(away, (others[1] - scores[i]).abs())
         away = away.masked_fill(others[2] != labels[i], float('inf'))
-        near = (away <= tolerance).nonzero()[:, 0]  # seldom more than one, and masks are large
+        near = (away <= tolerance).nonzero()[:, 0]  # masks are large, so only those of the nearest objects are compared
         away = away[near]
         if masks:
             of_masks = (others[3][near] - masks[0][i]).abs().amax(dim=(1, 2, 3))

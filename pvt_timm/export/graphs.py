@@ -1,4 +1,4 @@
-""" What a target gets: a model as one module, from images to a tuple of outputs, and what has to be said about it. """
+""" Prepare a model for export: as one module, which turns images into a tuple of outputs, with its metadata. """
 import json
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -18,22 +18,23 @@ __all__ = ['Graph', 'Size', 'make_graph', 'reference_of']
 
 Size = Tuple[int, int, int]  # batch, height, width
 
-# Sizes of images (height, width) that a detector is compared on. It resizes them itself.
+# Sizes (height, width) of the images on which a detector is compared with PyTorch. It resizes them itself
 _DETECTOR_SIZES = ((480, 640), (375, 250), (333, 500))
 
 
 @dataclass
 class Graph:
-    """A model as one module.
+    """A model as one module, with all that is needed to export it.
 
     Attributes:
-        module: Images (B, C, H, W) to a tuple of outputs. For a detector one image (C, H, W) from 0 to 1.
+        module: Turns images (B, C, H, W) into a tuple of outputs. That of a detector takes one image (C, H, W) with
+            values from 0 to 1.
         in_chans: Channels of the images.
-        img_size: Height and width that the graph is made for.
+        img_size: Height and width that the graph is optimised for.
         outputs: Names of the outputs.
-        metadata: What the file says of itself, each value as JSON.
+        metadata: Metadata for the file, each value as JSON.
         half: Whether weights are in float16.
-        is_detector: Whether it finds boxes, whose number depends on the content of the image.
+        is_detector: Whether the model is a detector. The number of boxes depends on the content of the image.
     """
     module: nn.Module
     in_chans: int
@@ -44,7 +45,7 @@ class Graph:
     is_detector: bool = False
 
     def example(self, batch: int, height: int, width: int) -> torch.Tensor:
-        """Images of random content. A detector's have edges and areas of several sizes, as it looks for those."""
+        """Return random images. For a detector they have edges and areas of several sizes, so that it finds objects."""
         generator = torch.Generator().manual_seed(batch + height)
         if not self.is_detector:
             return torch.randn(batch, self.in_chans, height, width, generator=generator)
@@ -55,12 +56,12 @@ class Graph:
         return image
 
     def example_sizes(self) -> List[Size]:
-        """The sizes that a detector is compared on, the first is that of the export."""
+        """Return the sizes of images on which a detector is compared. It is exported with the first one."""
         return [(1, *size) for size in _DETECTOR_SIZES]
 
     @property
     def has_maps(self) -> bool:
-        """Whether the outputs have a height and a width that depend on those of the images."""
+        """Whether the outputs have a height and a width, which depend on the size of the images."""
         return self.outputs != ['logits'] or isinstance(getattr(self.module, 'model', None), SemanticFpn)
 
 
@@ -73,7 +74,7 @@ def make_graph(
         labels: Sequence[str] = (),
         name: str = '',
 ) -> Graph:
-    """The smaller graph of a model. The model stays as it is. Arguments and errors are those of `export`."""
+    """Return the simplified graph of a model, which is not changed. Arguments and errors are those of `export`."""
     if {(p.dtype, p.device.type) for p in model.parameters()} - {(torch.float32, 'cpu')}:
         raise ValueError('Expected a model in float32 on the CPU')
     if isinstance(model, PublishedDetector):
@@ -133,10 +134,11 @@ def _detector_graph(
 
 
 def reference_of(model: nn.Module, graph: Graph, features: bool) -> nn.Module:
-    """What a file's outputs are compared with: the model in PyTorch, in float32. The model is put in evaluation mode.
+    """Return the module in PyTorch that a file's outputs are compared with, in float32 and in evaluation mode.
 
-    For a detector in half precision, its weights are those of the file: which boxes overlap others and drop out
-    changes with the last digit of a weight, so that other weights give other lists of boxes.
+    For a detector in half precision, its weights are rounded as in the file. Boxes that overlap others too much are
+    dropped, and which ones they are can change with the last digit of a weight. So other weights would give other lists
+    of boxes.
     """
     if graph.is_detector:
         whole: Any = model.eval()
@@ -145,7 +147,7 @@ def reference_of(model: nn.Module, graph: Graph, features: bool) -> nn.Module:
 
 
 class _OutputsOf(nn.Module):
-    """Images to a tuple of outputs, float32 whatever the model computes in."""
+    """Turns images into a tuple of outputs. Images and outputs are float32 whatever the model computes in."""
 
     def __init__(self, model: nn.Module, features: bool, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -161,7 +163,10 @@ class _OutputsOf(nn.Module):
 
 
 class _DetectionsOf(nn.Module):
-    """One image (C, H, W) from 0 to 1 to boxes (N, 4), scores (N,), labels (N,) from 0 and masks (N, 1, H, W)."""
+    """Turns one image (C, H, W) with values from 0 to 1 into the outputs of a detector.
+
+    These are boxes (N, 4), scores (N,), labels (N,) that count from 0 and, if it has them, masks (N, 1, H, W).
+    """
 
     def __init__(self, model: PublishedDetector):
         super().__init__()
@@ -174,14 +179,14 @@ class _DetectionsOf(nn.Module):
 
 
 def _to_float(x: torch.Tensor) -> torch.Tensor:
-    if x.ndim == 4:  # maps are channels_last: so seen, torch.export does not ask for which sizes that holds
+    if x.ndim == 4:  # maps are channels_last. The permutation keeps torch.export from guarding on sizes because of it
         return x.permute(0, 2, 3, 1).float().permute(0, 3, 1, 2)
     return x.float()
 
 
 @torch.no_grad()
 def _round_to_half(model: nn.Module) -> None:
-    """Round matrices and kernels to what float16 holds. What has one number a channel keeps its digits."""
+    """Round matrices and kernels to float16 numbers. Parameters with one number per channel are not rounded."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.copy_(parameter.half())

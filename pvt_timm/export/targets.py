@@ -1,4 +1,4 @@
-""" The kinds of files: how each is written, and read back by the runtime that it is for. """
+""" The targets of an export: how a file of each kind is written, and how its runtime reads it. """
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,27 +20,27 @@ __all__ = ['TARGETS', 'Target']
 class Target:
     """A kind of file and the runtime that reads it."""
     suffix: str
-    packages: Tuple[str, ...]  # that have to be there
+    packages: Tuple[str, ...]  # that have to be installed
     write: Callable[[Graph, Path], None]
     load: Callable[[Path], Runner]
     read_metadata: Callable[[Path], Dict[str, str]]
     quantize: Optional[Callable[[Path, Path, CalibrationImages, Dict[str, str]], None]] = None  # to int8
     int8_packages: Tuple[str, ...] = ()
-    detectors: bool = False  # whether it has the operations that detectors end with, and lists of any length
+    detectors: bool = False  # whether detectors are supported: their last operations, and lists of any length
     detector_packages: Tuple[str, ...] = ()
-    segmenters: bool = True  # whether it takes the resizing of maps at images of any size
-    smallest: int = 32  # side of images in pixels
-    below: bool = False  # whether smaller images are possible where they have the size of the export
-    dynamic: bool = True  # whether batch and size of images may be others than those of the export
-    suffixes_beside: Tuple[str, ...] = ()  # of the other files that belong to the one of `suffix`
+    segmenters: bool = True  # whether segmenters are supported: resizing of maps for images of any size
+    smallest: int = 32  # smallest side of images in pixels
+    below: bool = False  # whether smaller images are possible if the model is exported with their size
+    dynamic: bool = True  # whether batch and image size may differ from those of the export
+    suffixes_beside: Tuple[str, ...] = ()  # extensions of the other files that belong to the file
 
     def files_beside(self, path: Path) -> List[Path]:
-        """What is written beside the file `path`."""
+        """Return the other files that are written together with the file `path`."""
         return [path.with_suffix(suffix) for suffix in self.suffixes_beside]
 
 
 def _explicit_attention(module: nn.Module) -> None:
-    """Attention as products and a softmax, which engines know, in place of PyTorch's kernel."""
+    """Let attention layers use products and a softmax, which engines support, instead of PyTorch's kernel."""
     for m in module.modules():
         if hasattr(m, 'fused_attn'):
             setattr(m, 'fused_attn', False)  # noqa: B010
@@ -75,16 +75,16 @@ def _trace_onnx(graph: Graph, path: Path) -> None:
             if graph.has_maps:
                 axes[output].update({2: f'{output}_height', 3: f'{output}_width'})
         example = graph.example(2, 256, 320)
-    # the older exporter: its graphs take images from 32 pixels on, those of the newer one from 64
+    # the older exporter, because its graphs accept images from 32 pixels on. Those of the newer one need 64 pixels
     torch.onnx.export(
         graph.module, (example,), str(path), dynamo=False, opset_version=17, input_names=['image'],
         output_names=graph.outputs, dynamic_axes=axes)
 
 
 def _store_half(proto: Any) -> None:
-    """Store the large tensors that are exact in float16 as such, each with a cast to float32 behind it.
+    """Store large tensors in float16 if that changes none of their values, each followed by a cast to float32.
 
-    What is computed stays the same to the last digit.
+    The outputs stay the same to the last digit.
     """
     import onnx
 
@@ -119,7 +119,7 @@ def _onnx_metadata(path: Path) -> Dict[str, str]:
 
 def _write_openvino(graph: Graph, path: Path) -> None:
     openvino = import_extra('openvino')
-    if graph.is_detector:  # by way of ONNX, so that half precision leaves anchors and thresholds alone
+    if graph.is_detector:  # converted from ONNX, where half precision does not change anchors and thresholds
         onnx_file = path.with_suffix('.onnx')
         _write_onnx(graph, onnx_file)
         model = openvino.convert_model(str(onnx_file))
@@ -138,7 +138,7 @@ def _convert(graph: Graph) -> Any:
     openvino = import_extra('openvino')
     _explicit_attention(graph.module)
     module = graph.module
-    if graph.half:  # OpenVINO stores float16 and computes in what the device is good at
+    if graph.half:  # OpenVINO stores weights in float16, and chooses for the device what it computes in
         module = module.float()
         module.dtype = torch.float32  # type: ignore[assignment]
     return openvino.convert_model(
@@ -147,7 +147,7 @@ def _convert(graph: Graph) -> Any:
 
 def _load_openvino(path: Path) -> Runner:
     openvino = import_extra('openvino')
-    # exactly what is in the file: by default a CPU with bfloat16 may compute in it
+    # compute in float32, to compare exactly: by default OpenVINO may use bfloat16 on a CPU that has it
     compiled = openvino.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     return lambda x: [torch.from_numpy(output.copy()) for output in compiled(x.numpy()).values()]
 

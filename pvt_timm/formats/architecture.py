@@ -38,7 +38,7 @@ class Architecture:
 
 
 def stage_grids(grid_size: Grid, num_stages: int) -> List[Grid]:
-    """Grids (height, width) of all stages, from that of the first one. Every stage halves and floors."""
+    """Return the grids (height, width) of all stages from that of the first one. Each stage halves and rounds down."""
     return [(grid_size[0] // 2 ** i, grid_size[1] // 2 ** i) for i in range(num_stages)]
 
 
@@ -48,15 +48,15 @@ def describe(
         other_sizes: Sequence[Optional[Grid]] = (),
         prefer_square: bool = False,
 ) -> Architecture:
-    """Read the architecture off a state dict under timm's names.
+    """Return the architecture that a state dict under timm's names has.
 
-    The number of rows of a position embedding does not tell height and width. Without `img_size`, a square image and
-    `other_sizes` are tried.
+    Height and width cannot be read from the number of rows of a position embedding. Without `img_size`, a square image
+    and `other_sizes` are tried.
 
     Args:
-        img_size: Height and width of the images that the position embeddings are for, where they are known.
+        img_size: Height and width of the images that the position embeddings are for, if they are known.
         other_sizes: More sizes to try. None is ignored.
-        prefer_square: Take a square size if it fits, without trying the others.
+        prefer_square: Whether a square size that fits is used without trying other sizes.
 
     Raises:
         ValueError: A parameter is missing, or no size fits, or several do.
@@ -113,7 +113,7 @@ def describe(
 
 
 def _depths(state_dict: Mapping[str, torch.Tensor]) -> Tuple[int, ...]:
-    """Number of blocks per stage. A gap in their numbers is an error."""
+    """Return the number of blocks per stage. A gap in the numbers of blocks is an error."""
     blocks = set()
     for key in state_dict:
         match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', key)
@@ -129,7 +129,13 @@ def _depths(state_dict: Mapping[str, torch.Tensor]) -> Tuple[int, ...]:
 
 
 def _class_row(rows: Sequence[int], grid_size: Grid, class_token: bool) -> Optional[bool]:
-    """Whether position embeddings with these `rows` have one for a class token. None if they do not fit `grid_size`."""
+    """Return whether the last position embedding has a row for a class token, None if they do not fit `grid_size`.
+
+    Args:
+        rows: Number of rows of the position embedding of each stage.
+        grid_size: Grid of the first stage.
+        class_token: Whether the last stage has a class token.
+    """
     *others, last = (height * width for height, width in stage_grids(grid_size, len(rows)))
     if last == 0 or list(rows[:-1]) != others:
         return None
@@ -167,7 +173,7 @@ def drop_parts(state_dict: Mapping[str, torch.Tensor], parts: Sequence[str], cla
 def check_keys(
         state_dict: Mapping[str, Any], reference: Mapping[str, torch.Tensor], ignore: Iterable[str] = (),
 ) -> None:
-    """Refuse a state dict whose names or shapes differ from those of `reference`, but for the names in `ignore`."""
+    """Refuse a state dict whose names or shapes differ from those of `reference`, except the names in `ignore`."""
     ignored = set(ignore)
     got = {key: list(getattr(value, 'shape', ())) for key, value in state_dict.items() if key not in ignored}
     want = {key: list(value.shape) for key, value in reference.items() if key not in ignored}

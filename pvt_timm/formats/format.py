@@ -22,7 +22,7 @@ class Said:
     A field is None or empty if the place says nothing about it.
     """
     where: str  # the place, for messages: 'config.json' or the like
-    overrides: bool = False  # wins where other places say something else. Otherwise that is an error.
+    overrides: bool = False  # whether it wins over places that say something else. Otherwise these are an error.
     architecture: Optional[str] = None  # name of a timm model
     tag: Optional[str] = None  # timm's name of the published weights that training started from, such as 'in1k'
     model_args: Dict[str, Any] = field(default_factory=dict)  # arguments of a timm model
@@ -37,12 +37,12 @@ class Said:
     problem_type: Optional[str] = None  # transformers': 'multi_label_classification' and so on
     license: Optional[str] = None
     origin_url: Optional[str] = None
-    notes: List[str] = field(default_factory=list)  # what this place says and is ignored, and why
+    notes: List[str] = field(default_factory=list)  # settings of this place that are ignored, and why
 
 
 @dataclass
 class Reference:
-    """A model of somebody else's code, to compare outputs with."""
+    """A model of another library or of the original code, to compare outputs with."""
     name: str  # for the report, with a version
     format: str  # name of the format whose state dicts it loads
     model: nn.Module
@@ -67,7 +67,7 @@ class Format:
     start: 're.Pattern[str]'  # how the names of a PVT's parameters start. Keys that start otherwise are not of the PVT.
     # Arguments of the timm model that have another value than the default in all models of this format
     model_args: Mapping[str, Any] = {}
-    # Whether position embeddings are taken for those of square images wherever their number of rows allows it
+    # Whether position embeddings are assumed to be for square images if their number of rows allows it
     prefers_square: bool = False
     is_target: bool = False  # whether checkpoints can be written in this format
     library: Optional[str] = None  # `library_name` on the hub
@@ -84,11 +84,11 @@ class Format:
                 raise TypeError(f'{named} is a target and needs `{method}`')
 
     def full_names(self, tensors: Dict[str, Any]) -> Dict[str, Any]:
-        """The tensors under their full names. Some checkpoints leave out a part, such as the 'pvt.' of transformers."""
+        """Return the tensors under their full names. Some checkpoints lack a part, such as 'pvt.'."""
         return tensors
 
     def read_config(self, config: Mapping[str, Any]) -> Optional[Said]:
-        """What a config.json says. None if it has no key that only configs of this format have.
+        """Return what a config.json says, None if it has no key that only configs of this format have.
 
         Raises:
             ValueError: The config asks for something that is not supported. The message names it.
@@ -96,22 +96,22 @@ class Format:
         return None
 
     def read_processor(self, config: Mapping[str, Any]) -> Optional[Said]:
-        """What a preprocessor_config.json says, otherwise as `read_config`."""
+        """Return what a preprocessor_config.json says, otherwise like `read_config`."""
         return None
 
     def read_meta(self, checkpoint: Mapping[str, Any]) -> Optional[Said]:
-        """What the file itself says beside the weights, otherwise as `read_config`."""
+        """Return what the checkpoint file itself says beside the weights, otherwise like `read_config`."""
         return None
 
     def check_parts(self, weights: 'Weights', drop: Sequence[str]) -> List[str]:
         """Refuse weights that this format cannot store.
 
-        By default that is every argument that changes what the model computes (see `Weights.refuse_args`), but for the
-        image size.
+        By default it refuses every argument that changes what the model computes (see `Weights.refuse_args`), except
+        the image size.
 
         Args:
-            weights: What is to be written, before anything is left out.
-            drop: The parts that will be left out, of 'class_token', 'norm' and 'head'.
+            weights: The weights to write, before parts are left out.
+            drop: The parts that will be left out: any of 'class_token', 'norm' and 'head'.
 
         Returns:
             Notes for the report about what will be different.
@@ -123,7 +123,7 @@ class Format:
         return []
 
     def notes_on_images(self, weights: 'Weights') -> List[str]:
-        """Notes on what a format that holds weights alone loses: how images are prepared, and the problem type."""
+        """Return notes on what is lost in a format that stores only weights: preprocessing and problem type."""
         from timm.models import get_pretrained_cfg  # not at the top: timm itself may hold this file
 
         default: Any = get_pretrained_cfg(weights.variant)
@@ -141,7 +141,7 @@ class Format:
         """Refuse weights whose norms in patch embeddings and spatial reductions have an eps other than 1e-5 and 1e-6.
 
         Args:
-            eps: The eps of these norms in the code of this format, where it cannot be set.
+            eps: The eps of these norms in the code of this format, which cannot be changed.
 
         Returns:
             A note if the weights were trained with the other eps. The outputs then differ by about 1e-5.
@@ -155,14 +155,14 @@ class Format:
                 f'the {self.name} format has {eps:g}: outputs will differ a little']
 
     def required_size(self, weights: 'Weights') -> Optional[Tuple[int, int]]:
-        """Image size that the position embeddings have to be resized to for this format, None to keep their size."""
+        """Return the image size that position embeddings have to be resized to for this format, None to keep theirs."""
         return None
 
     def check_size(self, img_size: Tuple[int, int]) -> None:
         """Refuse position embeddings of an image size (height, width) that the format cannot hold."""
 
     def take_parts(self, weights: 'Weights', drop: Sequence[str]) -> Tuple[StateDict, List[str]]:
-        """The state dict under timm's names without the parts in `drop`, and notes for the report."""
+        """Return the state dict under timm's names without the parts in `drop`, and notes for the report."""
         return drop_parts(weights.state_dict, drop, weights.info.class_row), []
 
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
@@ -170,7 +170,7 @@ class Format:
         raise NotImplementedError
 
     def reference(self, weights: 'Weights') -> Reference:
-        """The model of the format's own code that loads weights of this kind.
+        """Return the model, from the code that this format belongs to, that loads these weights.
 
         Raises:
             NoReferenceError: That code is not installed, or has no such model.
@@ -187,5 +187,5 @@ def tuple_of(value: Any) -> Any:
 
 
 def layer_norms(model: nn.Module, *ends: str) -> List[Any]:
-    """The LayerNorms of a model whose names end in one of `ends`."""
+    """Return the LayerNorms of a model whose names end in one of `ends`."""
     return [m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) and name.endswith(ends)]

@@ -1,4 +1,4 @@
-""" From any checkpoint to timm's names, and back. Pure functions on dicts of tensors: no files, no network. """
+""" Map any checkpoint to timm's names, and back. Pure functions on dicts of tensors: no files, no network. """
 import logging
 import re
 from collections import Counter
@@ -58,14 +58,14 @@ def map_to_timm(
     the PVT that is no parameter of PVT v1 is an error.
 
     Args:
-        checkpoint: What a checkpoint file holds.
-        use_ema: As in timm, prefer averaged weights where both are there.
-        prefix: The part before the names of the PVT. It is needed where there are several PVTs.
-        quiet: Log nothing about what is left out.
+        checkpoint: Content of a checkpoint file.
+        use_ema: Whether averaged weights are used if there are both averaged and plain ones, as in timm.
+        prefix: The part before the names of the PVT. It is needed if there are several PVTs.
+        quiet: Whether nothing is logged about keys that are left out.
 
     Raises:
-        ValueError: Not a PVT v1 checkpoint, or its weights are no floating point numbers. The message names what is
-            wrong.
+        ValueError: It is not a PVT v1 checkpoint, or its weights are not floating point numbers. The message names what
+            is wrong.
     """
     state_dict, wrappers, dropped = unwrap(checkpoint, use_ema)
     fmt, before = _choose(state_dict, prefix)
@@ -141,7 +141,7 @@ def fit_to_model(checkpoint: Mapping[str, Any], model: Any) -> Tuple[StateDict, 
 
 
 def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[Format, str]:
-    """Format and prefix of the only PVT among the keys, or of the one under `prefix`.
+    """Return format and prefix of the only PVT among the keys, or of the one under `prefix`.
 
     Raises:
         ValueError: There is none, or there are several. The message lists what was found.
@@ -165,7 +165,7 @@ def _choose(keys: Iterable[Any], prefix: Optional[str]) -> Tuple[Format, str]:
 
 
 def _recognise(key: str) -> Optional[Tuple[str, str]]:
-    """(prefix, format) if the key is a prefix and the name of the first weight of a format, else None."""
+    """Return (prefix, format) if the key is a prefix and the name of the first weight of a format, else None."""
     found: List[Tuple[str, str]] = []
     for fmt in FORMATS.values():
         for weight in fmt.first_weight:
@@ -185,7 +185,7 @@ def _group(key: str, prefix: str) -> str:
 
 
 def _account(fmt: Format, prefix: str, groups: List[Tuple[str, int]]) -> str:
-    """What was taken from a checkpoint and what was left out, for the log."""
+    """Return a message for the log: what was taken from a checkpoint and what was left out."""
     under = f' under the prefix {shown(prefix)}' if prefix else ''
     text = f'Taken from the checkpoint: a PVT in {fmt.name} format{under}.'
     if not groups:

@@ -37,9 +37,9 @@ _PLACEHOLDERS = {
 class Row:
     """Parameters that hold the same numbers on both sides.
 
-    Where one side has several names and the other side one, the several tensors are joined along dimension 0, in the
-    order of the names, and the one tensor is cut into pieces on the way back. `our_pieces=(2,)` means that one tensor
-    of ours holds two pieces. If a name fits several rows, the first of these rows is used.
+    If one side has several names and the other side has one, the several tensors are joined along dimension 0, in the
+    order of the names. In the other direction, the one tensor is cut into pieces. `our_pieces=(2,)` means that one
+    tensor of ours holds two pieces. If a name fits several rows, the first of these rows is used.
 
     `to_ours` and `to_theirs` change values, for example transpose a weight. Both work on single tensors of theirs:
     `to_ours` gets each tensor as it is in the file, before anything is joined, and `to_theirs` undoes the change.
@@ -84,7 +84,7 @@ def to_ours(state_dict: Mapping[str, Any], table: Table) -> Tuple[StateDict, Nam
         The tensors, pairs of (our names, their names), and the keys that no row has.
 
     Raises:
-        ValueError: A value is no tensor, or a part of a stack is missing or does not fit to the others.
+        ValueError: A value is not a tensor, or one of several tensors to join is missing or does not fit the others.
     """
     return _rename(state_dict, [
         _Step(row.theirs, row.their_pieces, row.ours, row.our_pieces, change_old=row.to_ours) for row in table])
@@ -101,14 +101,14 @@ def to_theirs(state_dict: Mapping[str, Any], table: Table) -> Tuple[StateDict, N
 
 
 def some_names(names: Iterable[Any], limit: int = 6) -> str:
-    """The first `limit` names and how many more there are, for messages."""
+    """Return the first `limit` names and how many more there are, for messages."""
     names = [str(name) for name in names]
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return ', '.join(names[:limit]) + more
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """A value for a message: short, in one line, without characters that change a terminal."""
+    """Return a value as text for a message: short, in one line, without characters that control a terminal."""
     text = ascii(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
     if isinstance(value, (list, tuple)) and len(value) <= 16:
         if all(isinstance(x, (int, float, str)) for x in value):
@@ -186,7 +186,10 @@ def _pattern(template: str) -> 're.Pattern[str]':
 
 
 def _fill(template: str, match: 're.Match[str]') -> str:
-    """A template with what was found for its placeholders. Each side may count stages and blocks from 0 or from 1."""
+    """Return a template filled with the text that its placeholders matched.
+
+    Each side may count stages and blocks from 0 or from 1.
+    """
     fields: Dict[str, Any] = match.groupdict()
     for from_0, from_1 in (('i', 's'), ('j', 'b')):
         if from_0 in fields:

@@ -24,7 +24,7 @@ EPS = 1e-6
 
 
 def _to_linear(x: torch.Tensor) -> torch.Tensor:
-    """The weight of a 1x1 convolution as that of a linear layer.
+    """Return the weight of a 1x1 convolution as the weight of a linear layer.
 
     Other kernels are returned unchanged, and refused later because of their shape.
     """
@@ -62,7 +62,7 @@ class OpenMMLabFormat(Format):
     library = 'mmdetection'
 
     def read_meta(self, checkpoint: Mapping[str, Any]) -> Optional[Said]:
-        """Names and colours of classes, and the normalisation of images in the config that the file holds."""
+        """Return names and colours of classes, arguments of the PVT, and the normalisation of images, from `meta`."""
         meta = checkpoint.get('meta')
         if not isinstance(meta, Mapping):
             return None
@@ -89,7 +89,7 @@ class OpenMMLabFormat(Format):
         return self.check_eps(weights, EPS) + self.notes_on_images(weights)
 
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
-        """A bare state dict, as mmdetection's `init_cfg` reads."""
+        """Write a bare state dict, which mmdetection's `init_cfg` reads."""
         write_tensors(tensors, folder / f'{weights.variant}.pth')
 
     def reference(self, weights: 'Weights') -> Reference:
@@ -134,10 +134,10 @@ FORMATS = [OpenMMLabFormat()]
 # ---- the config in a checkpoint --------------------------------------------------------------------------------------
 
 def read_config_text(meta: Mapping[str, Any]) -> Dict[str, Any]:
-    """The config that OpenMMLab's training keeps as Python text in a checkpoint. Nothing of it is executed.
+    """Return the config that OpenMMLab's training keeps as Python text in a checkpoint. Nothing in it is executed.
 
     Args:
-        meta: What stands under 'meta' in the checkpoint.
+        meta: The value of 'meta' in the checkpoint.
 
     Returns:
         Names at the top of the config and their values: dicts, lists, tuples, numbers, texts and None. Any other value
@@ -165,7 +165,7 @@ def read_config_text(meta: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 class Unknown:
-    """In place of a value that is not a dict, list, tuple, number, text or None."""
+    """Stands for a value in a config that is not a dict, list, tuple, number, text or None."""
 
 
 def _value(node: ast.expr) -> Any:
@@ -193,7 +193,7 @@ _BACKBONE = {
 
 
 def read_backbone(config: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments of the timm model that the config of a PyramidVisionTransformer gives.
+    """Return the arguments of the timm model that the config of a PyramidVisionTransformer gives.
 
     Raises:
         ValueError: The config has a setting that the timm model has no argument for. The message names it.
@@ -220,7 +220,7 @@ def read_backbone(config: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def find_dicts(config: Any, wanted: str) -> Iterator[Dict[str, Any]]:
-    """All dicts inside of a config whose `type` is `wanted`, with or without the name of a package before it."""
+    """Yield all dicts inside of a config whose `type` is `wanted`, with or without the name of a package before it."""
     if isinstance(config, dict):
         name = config.get('type')
         if isinstance(name, str) and name.rpartition('.')[2] == wanted:
@@ -231,7 +231,7 @@ def find_dicts(config: Any, wanted: str) -> Iterator[Dict[str, Any]]:
 
 
 def normalisation(config: Dict[str, Any]) -> Optional[Tuple[Tuple[float, ...], Tuple[float, ...]]]:
-    """Mean and std, for images from 0 to 1, that a config gives. None if it gives none.
+    """Return mean and std of a config, for images with values from 0 to 1, None if it has none.
 
     Raises:
         ValueError: The config gives different ones, or says that images are BGR.
@@ -250,7 +250,7 @@ def normalisation(config: Dict[str, Any]) -> Optional[Tuple[Tuple[float, ...], T
 
 
 def _normalisations(config: Dict[str, Any]) -> Iterator[Tuple[Tuple[float, ...], Tuple[float, ...], bool]]:
-    """(mean, std, whether images are RGB) at every place where a config of mmdetection 3 or 2 gives them."""
+    """Yield (mean, std, whether images are RGB) for every place where a config of mmdetection 3 or 2 gives them."""
     model = config.get('model')
     preprocessor = model.get('data_preprocessor') if isinstance(model, dict) else None
     places: List[Tuple[Any, str, bool]] = [  # a dict, its key that says whether images are RGB, the default of that key

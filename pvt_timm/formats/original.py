@@ -75,7 +75,7 @@ class OriginalFormat(Format):
         return state_dict, []
 
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
-        """A bare state dict, as whai362/PVT publishes, with the names of the classes beside it."""
+        """Write a bare state dict, as whai362/PVT publishes, with the names of the classes beside it."""
         from ..labels import write_labels
 
         write_tensors(tensors, folder / f'{weights.variant}.pth')

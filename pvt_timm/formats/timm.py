@@ -1,4 +1,4 @@
-""" The format of this package: timm's names, and the folders that timm loads by 'local-dir:' and 'hf-hub:'. """
+""" The format of this package: timm's names, in folders that timm loads with 'local-dir:' and 'hf-hub:'. """
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ['CLASS_ROW', 'CLASS_ROW_FILE', 'FORMATS']
 
 # The original's dense checkpoints keep a row for the class token in the last position embedding. No timm model uses
-# that row, so it is kept in a file of its own, under this name.
+# that row, so it is kept in a separate file with this name.
 CLASS_ROW_FILE = 'class_row.safetensors'
 CLASS_ROW = 'pos_embed4.class_row'
 POS_EMBED = 'stages.3.pos_embed'
@@ -130,7 +130,7 @@ def _text(config: Mapping[str, Any], name: str) -> Optional[str]:
 
 
 def _inner(config: Mapping[str, Any], name: str) -> Dict[str, Any]:
-    """An object inside of a config, without its entries that are null."""
+    """Return an object inside of a config, without its entries that are null."""
     value = config.get(name)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f'Expected an object for {name} in config.json, got {shown(value)}.')

@@ -73,7 +73,7 @@ class TransformersFormat(Format):
         Row('norm.{p}',                             'pvt.encoder.layer_norm.{p}'),
         Row('head.{p}',                             'classifier.{p}'),
     )
-    # `PvtModel` alone has no 'pvt.' before its names
+    # a checkpoint of `PvtModel` without a head has no 'pvt.' before its names
     first_weight = (
         'pvt.encoder.patch_embeddings.0.projection.weight', 'encoder.patch_embeddings.0.projection.weight')
     start = re.compile(r'(?:pvt|encoder|classifier\.(?:weight|bias))\b')
@@ -123,8 +123,8 @@ class TransformersFormat(Format):
             args['qkv_bias'] = bool(config['qkv_bias'])
         if config.get('layer_norm_eps') is not None:
             eps = _number(config, 'layer_norm_eps')
-            # transformers has one eps, the original code has two (1e-6, and 1e-5 in some norms). With 1e-6 the weights
-            # are taken for those of the original code, with its two.
+            # transformers has one eps, the original code has two (1e-6, and 1e-5 in some norms). With 1e-6, the weights
+            # are taken for weights of the original code, and get its two values.
             if eps != 1e-6:
                 args['norm_eps'] = args['embed_norm_eps'] = eps
         for theirs, ours_names in _RATES.items():
@@ -141,9 +141,9 @@ class TransformersFormat(Format):
         return said
 
     def read_processor(self, config: Mapping[str, Any]) -> Optional[Said]:
-        """What preprocessor_config.json says about images.
+        """Return what preprocessor_config.json says about images.
 
-        They are resized to a fixed size, or their shorter side is resized and the rest is cropped.
+        Supported are images that are resized to a fixed size, and images whose shorter side is resized before a crop.
         """
         if not config:
             return None
@@ -199,9 +199,9 @@ class TransformersFormat(Format):
         return []
 
     def required_size(self, weights: 'Weights') -> Optional[Tuple[int, int]]:
-        """The image size of training, if the position embeddings have another one.
+        """Return the image size of training if the position embeddings are for another size, otherwise None.
 
-        The models of transformers take images of the size of their position embeddings only.
+        The models of transformers accept only images of the size that their position embeddings are for.
         """
         trained = weights.preprocessing['input_size'][1:]
         patch_size = weights.info.patch_size
@@ -213,7 +213,7 @@ class TransformersFormat(Format):
             raise ValueError(f'The transformers format holds square images only, got {img_size}: say --img-size N.')
 
     def write(self, folder: Path, weights: 'Weights', tensors: StateDict) -> None:
-        """What `PvtForImageClassification.from_pretrained` and `AutoImageProcessor.from_pretrained` read."""
+        """Write what `PvtForImageClassification.from_pretrained` and `AutoImageProcessor.from_pretrained` read."""
         write_tensors(tensors, folder / 'model.safetensors')
         write_json(_config(weights), folder / 'config.json')
         write_json(_processor(weights.preprocessing), folder / 'preprocessor_config.json')
@@ -236,7 +236,7 @@ class TransformersFormat(Format):
             format=self.name,
             model=model,
             blocks=[blocks[-1] for blocks in model.pvt.encoder.block],
-            # not the final one, which is 'layer_norm' alone
+            # not the final norm, whose name is only 'layer_norm'
             norms=layer_norms(model.pvt.encoder, '.layer_norm'),
         )
 
@@ -264,7 +264,7 @@ def _number(config: Mapping[str, Any], name: str) -> float:
 
 
 def _patch_size(config: Mapping[str, Any]) -> int:
-    """Patch size of the first stage. In the other stages it has to be 2, and patches may not overlap."""
+    """Return the patch size of the first stage. In other stages it has to be 2, and patches may not overlap."""
     sizes = _integers(config, 'patch_sizes')
     strides = _integers(config, 'strides') if config.get('strides') is not None else sizes
     if strides != sizes or any(size != 2 for size in sizes[1:]):
@@ -274,11 +274,11 @@ def _patch_size(config: Mapping[str, Any]) -> int:
 
 
 def _config(weights: 'Weights') -> Dict[str, Any]:
-    """config.json for transformers' PvtForImageClassification."""
+    """Return the config.json for transformers' PvtForImageClassification."""
     info, args = weights.info, weights.args
     labels = weights.label_names or [f'LABEL_{i}' for i in range(info.num_classes)]
     dtype = str(info.dtype).removeprefix('torch.')
-    # Two names of transformers may stand for one of timm: the first of them is written.
+    # Two names of transformers may mean the same name of timm. The first of them is written.
     activations = {timm: theirs for theirs, timm in reversed(_ACTIVATIONS.items())}
     config = {
         'architectures': ['PvtForImageClassification'],
@@ -335,7 +335,7 @@ def _read_size(said: Said, config: Mapping[str, Any]) -> None:
 
 
 def _sides(value: Any) -> Optional[Tuple[int, ...]]:
-    """(shorter side,), or (height, width). A plain number is a square."""
+    """Return (shorter side,) or (height, width). A single number is the side of a square."""
     if isinstance(value, Mapping):
         names = ('shortest_edge',) if 'shortest_edge' in value else ('height', 'width')
         found = numbers([value.get(name) for name in names], low=1, high=2 ** 16)
@@ -345,7 +345,7 @@ def _sides(value: Any) -> Optional[Tuple[int, ...]]:
 
 
 def _crop_pct(crop: int, resized: int) -> Optional[float]:
-    """A short fraction for which floor(crop / fraction) is `resized`, as timm computes the size before a crop."""
+    """Return a short fraction for which floor(crop / fraction) is `resized`, the size before a crop in timm."""
     if crop > resized:
         return None
     short = [math.floor(crop / resized * 10 ** decimals) / 10 ** decimals for decimals in range(1, 8)]
@@ -356,7 +356,7 @@ def _crop_pct(crop: int, resized: int) -> Optional[float]:
 
 
 def _processor(preprocessing: Dict[str, Any]) -> Dict[str, Any]:
-    """preprocessor_config.json of a processor that resizes and crops as timm does."""
+    """Return the preprocessor_config.json of a processor that resizes and crops as timm does."""
     height, width = preprocessing['input_size'][1:]
     crop_pct = preprocessing['crop_pct']
     resized_height, resized_width = math.floor(height / crop_pct), math.floor(width / crop_pct)

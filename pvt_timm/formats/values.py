@@ -1,6 +1,6 @@
-""" Readers of values from configs and training settings, where anything may stand.
+""" Read values from configs and training settings, which may hold anything.
 
-Each reader returns the value in the type that is expected, or None if it is something else.
+Each function returns the value in the expected type, or None if it is something else.
 """
 import math
 from typing import Any, List, Mapping, Optional, Tuple
@@ -23,7 +23,7 @@ CROP_MODES = ('center', 'squash', 'border')
 
 
 def number(value: Any, low: float = -math.inf, high: float = math.inf) -> Optional[float]:
-    """A finite number from `low` to `high`."""
+    """Return a finite number from `low` to `high`."""
     if isinstance(value, bool):
         return None
     try:
@@ -34,7 +34,7 @@ def number(value: Any, low: float = -math.inf, high: float = math.inf) -> Option
 
 
 def numbers(value: Any, low: float = -math.inf, high: float = math.inf) -> Optional[Tuple[float, ...]]:
-    """One number or several, at most `MAX_CHANNELS`, each from `low` to `high`."""
+    """Return one number or several, at most `MAX_CHANNELS`, each from `low` to `high`, as a tuple."""
     values = list(value) if hasattr(value, '__len__') and not isinstance(value, (str, bytes, Mapping)) else [value]
     found = [number(x, low, high) for x in values[:MAX_CHANNELS + 1]]
     if not found or len(found) > MAX_CHANNELS:
@@ -44,13 +44,13 @@ def numbers(value: Any, low: float = -math.inf, high: float = math.inf) -> Optio
 
 
 def whole_number(value: Any, low: int = 1) -> Optional[int]:
-    """A whole number from `low`."""
+    """Return a whole number from `low` up."""
     found = number(value, low=low, high=MAX_SIDE)
     return int(found) if found is not None and found == int(found) else None
 
 
 def whole_numbers(value: Any) -> Optional[Tuple[int, ...]]:
-    """One whole number from 1 or several."""
+    """Return one or several whole numbers from 1 up, as a tuple."""
     found = numbers(value, low=1, high=MAX_SIDE)
     return tuple(int(x) for x in found) if found and all(x == int(x) for x in found) else None
 
@@ -64,7 +64,7 @@ def text(value: Any) -> Optional[str]:
 
 
 def image_size(value: Any) -> Optional[Tuple[int, int]]:
-    """Height and width. One number is the side of a square, three numbers start with the channels."""
+    """Return height and width. One number is the side of a square. Three numbers are channels, height and width."""
     found = numbers(value, low=1, high=MAX_SIDE)
     if found is None or len(found) > 3 or any(x != int(x) for x in found):
         return None
@@ -73,7 +73,7 @@ def image_size(value: Any) -> Optional[Tuple[int, int]]:
 
 
 def class_names(value: Any) -> Optional[List[str]]:
-    """The names of classes, in a list of texts or numbers."""
+    """Return the names of classes from a list of texts or numbers."""
     if not isinstance(value, (list, tuple)) or not value:
         return None
     if not all(isinstance(name, (str, int, float)) and len(str(name)) <= MAX_NAME for name in value):
@@ -82,7 +82,7 @@ def class_names(value: Any) -> Optional[List[str]]:
 
 
 def problem_type(value: Any) -> Optional[str]:
-    """One of transformers' kinds of problems."""
+    """Return a problem type if it is one of transformers'."""
     return value if value in PROBLEM_TYPES else None
 
 

@@ -1,4 +1,4 @@
-""" What training code puts around weights: wrappers that have to be opened, and settings that stand beside them. """
+""" Open the dicts that training code puts around weights, and read the training settings beside the weights. """
 import argparse
 from typing import Any, Dict, List, Mapping, Tuple
 
@@ -11,21 +11,21 @@ __all__ = ['training_settings', 'unwrap']
 _AVERAGED = ('state_dict_ema', 'model_ema')
 _PLAIN = ('state_dict', 'model')
 _MAX_WRAPPERS = 4
-# Arguments of a model that change its outputs and that no state dict tells
+# Arguments of a model that change its outputs and cannot be read from a state dict
 _MODEL_ARGS = ('act_layer', 'norm_layer', 'norm_eps', 'embed_norm_eps', 'num_heads', 'mlp_ratios')
 
 
 def unwrap(
         checkpoint: Mapping[str, Any], use_ema: bool = True,
 ) -> Tuple[Mapping[str, Any], Tuple[str, ...], Dict[str, str]]:
-    """The state dict inside of a training checkpoint. Where there are averaged weights too, `use_ema` prefers these.
+    """Return the state dict inside of a training checkpoint. With `use_ema`, averaged weights are preferred.
 
     Returns:
         The state dict, the opened keys (outermost first), and for each key that was left out the reason. A dict inside
         of the state dict is flattened: its entries get the names '{name}.{key}'.
 
     Raises:
-        ValueError: There is no state dict, or one key twice.
+        ValueError: There is no state dict, or a key occurs twice.
     """
     wrappers: List[str] = []
     left: Dict[str, str] = {}
@@ -52,10 +52,10 @@ def unwrap(
 
 
 def training_settings(checkpoint: Mapping[str, Any]) -> Said:
-    """What a checkpoint of timm's train.py ('args') or of Lightning ('hyper_parameters') says about its training.
+    """Return what a checkpoint of train.py ('args') or of Lightning ('hyper_parameters') says about its training.
 
-    Settings may stand in groups: dicts or `argparse.Namespace` objects inside of 'args' or 'hyper_parameters'. A
-    setting outside of a group wins over one of the same name inside of a group.
+    Settings may be in groups: dicts or `argparse.Namespace` objects inside of 'args' or 'hyper_parameters'. A setting
+    outside of a group wins over one of the same name inside of a group.
     """
     said = Said("the training settings in the checkpoint ('args' or 'hyper_parameters')")
     settings: Dict[Any, Any] = {}
@@ -75,16 +75,16 @@ def training_settings(checkpoint: Mapping[str, Any]) -> Said:
         said.label_names = said.label_names or class_names(settings.get(name))
         if said.label_names is None and isinstance(settings.get(name), (list, tuple)) and settings[name]:
             said.notes.append(f'left out the {name} that {said.where} says: these are no names')
-    for name in ('global_pool', 'gp'):  # of a model, and of train.py
+    for name in ('global_pool', 'gp'):  # its names as an argument of a model, and as an option of train.py
         if isinstance(settings.get(name), str):
             said.model_args.setdefault('global_pool', settings[name])
     said.problem_type = problem_type(settings.get('problem_type'))
     if isinstance(settings.get('model'), str):
         said.tag = settings['model'].partition('.')[2] or None
-    for name in _MODEL_ARGS:  # of Lightning's modules, alone or in a group
+    for name in _MODEL_ARGS:  # settings of Lightning's modules, in a group or not
         if settings.get(name) is not None:
             said.model_args[name] = settings[name]
-    # train.py builds the model with what stands in its --model-kwargs
+    # train.py builds the model with the arguments in its --model-kwargs
     for name, value in _as_dict(_as_dict(checkpoint.get('args')).get('model_kwargs')).items():
         said.model_args[name] = value
     return said

@@ -15,11 +15,11 @@ def write_tensors(tensors: StateDict, file: Path) -> None:
     """Write a safetensors or torch file, as its name says."""
     from safetensors.torch import save
 
-    # Each tensor gets memory of its own. safetensors refuses tensors that share memory, and of a tensor that is a part
-    # of a larger one torch.save would write the larger one.
+    # Each tensor is copied to separate memory. safetensors refuses tensors that share memory, and if a tensor is a part
+    # of a larger one, torch.save would write the larger one.
     own = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     if file.suffix == '.safetensors':
-        file.write_bytes(save(own, metadata={'format': 'pt'}))  # a file of `save_file` is readable by its owner alone
+        file.write_bytes(save(own, metadata={'format': 'pt'}))  # only its owner could read a file of `save_file`
     else:
         torch.save(OrderedDict(own), file)
 

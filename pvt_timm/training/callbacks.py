@@ -30,21 +30,21 @@ class CompleteFiles(TorchCheckpointIO):
 
 
 class History(Callback):
-    """Keeps the loss of every step and the figures of every evaluation. They survive interruptions.
+    """Keeps the loss of every step and the figures of every evaluation. They are saved in checkpoints.
 
-    Ends training if the loss is no number.
+    Training ends with an error if the loss is NaN or infinity.
 
     Attributes:
-        title: Of the curve.
-        losses: Of the first process, per optimizer step.
-        evaluations: Figures from 0 to 1 with their 'step' and 'epoch'.
+        title: Title of the curve.
+        losses: One loss per optimizer step. Files have the losses of the first process.
+        evaluations: Figures from 0 to 1 of every evaluation, with its 'step' and 'epoch'.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.title = folder, ''
         self.losses: List[float] = []
         self.evaluations: List[Dict[str, float]] = []
-        self._waiting: List[torch.Tensor] = []  # on the device: to read one each step would slow a GPU down
+        self._waiting: List[torch.Tensor] = []  # on the device. Reading one in each step would slow a GPU down
         self._of_step: List[torch.Tensor] = []
 
     def state_dict(self) -> Dict[str, Any]:
@@ -102,7 +102,7 @@ class History(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """Writes last.ckpt after every epoch, for a training that goes on, and best.ckpt, which has weights alone.
+    """Writes last.ckpt after every epoch, to continue training from, and best.ckpt, which has only weights.
 
     Attributes:
         best: The best score so far, None before the first one.
@@ -132,10 +132,10 @@ def draw_curve(
     """Draw the loss of every step beside the figures of every evaluation.
 
     Args:
-        losses: Per step.
-        evaluations: 'step' and figures from 0 to 1, those of classes are not drawn.
+        losses: Losses, one per step.
+        evaluations: The 'step' and the figures (from 0 to 1) of each. The figures of single classes are not drawn.
         path: PNG to write.
-        title: Line above both.
+        title: Line above the drawings.
     """
     figure = new_figure(figsize=(10, 3.8), layout='constrained')
     left, right = figure.subplots(1, 2)

@@ -1,6 +1,6 @@
-""" Detectors and segmenters from any checkpoint, and as a start for others.
+""" Load detectors and segmenters from any checkpoint, and start models from others.
 
-What `fit` writes into a checkpoint, and how it is read, is in `detection/trained.py`.
+The content of `fit`'s checkpoints is described in `detection/trained.py`, which also reads them.
 """
 from typing import Any, Callable, Dict, List, Optional
 
@@ -13,7 +13,7 @@ from ..segmentation import semantic_fpn, semantic_fpn_from_mmseg
 
 __all__ = ['BUILDERS', 'copy_weights', 'load_any', 'load_trained']
 
-# Kind -> what makes such a model
+# Kind -> function that builds such a model
 BUILDERS: Dict[str, Callable[..., Any]] = {
     'retinanet': PvtRetinaNet.on_pvt,
     'faster_rcnn': PvtFasterRCNN.on_pvt,
@@ -23,47 +23,48 @@ BUILDERS: Dict[str, Callable[..., Any]] = {
 
 
 def load_trained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
-    """The detector or segmenter in a checkpoint of `fit`, or in a state dict of one.
+    """Return the detector or segmenter in a checkpoint of `fit`, or in a state dict of such a model.
 
     Args:
         checkpoint: A file (nothing in it is executed), or its content.
-        kwargs: As for `pvt_timm.detection.retinanet_from_mmdet`: arguments for the class of the model that replace
-            those in the checkpoint, such as `min_size`, and `prefix`, `num_classes`, `model_args`, `frozen_stages`.
+        kwargs: As for `pvt_timm.detection.retinanet_from_mmdet`: arguments for the class of the model, such as
+            `min_size`, which replace those in the checkpoint, and `prefix`, `num_classes`, `model_args`,
+            `frozen_stages`.
 
     Returns:
         The model in evaluation mode. `categories` names its classes, if the checkpoint does.
 
     Raises:
-        ValueError: Not such a checkpoint. The message says what is wrong.
+        ValueError: It is not such a checkpoint. The message says what is wrong.
     """
     return load_own(checkpoint, BUILDERS, **kwargs)
 
 
 def load_any(checkpoint: Checkpoint, task: str, prefix: Optional[str] = None) -> Any:
-    """A detector or segmenter from any checkpoint: of this package, of OpenMMLab or of the original code.
+    """Return the detector or segmenter in a checkpoint of this package, of OpenMMLab or of the original code.
 
     Args:
         checkpoint: A file (nothing in it is executed), or its content.
         task: 'detector' or 'segmenter'.
-        prefix: What stands before the names of the model, or of its backbone, needed where there are several.
+        prefix: Part before the names of the model's or its backbone's weights, needed if there are several models.
 
     Raises:
-        ValueError: Not such a checkpoint, or for the other task.
+        ValueError: It is not such a checkpoint, or its model is for the other task.
     """
     load = detector_from_mmdet if task == 'detector' else semantic_fpn_from_mmseg
     return load(checkpoint, prefix)
 
 
 def copy_weights(model: Any, source: Any) -> List[str]:
-    """Start a model from another one of its kind.
+    """Copy the weights of `source` into `model`, which is of the same kind.
 
-    If the classes differ, the layers that have rows for each class keep their own weights.
+    If the classes of the two differ, layers with rows for each class are not copied.
 
     Returns:
-        Names of the parameters that stay.
+        Names of the parameters that are not copied.
 
     Raises:
-        ValueError: Other parameters differ.
+        ValueError: The names or shapes of other parameters differ.
     """
     same = model.num_classes == source.num_classes and (
         not model.categories or not source.categories or list(model.categories) == list(source.categories))

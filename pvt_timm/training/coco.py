@@ -1,7 +1,8 @@
 """ Read annotations in COCO's format, check them, and make a data set of them.
 
-Checked is all that a detector would train on wrongly without a word. What is left out, and counted, is what the
-published settings leave out: boxes (and masks) below one pixel or outside of their image, and crowds.
+The checks find errors that would make training wrong without any message. As in the published settings, some objects
+are left out: boxes (and masks) below one pixel or outside of their image, and crowds, which are annotations of many
+objects as one. Objects that are left out are counted.
 """
 import json
 import math
@@ -18,13 +19,13 @@ from .images import DataError, read_image
 
 __all__ = ['CocoAnnotations', 'CocoDataset', 'CocoImage', 'decode_mask']
 
-MIN_SIDE = 32  # images with a shorter side are not trained on, as published
-FURTHEST = 10  # longer sides of an image that a polygon may be away from it
+MIN_SIDE = 32  # images whose shorter side is below this are not used in training, as published
+FURTHEST = 10  # largest coordinate of a polygon, as a multiple of the longer side of its image
 
 
 @dataclass(frozen=True)
 class CocoImage:
-    """An image that an annotation file names."""
+    """An image in an annotation file."""
     id: int
     file: Path
     height: int
@@ -56,20 +57,20 @@ class CocoAnnotations:
 
     Attributes:
         file: The annotation file.
-        categories: Id to name of the categories, in the order of their ids.
+        categories: Names of the categories by their ids, in the order of the ids.
         images: The images, in the order of the file.
-        objects: The annotations of every image, as they are in the file.
+        objects: The annotations of every image, unchanged.
     """
 
     def __init__(self, file: Path, folder: Path, masks: bool = False):
         """
         Args:
             file: The annotation file.
-            folder: Where its images are.
-            masks: Require and check masks.
+            folder: Folder of the images.
+            masks: Whether masks are required and checked.
 
         Raises:
-            DataError: Something is wrong. The message names the file and the id.
+            DataError: Something in the file is wrong. The message names the file and the id.
         """
         self.file = file
         content = self._read()
@@ -98,7 +99,7 @@ class CocoAnnotations:
 
     def _read(self) -> Dict[str, List[Any]]:
         try:
-            content = json.loads(self.file.read_bytes())  # UTF-8, 16 or 32, with or without a mark
+            content = json.loads(self.file.read_bytes())  # bytes, as UTF-8, 16 and 32 are recognised then
         except FileNotFoundError:
             raise DataError(f'No such annotation file: {self.file}') from None
         except (OSError, ValueError, RecursionError) as e:
@@ -163,10 +164,10 @@ class CocoAnnotations:
                 self._fail(f"{wrong} as 'segmentation' of {which}")
 
     def truth(self) -> Dict[str, Any]:
-        """The annotations as pycocotools evaluates against.
+        """Return the annotations for an evaluation by pycocotools.
 
-        Their ids count from 1, because pycocotools takes the id 0 for 'no match'. 'area' and 'iscrowd' are added where
-        the file does not have them.
+        Their ids count from 1, because pycocotools takes the id 0 for 'no match'. 'area' and 'iscrowd' are added if
+        they are missing in the file.
         """
         annotations: List[Dict[str, Any]] = []
         for index, image in enumerate(self.images):
@@ -191,7 +192,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _wrong_segmentation(segmentation: Any, image: CocoImage) -> Optional[str]:
-    """What is wrong with a mask, None if nothing is."""
+    """Return the first part of an error message if a mask is wrong, otherwise None."""
     if isinstance(segmentation, list) and segmentation:
         for polygon in segmentation:
             if not isinstance(polygon, list) or not all(map(_is_number, polygon)):
@@ -216,10 +217,10 @@ def _wrong_segmentation(segmentation: Any, image: CocoImage) -> Optional[str]:
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A mask (H, W) of 0 and 1 as uint8, of polygons or of run lengths as in an annotation file.
+    """Return the mask (H, W) of 0 and 1, as uint8, for polygons or run lengths of an annotation file.
 
     Raises:
-        ValueError: The run lengths do not fit.
+        ValueError: The run lengths do not add up to the pixels of the image.
     """
     from pycocotools import mask as coco_mask
 
@@ -270,10 +271,10 @@ class CocoDataset(Dataset):
     """Images with their objects. An item is an image, uint8 (C, H, W), and a target.
 
     The target has 'boxes' (N, 4) as x1, y1, x2, y2, 'labels' (N,) as the detector counts them, with masks also 'masks'
-    (N, H, W) of 0 and 1, and 'image_id'. Crowds are not among the objects, nor is what has no pixel.
+    (N, H, W) of 0 and 1, and 'image_id'. Crowds and objects without a pixel are left out.
 
     Attributes:
-        left_out: Why and how many images and objects are not trained on, as text. Empty if none are.
+        left_out: How many images and objects are not used in training, and why, as text. Empty if there are none.
     """
 
     def __init__(
@@ -281,12 +282,12 @@ class CocoDataset(Dataset):
             keep_empty: bool = False, channels: int = 3):
         """
         Args:
-            annotations: What to take the images from.
-            labels: Category id to label.
-            masks: With masks.
-            training: Leave out images that are not trained on: without objects, and with a side below 32 pixels.
-            keep_empty: Keep those without objects.
-            channels: 3, or 1 for grey levels.
+            annotations: Images and their objects.
+            labels: The label of each category id.
+            masks: Whether targets have masks.
+            training: Whether to leave out images without objects and images with a side below 32 pixels.
+            keep_empty: Whether images without objects are kept in training.
+            channels: Channels that images are read with: 3, or 1 for grey levels.
 
         Raises:
             DataError: Nothing is left to train on.
@@ -301,7 +302,7 @@ class CocoDataset(Dataset):
                 raise DataError(f'Nothing to train on ({self.left_out}): {annotations.file}')
 
     def _select(self, keep_empty: bool) -> Tuple[List[int], Dict[str, int]]:
-        """Images to train on, and how many images and objects are left out for which reason."""
+        """Return the indices of images to train on, and how many images and objects are left out, by reason."""
         kept = []
         counts = {
             'images without objects': 0, f'images with a side below {MIN_SIDE} pixels': 0, 'crowds': 0,
@@ -349,7 +350,7 @@ class CocoDataset(Dataset):
                                     f'{self.annotations.file}') from e
             target['masks'] = tv_tensors.Mask(torch.from_numpy(masks))
             seen = torch.from_numpy(masks.any(axis=(1, 2)))
-            if not seen.all():  # slivers between the centres of pixels
+            if not seen.all():  # thin objects that lie between the centres of pixels have none
                 target['boxes'] = tv_tensors.wrap(target['boxes'][seen], like=target['boxes'])
                 target['masks'] = tv_tensors.wrap(target['masks'][seen], like=target['masks'])
                 target['labels'] = target['labels'][seen]
@@ -357,14 +358,17 @@ class CocoDataset(Dataset):
 
 
 def _corners(box: Sequence[float], image: CocoImage) -> Tuple[float, float, float, float]:
-    """A box (x, y, width, height) as corners inside of its image."""
+    """Return the corners x1, y1, x2, y2 of a box (x, y, width, height), moved into its image."""
     x, y, w, h = box
     return max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height)
 
 
 def _usable(objects: Sequence[Dict[str, Any]], image: CocoImage, masks: bool) -> List[Dict[str, Any]]:
-    """The objects to train on: no crowds, and boxes of one pixel or more, and with `masks` polygons of some width and
-    height, that lie in their image."""
+    """Return the objects to train on.
+
+    Left out are crowds, boxes below one pixel and boxes outside of their image. With `masks`, objects whose polygons
+    are all lines or points, or outside of the image, are left out too.
+    """
     usable = []
     for annotation in objects:
         if annotation.get('iscrowd', 0) or min(annotation['bbox'][2:]) < 1 or annotation.get('area', 1) <= 0:
@@ -376,7 +380,7 @@ def _usable(objects: Sequence[Dict[str, Any]], image: CocoImage, masks: bool) ->
 
 
 def _is_nowhere(segmentation: Any, image: CocoImage) -> bool:
-    """Whether all polygons are lines or points, or outside of their image. Run lengths are left to decoding."""
+    """Return whether all polygons are lines or points, or outside of their image. Run lengths are not checked here."""
     if not isinstance(segmentation, list):
         return False
     for polygon in segmentation:

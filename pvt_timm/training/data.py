@@ -9,11 +9,12 @@ __all__ = ['Augmented', 'Batches', 'EpochSampler', 'Share']
 
 
 class EpochSampler(Sampler):
-    """The images of one epoch for one process, each as its index and the seed of its transforms.
+    """Yields the images of one epoch for one process: the index of each image and the seed of its transforms.
 
-    All epochs together are one stream: all images in a random order, then all in another random order, and so on. An
-    epoch is the next `steps * images_per_step` images of the stream, and the processes take turns to take one. So every
-    step is full. The images of an epoch do not depend on the number of processes, or on interruptions of the training.
+    All epochs together are one stream: all images in a random order, then all images in another random order, and so
+    on. An epoch is the next `steps * images_per_step` images of the stream, so every step is full. The processes take
+    the images of an epoch in turn. The images of an epoch do not depend on the number of processes, or on interruptions
+    of the training.
     """
 
     def __init__(self, size: int, steps: int, images_per_step: int, seed: int, process: int = 0, processes: int = 1):
@@ -22,8 +23,8 @@ class EpochSampler(Sampler):
             size: Number of images.
             steps: Steps of an epoch.
             images_per_step: Images per step in all processes together.
-            seed: What the orders follow from.
-            process: Number of this process.
+            seed: Seed of the random orders and of the transforms.
+            process: Number of this process, from 0.
             processes: Number of processes.
         """
         self.size, self.seed = size, seed
@@ -50,7 +51,7 @@ class EpochSampler(Sampler):
 
 
 class Augmented(Dataset):
-    """Transformed items of a data set. An index comes with a seed for the random part of its transform."""
+    """Transformed items of a data set. An item is read by its index and a seed for the random part of its transform."""
 
     def __init__(self, dataset: Any, transform: Any):
         self.dataset, self.transform = dataset, transform
@@ -61,16 +62,16 @@ class Augmented(Dataset):
     def __getitem__(self, index_and_seed: Tuple[int, int]) -> Any:
         index, seed = index_and_seed
         item = self.dataset[index]
-        with torch.random.fork_rng(devices=[]):  # the model draws from the same generator
+        with torch.random.fork_rng(devices=[]):  # the model uses the same generator, whose state must not change
             torch.manual_seed(seed)
             return self.transform(*item)
 
 
 class Share(Dataset):
-    """The items of a data set for one of n processes: every n-th item, and whether it counts.
+    """The items of a data set for one of n processes: every n-th item, and whether it is counted.
 
-    All processes get the same number of items, as they wait for each other. If the items are too few for that, some of
-    the first ones are repeated. The repeated ones do not count.
+    All processes get the same number of items, because they wait for each other. If the number of items is not a
+    multiple of n, some of the first items are repeated. Repeated items are not counted.
     """
 
     def __init__(self, dataset: Any, process: int = 0, processes: int = 1):
@@ -86,7 +87,7 @@ class Share(Dataset):
 
 
 def _listed(items: List[Tuple[Any, ...]]) -> Tuple[List[Any], ...]:
-    """A list for each column of the items. Images of different sizes cannot be stacked."""
+    """Return a list for each column of the items. Images of different sizes cannot be stacked."""
     return tuple(list(column) for column in zip(*items))
 
 
@@ -98,8 +99,9 @@ def _stacked(items: List[Tuple[torch.Tensor, torch.Tensor]]) -> Tuple[torch.Tens
 class Batches(pl.LightningDataModule):
     """The batches of a run, for Lightning.
 
-    In training, a batch is a list of images and a list of targets, or a tensor of each with `stack`. In evaluation, a
-    batch is one image: several would be padded to the size of the largest, which changes the results.
+    In training, a batch is a list of images and a list of targets or, with `stack`, a tensor of images and a tensor of
+    targets. In evaluation, a batch is one image. Several images would be padded to the size of the largest one, which
+    changes the results.
     """
 
     def __init__(
@@ -111,10 +113,10 @@ class Batches(pl.LightningDataModule):
             train: Data set to train on.
             steps_per_epoch: Steps of an epoch.
             images_per_step: Images per step in all processes together.
-            images_per_pass: Images of a batch.
-            seed: What orders and transforms follow from.
-            workers: Processes that read images.
-            stack: Batches are tensors.
+            images_per_pass: Number of images in a training batch.
+            seed: Seed of the random orders and of the transforms.
+            workers: Number of processes that read images.
+            stack: Whether training batches are tensors instead of lists.
         """
         super().__init__()
         self.held_out, self.train, self.stack = held_out, train, stack

@@ -1,4 +1,4 @@
-""" Images as a data set reads them. """
+""" Find and read the images and label maps of a data set. """
 import os
 from pathlib import Path
 from typing import Any, List, Tuple, Union
@@ -23,10 +23,10 @@ class DataError(ValueError):
 
 
 def find_images(folder: Path) -> List[Path]:
-    """All image files in a folder and in the folders in it, sorted.
+    """Return all image files in a folder and its subfolders, sorted.
 
     Raises:
-        DataError: There is no such folder, or no image in it.
+        DataError: The folder does not exist, or has no image.
     """
     if not folder.is_dir():
         raise DataError(f'No such folder: {folder}')
@@ -39,29 +39,29 @@ def find_images(folder: Path) -> List[Path]:
 
 
 def read_image(file: Path, channels: int = 3) -> torch.Tensor:
-    """An image, upright, as uint8 (channels, H, W): RGB, or grey levels if `channels` is 1.
+    """Return an image, turned upright, as uint8 (channels, H, W): RGB, or grey levels if `channels` is 1.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The image cannot be read.
     """
     try:
         with Image.open(file) as image:
             image.load()
             pixels = np.array(as_seen(image, channels))
-    except Exception as e:  # the readers of damaged files raise all sorts
+    except Exception as e:  # for damaged files, Pillow raises errors of many types
         raise DataError(f'Cannot read the image {file}: {e}') from e
     return torch.from_numpy(pixels if channels == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
 def read_label_map(file: Path, size: Union[None, Tuple[int, int]] = None) -> torch.Tensor:
-    """The values of a label map as int64 (H, W), of a palette the indices.
+    """Return the values of a label map as int64 (H, W). With a palette, they are the indices into it.
 
     Args:
         file: An image with one channel of integers.
-        size: The height and width that it has to have.
+        size: Expected height and width. If None, any size is accepted.
 
     Raises:
-        DataError: It cannot be read, has several channels, or another size.
+        DataError: The label map cannot be read, has several channels, or another size.
     """
     try:
         with Image.open(file) as image:

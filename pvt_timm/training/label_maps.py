@@ -1,4 +1,4 @@
-""" A data set of a folder of images and a folder of label maps, as ADE20K has them. """
+""" A data set of images and label maps (images that hold a class per pixel) in two folders, as in ADE20K. """
 from pathlib import Path
 from typing import Dict, Tuple
 
@@ -14,9 +14,10 @@ IGNORED = 255  # the value of pixels without a class
 
 
 class LabelMapDataset(Dataset):
-    """Images with the class of every pixel. An item is an image, uint8 (C, H, W), and classes, int64 (H, W).
+    """Images with the class of every pixel. An item is an image, uint8 (C, H, W), and its classes, int64 (H, W).
 
-    An image and its label map have the same name, except for the suffix. They may be in subfolders of the same names.
+    An image and its label map have the same name, except for the extension. They may be in subfolders, which have the
+    same names in both folders.
     """
 
     def __init__(
@@ -26,12 +27,13 @@ class LabelMapDataset(Dataset):
         Args:
             images: Folder with the images.
             label_maps: Folder with the label maps.
-            num_classes: Number of classes. Values are 0 to one less, and 255 for pixels without a class.
-            reduce_zero_label: Value 0 means no class and the classes count from 1, as in ADE20K.
-            channels: 3, or 1 for grey levels.
+            num_classes: Number of classes. The values in label maps are 0 to `num_classes - 1`, and 255 for pixels
+                without a class.
+            reduce_zero_label: Whether value 0 means no class and the classes count from 1, as in ADE20K.
+            channels: Channels that images are read with: 3, or 1 for grey levels.
 
         Raises:
-            DataError: An image has no label map, or the other way around.
+            DataError: An image has no label map, or a label map has no image.
         """
         self.num_classes, self.reduce_zero_label, self.channels = num_classes, reduce_zero_label, channels
         image_of, label_map_of = _by_name(images), _by_name(label_maps)
@@ -63,7 +65,7 @@ class LabelMapDataset(Dataset):
 
 
 def _by_name(folder: Path) -> Dict[str, Path]:
-    """Relative name without suffix to file, of all images in a folder."""
+    """Return all images in a folder, by their relative path without extension."""
     files: Dict[str, Path] = {}
     for file in find_images(folder):
         name = file.relative_to(folder).with_suffix('').as_posix()

@@ -1,4 +1,4 @@
-""" COCO's twelve figures by pycocotools, and IoU from a confusion matrix, over all processes. """
+""" Compute COCO's twelve figures with pycocotools, and IoU from a confusion matrix, over all processes. """
 import contextlib
 import copy
 import io
@@ -17,12 +17,13 @@ Rows = List[Dict[str, Any]]
 
 
 def coco_rows(detections: Mapping[str, torch.Tensor], image_id: int, category_ids: Mapping[int, int]) -> Rows:
-    """The detections of one image in COCO's results format, with 'segmentation' where there are masks.
+    """Return the detections of one image in COCO's results format, with 'segmentation' if there are masks.
 
     Args:
-        detections: 'boxes', 'scores', 'labels', and maybe 'masks' (N, 1, H, W) from 0 to 1, as torchvision has them.
+        detections: 'boxes', 'scores', 'labels' and, if there are any, 'masks' (N, 1, H, W) from 0 to 1, as torchvision
+            returns them.
         image_id: Id of the image.
-        category_ids: Label to category id. Detections with other labels are left out.
+        category_ids: The category id of each label. Detections with other labels are left out.
     """
     from pycocotools import mask as coco_mask
 
@@ -44,12 +45,12 @@ def coco_rows(detections: Mapping[str, torch.Tensor], image_id: int, category_id
 
 
 def coco_figures(truth: Dict[str, Any], rows: Rows, kind: str) -> Dict[str, float]:
-    """COCO's twelve figures, from 0 to 1. A figure is -1 if there are no objects that it could be measured on.
+    """Return COCO's twelve figures, from 0 to 1. A figure is -1 if there are no objects that it could be measured on.
 
     Args:
         truth: Content of an annotation file.
-        rows: Detections in COCO's results format. For masks without 'bbox', so that the size of an object is the area
-            of its mask.
+        rows: Detections in COCO's results format. Those of masks have no 'bbox', so that the size of an object is the
+            area of its mask.
         kind: 'bbox' or 'segm'.
     """
     from pycocotools.coco import COCO
@@ -94,14 +95,14 @@ class CocoEvaluation:
         self.rows = {image_id: rows for part in parts for image_id, rows in part.items()}
 
     def results(self, kind: str) -> Rows:
-        """All 'box' or 'mask' detections in COCO's results format, by image id."""
+        """Return all 'box' or 'mask' detections in COCO's results format, sorted by image id."""
         left_out = 'segmentation' if kind == 'box' else 'bbox'
         return [
             {name: value for name, value in row.items() if name != left_out}
             for image_id in sorted(self.rows) for row in self.rows[image_id]]
 
     def figures(self) -> Dict[str, float]:
-        """'box/AP', 'box/AP50' and so on, and with masks 'mask/AP' and so on."""
+        """Return the figures 'box/AP', 'box/AP50' and so on, and with masks also 'mask/AP' and so on."""
         figures = {}
         for kind, coco_kind in self.kinds.items():
             found = coco_figures(self.truth, self.results(kind), coco_kind)
@@ -110,13 +111,13 @@ class CocoEvaluation:
 
 
 def iou_figures(confusion: torch.Tensor, categories: Sequence[str]) -> Dict[str, float]:
-    """'mIoU' and 'IoU/NAME' of every class, from 0 to 1.
+    """Return 'mIoU', 'accuracy' and the 'IoU/NAME' of every class, from 0 to 1.
+
+    A class that occurs neither in the annotations nor in the predictions has no figure and is not part of the mean.
 
     Args:
-        confusion: Pixels (classes, classes) of a class in truth (row) that were given a class (column).
+        confusion: Numbers of pixels (classes, classes), by true class (row) and predicted class (column).
         categories: Names of the classes.
-
-    A class that is neither there nor found is left out of the mean and has no figure.
     """
     counts = confusion.cpu().double()
     both = counts.diag()

@@ -19,7 +19,7 @@ __all__ = ['DetectorModule', 'SegmenterModule', 'learning_rate_factor']
 
 
 def learning_rate_factor(settings: Settings, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:
-    """The factor of the learning rate in a step. Steps count from 0."""
+    """Return a function that returns the factor of the learning rate in a step. Steps count from 0."""
     unit = steps_per_epoch if settings.epochs is not None else 1
     drops = [drop * unit for drop in settings.lr_drops]
 
@@ -43,8 +43,8 @@ class TrainingModule(pl.LightningModule):
 
     Attributes:
         model: The detector or segmenter.
-        figures: Of the last evaluation, from 0 to 1.
-        evaluated_step: Optimizer steps before it.
+        figures: Figures of the last evaluation, from 0 to 1.
+        evaluated_step: Number of optimizer steps before the last evaluation.
     """
     score: str  # the figure that says which checkpoint is the best
 
@@ -70,9 +70,9 @@ class TrainingModule(pl.LightningModule):
         return self
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Random numbers of the model (proposals, stochastic depth) depend on the step alone, so that they are the same
-        # after an interruption. The hook for the start of an epoch cannot do this: Lightning does not call it when it
-        # goes on in the middle of an epoch.
+        # Random numbers of the model (for proposals and stochastic depth) depend only on the step and the process, so
+        # that they are the same after an interruption. The hook for the start of an epoch cannot be used for this,
+        # because Lightning does not call it when it continues in the middle of an epoch.
         place = 1_000_003 * self.global_step + 9973 * batch_idx + self.global_rank
         torch.manual_seed(self.settings.seed + place)
 
@@ -94,7 +94,7 @@ class TrainingModule(pl.LightningModule):
 
 
 class DetectorModule(TrainingModule):
-    """A detector on lists of images, uint8 (C, H, W), and targets."""
+    """Trains a detector on lists of images, uint8 (C, H, W), and lists of targets."""
 
     def __init__(
             self, model: nn.Module, settings: DetectorSettings, truth: Optional[Mapping[str, Any]] = None,
@@ -102,9 +102,9 @@ class DetectorModule(TrainingModule):
         """
         Args:
             model: A detector of this package.
-            settings: Of the run.
+            settings: Settings of the run.
             truth: Content of the annotation file to evaluate against.
-            category_ids: Label to category id in it.
+            category_ids: The category id, in this file, of each label.
             kwargs: `steps_per_epoch` and `total_steps`.
         """
         super().__init__(model, settings, **kwargs)
@@ -138,7 +138,7 @@ class DetectorModule(TrainingModule):
 
 
 class SegmenterModule(TrainingModule):
-    """A segmenter on images, uint8 (B, C, H, W), and classes, int64 (B, H, W)."""
+    """Trains a segmenter on images, uint8 (B, C, H, W), and their classes, int64 (B, H, W)."""
     score = 'mIoU'
 
     def __init__(self, model: nn.Module, settings: SegmenterSettings, **kwargs: Any):
@@ -150,7 +150,7 @@ class SegmenterModule(TrainingModule):
         logits = self.model(normalize(_from_0_to_1(images), self.model.mean, self.model.std)).float()
         classes = classes.as_subclass(torch.Tensor)
         total = F.cross_entropy(logits, classes, ignore_index=IGNORED, reduction='sum')
-        return total / classes.numel()  # as published: the mean over all pixels, those without a class count as 0
+        return total / classes.numel()  # as published: the mean over all pixels, those without a class with loss 0
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.reset()

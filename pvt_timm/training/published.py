@@ -27,7 +27,7 @@ OPENMMLAB = {'pvt_tiny': {'box/AP': 36.6}, 'pvt_small': {'box/AP': 40.4}, 'pvt_m
 
 
 def published_figures(kind: str, model: str, min_size: int, num_classes: int) -> Optional[Dict[str, float]]:
-    """Published figures of the paper's model, in percent. None if there are none for it."""
+    """Return the published figures of a model, in percent, None if there are none."""
     expected = 150 if kind == 'semantic_fpn' else 80
     return PAPER.get((kind, model, min_size)) if num_classes == expected else None
 
@@ -35,12 +35,12 @@ def published_figures(kind: str, model: str, min_size: int, num_classes: int) ->
 def compare(
         measured: Mapping[str, float], published: Mapping[str, float], allowed: float = ALLOWED,
 ) -> Tuple[List[str], bool]:
-    """Lines that show measured and published figures, all in percent, and whether they are close enough.
+    """Return lines that show measured and published figures, all in percent, and whether they are close enough.
 
     Args:
-        measured: Figures by name.
-        published: Those of them that are published.
-        allowed: Largest difference.
+        measured: Measured figures by name.
+        published: Published figures by name. Some may be missing.
+        allowed: Largest allowed difference.
     """
     lines, near = [], True
     width = max(map(len, measured), default=0)

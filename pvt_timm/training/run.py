@@ -1,4 +1,4 @@
-""" `fit` and `validate`: settings in, checkpoints or figures out. """
+""" `fit` trains as the settings say and writes checkpoints. `validate` measures a model and returns its figures. """
 import contextlib
 import dataclasses
 import json
@@ -35,20 +35,20 @@ __all__ = ['Validated', 'fit', 'is_first_process', 'validate']
 
 AnySettings = Union[DetectorSettings, SegmenterSettings]
 
-# Settings that may differ when training goes on: where it runs, and where files lie
+# Settings that may differ when training continues: those about the machine and about paths
 _MAY_DIFFER = ('data', 'output', 'weights', 'backbone_weights', 'accelerator', 'devices', 'nodes', 'workers',
                'images_per_pass', 'grad_checkpointing')
 
 
 @dataclasses.dataclass
 class Validated:
-    """What `validate` found.
+    """The result of `validate`.
 
     Attributes:
-        kind: Of the model, such as 'retinanet'.
-        figures: From 0 to 1, -1 where there is nothing to measure.
-        published: Those that are published for this kind, PVT and size of images, in percent. None if there are none.
-        own: Whether the weights are of this package, and not of OpenMMLab or of the original code.
+        kind: Kind of the model, such as 'retinanet'.
+        figures: The measured figures, from 0 to 1. A figure is -1 if there is nothing to measure.
+        published: The published figures for this kind, PVT and size of images, in percent. None if there are none.
+        own: Whether the weights are a checkpoint of this package, not of OpenMMLab or of the original code.
     """
     kind: str
     figures: Dict[str, float]
@@ -57,14 +57,14 @@ class Validated:
 
 
 def fit(settings: AnySettings) -> Dict[str, float]:
-    """Train as `settings` say, going on after the last epoch if their folder holds a checkpoint.
+    """Train as `settings` say. If the output folder holds a checkpoint, training continues after its epoch.
 
     Returns:
         The figures of the last evaluation, from 0 to 1.
 
     Raises:
         ValueError: Settings, data or weights are wrong. The message says what.
-        OSError: Something cannot be written. The last complete checkpoint is still there.
+        OSError: A file cannot be written. The last complete checkpoint is kept.
     """
     output = _folder(settings, 'output')
     _check(settings)
@@ -113,10 +113,10 @@ def fit(settings: AnySettings) -> Dict[str, float]:
 
 
 def validate(settings: AnySettings, predictions: Optional[Path] = None) -> Validated:
-    """Evaluate the model that `settings.weights` say.
+    """Evaluate the model in `settings.weights`.
 
     Args:
-        settings: Of them weights, model, data and machine count.
+        settings: Only the settings of weights, model, data and machine are used.
         predictions: Folder to write boxes.json and masks.json into, in COCO's results format.
 
     Raises:
@@ -171,7 +171,7 @@ def _folder(settings: Settings, name: str) -> Path:
 
 
 def _check(settings: AnySettings) -> None:
-    """Refuse settings that do not go together."""
+    """Refuse settings that are out of range or contradict each other."""
     if (settings.epochs is None) == (settings.steps is None):
         raise ValueError('Expected either epochs or steps in the settings')
     for name in ('epochs', 'steps', 'eval_every', 'images_per_step', 'images_per_pass', 'nodes', 'out_channels'):
@@ -191,7 +191,7 @@ def _check(settings: AnySettings) -> None:
 
 
 def _passes(settings: Settings, processes: int) -> Tuple[int, int]:
-    """Images that a process takes at a time, and how many times for a step."""
+    """Return how many images a process computes at a time, and how many times it does so per step."""
     whole = settings.images_per_step
     at_a_time = settings.images_per_pass or whole // processes
     if at_a_time < 1 or whole % (at_a_time * processes):
@@ -202,7 +202,7 @@ def _passes(settings: Settings, processes: int) -> Tuple[int, int]:
 
 
 def _epochs(settings: Settings, images: int) -> Tuple[int, int]:
-    """Steps of an epoch, and epochs. Where steps are said, an epoch lasts from evaluation to evaluation."""
+    """Return the steps of an epoch, and the number of epochs. With `steps`, an epoch ends with each evaluation."""
     if settings.steps is not None:
         return settings.eval_every, settings.steps // settings.eval_every
     assert settings.epochs is not None
@@ -210,7 +210,7 @@ def _epochs(settings: Settings, images: int) -> Tuple[int, int]:
 
 
 def _check_same(before: Dict[str, Any], settings: Settings, output: Path) -> None:
-    """Refuse to go on with other settings: half of a training would be of each."""
+    """Refuse to continue a training with other settings than it was begun with."""
     if KEY not in before or 'loops' not in before:
         raise ValueError(f'Expected a checkpoint of fit, {output / LAST} is none')
     then, now = before[KEY]['settings'], dataclasses.asdict(settings)
@@ -224,7 +224,7 @@ def _check_same(before: Dict[str, Any], settings: Settings, output: Path) -> Non
 # ---- models and data -------------------------------------------------------------------------------------------------
 
 def _source(settings: AnySettings) -> Tuple[Any, bool]:
-    """The whole model that `weights` say, and whether it is of this package."""
+    """Return the whole model in `settings.weights`, and whether they are a checkpoint of this package."""
     is_detector = isinstance(settings, DetectorSettings)
     weights = str(settings.weights)
     if weights == 'retinanet_coco' and is_detector:
@@ -237,7 +237,7 @@ def _source(settings: AnySettings) -> Tuple[Any, bool]:
 
 
 def _build(settings: AnySettings, num_classes: int, categories: Sequence[str], **sizes: Any) -> Any:
-    """A new model, with the weights to start from."""
+    """Return a new model with the weights that training starts from."""
     source = _source(settings)[0] if settings.weights else None
     if source is not None and kind_of(source) != settings.kind:
         raise ValueError(f'Expected a {settings.kind} in {settings.weights}, got a {kind_of(source)}')
@@ -260,12 +260,12 @@ def _build(settings: AnySettings, num_classes: int, categories: Sequence[str], *
     if name.partition('.')[0] not in VARIANTS:
         raise ValueError(f'Expected one of {", ".join(VARIANTS)} as model, with or without a tag, got {name!r}')
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)  # new layers are the same in all processes, and another time
+        torch.manual_seed(settings.seed)  # new layers are the same in all processes, and if the command is repeated
         try:
             model = BUILDERS[settings.kind](
                 name, num_classes, pretrained_backbone=pretrained, model_args=model_args,
                 **{**widths, **sizes, **settings.head_args})
-        except TypeError as e:  # an argument that is not known
+        except TypeError as e:  # for an unknown argument
             raise ValueError(f'model_args or head_args do not fit: {e}') from e
         if settings.kind == 'retinanet' and widths['out_channels'] < 256:
             _start_narrow_head(model)
@@ -281,7 +281,7 @@ def _build(settings: AnySettings, num_classes: int, categories: Sequence[str], *
 
 
 def _take_normalisation(model: Any, source: Any, but: Mapping[str, Any]) -> None:
-    """Normalise images as `source` does, but for what the settings say."""
+    """Let `model` normalise images as `source` does. Values that are in `but` are not changed."""
     where, there = (getattr(m, 'transform', m) for m in (model, source))
     for name in ('image_mean', 'image_std', 'mean', 'std'):
         if hasattr(there, name) and name not in but:
@@ -289,9 +289,10 @@ def _take_normalisation(model: Any, source: Any, but: Mapping[str, Any]) -> None
 
 
 def _clear_background(roi_heads: Any) -> None:
-    """Set to 0 what torchvision has for boxes and masks of the background.
+    """Set the weights that torchvision has for boxes and masks of the background to 0.
 
-    It is never used or trained, and OpenMMLab has no place for it: so weights are the same again after a way there.
+    They are never used or trained, and OpenMMLab's models do not have them. As zeros, they stay the same when a model
+    is converted to OpenMMLab's format and back.
     """
     layers = [(roi_heads.box_predictor.bbox_pred, 4)]
     if roi_heads.mask_predictor is not None:
@@ -302,10 +303,10 @@ def _clear_background(roi_heads: Any) -> None:
 
 
 def _start_narrow_head(model: Any) -> None:
-    """Start the layers of a RetinaNet's head by He's rule.
+    """Initialise the layers of a RetinaNet's head with He's method.
 
-    torchvision's start is the published one, a standard deviation of 0.01, which is meant for 256 channels: with 64
-    next to nothing is left after four layers.
+    torchvision initialises them as published, with a standard deviation of 0.01. That is meant for 256 channels: with
+    64 channels, activations almost vanish after four layers.
     """
     for branch in (model.head.classification_head, model.head.regression_head):
         for layer in branch.conv.modules():
@@ -314,7 +315,7 @@ def _start_narrow_head(model: Any) -> None:
 
 
 def _detector_parts(settings: DetectorSettings) -> Tuple[Any, CocoDataset, CocoDataset, Dict[str, Any]]:
-    """Model, data to train on, data to evaluate on, and arguments of the module."""
+    """Return the model, the data to train on, the data to evaluate on, and arguments for the module."""
     root = _folder(settings, 'data')
     masks = settings.kind == 'mask_rcnn'
     train = CocoAnnotations(root / settings.train_annotations, root / settings.train_images, masks)
@@ -331,7 +332,7 @@ def _detector_parts(settings: DetectorSettings) -> Tuple[Any, CocoDataset, CocoD
 
 
 def _segmenter_parts(settings: SegmenterSettings) -> Tuple[Any, LabelMapDataset, LabelMapDataset, Dict[str, Any]]:
-    """As `_detector_parts`."""
+    """Return the same as `_detector_parts`, for a segmenter."""
     root = _folder(settings, 'data')
     categories, palette = _classes(settings.classes, root)
     train, held_out = (
@@ -345,7 +346,7 @@ def _segmenter_parts(settings: SegmenterSettings) -> Tuple[Any, LabelMapDataset,
 
 
 def _classes(classes: Any, root: Path) -> Tuple[List[str], List[Tuple[int, ...]]]:
-    """Names and colours of the classes that the setting says: their number, a file, or the names."""
+    """Return the names and colours of classes. The setting is their number, a file with names, or the names."""
     if classes is None:
         raise ValueError('Expected --classes: the names of the classes, a file with one name a line, or their number')
     names = classes if isinstance(classes, list) else [classes]
@@ -368,7 +369,7 @@ def _classes(classes: Any, root: Path) -> Tuple[List[str], List[Tuple[int, ...]]
 
 
 def _labels(model: Any, annotations: CocoAnnotations) -> Dict[int, int]:
-    """Category id to label of the model: by name, or by order where the model has no names."""
+    """Return the model's label of each category id: by name, or by order if the model has no names."""
     names = list(annotations.categories.values())
     if model.categories and set(names) != set(model.categories):
         only_here = [name for name in names if name not in model.categories]
@@ -391,7 +392,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _channels(model: Any) -> int:
-    """Channels that images are read with."""
+    """Return the number of channels that images are read with."""
     if model.in_chans not in (1, 3):
         raise ValueError(f'Expected a model for images with 1 or 3 channels, got one for {model.in_chans}')
     return model.in_chans
@@ -408,13 +409,13 @@ def _min_size(model: Any) -> int:
 # ---- Lightning -------------------------------------------------------------------------------------------------------
 
 def _trainer(settings: Settings, callbacks: Sequence[Any]) -> Any:
-    """Lightning's trainer with what the settings say about the machine. `callbacks` of training, none otherwise."""
+    """Return Lightning's trainer with the settings of the machine. `callbacks` are empty unless it is for training."""
     devices: Any = settings.devices if settings.devices == 'auto' else _number_of_devices(settings.devices)
     nodes = settings.nodes
     if 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun has started the processes
         devices = int(os.environ['LOCAL_WORLD_SIZE'])
         nodes = int(os.environ['WORLD_SIZE']) // devices
-    bar = [TQDMProgressBar()] if sys.stdout.isatty() else []  # in a log it would be a line per step
+    bar = [TQDMProgressBar()] if sys.stdout.isatty() else []  # in a log file it would print a line per step
     try:
         with _quiet():
             return pl.Trainer(
@@ -428,7 +429,7 @@ def _trainer(settings: Settings, callbacks: Sequence[Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what Lightning logs beside the progress, and warnings that do not apply here."""
+    """Suppress Lightning's log messages, and its warnings that do not apply here."""
     loggers = [logging.getLogger(name) for name in ('pytorch_lightning', 'lightning_fabric')]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -451,7 +452,10 @@ def _number_of_devices(text: str) -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this is the one that prints. Lightning sets LOCAL_RANK for those that it starts, torchrun RANK too."""
+    """Return whether this is the process that prints messages.
+
+    Lightning sets LOCAL_RANK in the processes that it starts, torchrun sets RANK too.
+    """
     return os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0')) == '0'
 
 

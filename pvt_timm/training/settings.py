@@ -21,7 +21,7 @@ AnySettings = TypeVar('AnySettings', bound='Settings')
 
 
 def option(default: Any, what: str, choices: Optional[Tuple[str, ...]] = None) -> Any:
-    """A field with its default, a text for `--help`, and the values that it may have (any if there are none)."""
+    """Return a field with its default, its text for `--help`, and its allowed values (any value if None)."""
     metadata = dict(what=what, choices=choices)
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -30,19 +30,21 @@ def option(default: Any, what: str, choices: Optional[Tuple[str, ...]] = None) -
 
 @dataclass
 class Settings:
-    """What detectors and segmenters share."""
+    """The settings that detectors and segmenters share."""
     recipes: ClassVar[Dict[str, Path]] = {}
-    default_recipe: ClassVar[str]  # of `validate`
+    default_recipe: ClassVar[str]  # recipe that `validate` uses by default
 
-    data: Optional[str] = option(None, 'folder of the data set, which the paths of images and annotations start from')
-    output: Optional[str] = option(None, 'folder for checkpoints, curve and history; fit goes on from what is in it')
+    data: Optional[str] = option(
+        None, 'folder of the data set, to which the paths of images and annotations are relative')
+    output: Optional[str] = option(
+        None, 'folder for checkpoints, curve and history; if it has a checkpoint, fit continues from it')
     weights: Optional[str] = option(
         None, 'whole model to start from, or to validate: a file of this package, of OpenMMLab or of the original code')
 
     # model
     model: Optional[str] = option(None, 'name of the PVT (default pvt_small, or that of the weights)')
-    pretrained: bool = option(True, "start from the PVT's published weights, unless there are others")
-    backbone_weights: Optional[str] = option(None, 'file with weights of the PVT alone, in any format')
+    pretrained: bool = option(True, "start from the PVT's published weights, unless other weights are given")
+    backbone_weights: Optional[str] = option(None, 'file with weights of only the PVT, in any supported format')
     model_args: Dict[str, Any] = option({}, 'more arguments for the PVT, such as img_size=128 in_chans=1')
     out_channels: Optional[int] = option(None, 'channels of the pyramid (default 256, or those of the weights)')
     head_args: Dict[str, Any] = option({}, 'more arguments for the class of the model, such as score_thresh=0.1')
@@ -51,37 +53,41 @@ class Settings:
     grad_checkpointing: bool = option(False, 'compute features twice in a step, for less memory')
 
     # steps
-    epochs: Optional[int] = option(None, 'passes over the images (or say --steps)')
-    steps: Optional[int] = option(None, 'optimizer steps (or say --epochs)')
-    eval_every: int = option(1, 'evaluate after so many epochs, or steps where those are said')
+    epochs: Optional[int] = option(None, 'passes over the images (give this or --steps)')
+    steps: Optional[int] = option(None, 'optimizer steps (give this or --epochs)')
+    eval_every: int = option(1, 'evaluate after this many epochs, or steps if steps are set')
     images_per_step: int = option(16, 'images per optimizer step in all processes together')
     images_per_pass: Optional[int] = option(
-        None, 'images that a process takes at a time, several times a step if needed (default all)')
+        None, 'images that a process computes at a time. If they are fewer than its images of a step, it does so '
+        'several times per step (default all)')
     lr: float = option(1e-4, 'learning rate')
     weight_decay: float = option(1e-4, 'weight decay')
-    schedule: str = option('step', 'course of the learning rate', ('step', 'poly', 'cosine'))
-    lr_drops: List[int] = option([], 'step: epochs, or steps, after which the learning rate becomes a tenth')
-    poly_power: float = option(0.9, 'poly: exponent')
+    schedule: str = option('step', 'how the learning rate decreases', ('step', 'poly', 'cosine'))
+    lr_drops: List[int] = option(
+        [], 'for schedule step: epochs, or steps if steps are set, after which the learning rate is divided by 10')
+    poly_power: float = option(0.9, 'for schedule poly: exponent')
     warmup_steps: int = option(0, 'steps in which the learning rate grows to its value')
     warmup_start: float = option(0.001, 'share of the learning rate in the first step of warm-up')
     clip_grad: Optional[float] = option(None, 'largest norm of the gradients')
     flip: float = option(0.5, 'probability of a horizontal flip, 0 where left and right matter')
-    seed: int = option(0, 'what all that is random follows from')
+    seed: int = option(0, 'seed of all random numbers')
 
     # machine
     precision: str = option('32-true', "Lightning's: 32-true, bf16-mixed, 16-mixed")
     accelerator: str = option('auto', "Lightning's: auto, cpu, gpu")
-    devices: str = option('auto', 'devices of this machine, or processes on its CPU; under torchrun its processes')
-    nodes: int = option(1, 'machines; under torchrun its machines')
-    workers: int = option(4, 'processes per process that read images')
+    devices: str = option(
+        'auto', 'number of devices of this machine, or of processes on its CPU; with torchrun, its processes are used')
+    nodes: int = option(1, 'number of machines; with torchrun, its machines are used')
+    workers: int = option(4, 'worker processes that read images, for each training process')
 
 
 @dataclass
 class DetectorSettings(Settings):
     """A detector on COCO-style annotations."""
     kind: str = option('retinanet', 'the detector', ('retinanet', 'faster_rcnn', 'mask_rcnn'))
-    min_size: List[int] = option([800], 'shorter side of images, several for training, of which the last is for tests')
-    max_size: int = option(1333, 'longest side after that')
+    min_size: List[int] = option(
+        [800], 'shorter side of resized images. Of several values, training takes a random one, evaluation the last')
+    max_size: int = option(1333, 'limit of the longer side of resized images')
     train_images: str = option('train2017', 'folder of training images')
     train_annotations: str = option('annotations/instances_train2017.json', 'annotations of training images')
     val_images: str = option('val2017', 'folder of images to evaluate on')
@@ -99,24 +105,24 @@ class SegmenterSettings(Settings):
     classes: Union[None, int, str, List[str]] = option(
         None, 'names of the classes, a file with one name a line, or their number')
     reduce_zero_label: bool = option(False, 'value 0 means no class, and classes count from 1, as in ADE20K')
-    min_size: int = option(512, 'shorter side of images in tests')
-    max_size: int = option(2048, 'longest side after that')
-    scale: List[int] = option([2048, 512], 'longest and shorter side that images are resized into in training')
-    scale_range: List[float] = option([0.5, 2.0], 'smallest and largest factor for these')
+    min_size: int = option(512, 'shorter side of resized images in evaluation')
+    max_size: int = option(2048, 'limit of their longer side')
+    scale: List[int] = option([2048, 512], 'limits of the longer and the shorter side of resized images in training')
+    scale_range: List[float] = option([0.5, 2.0], 'smallest and largest random factor for these limits')
     crop: int = option(512, 'side of the crops in training')
     crop_max_share: float = option(0.75, 'largest share of a crop that one class may have')
     distort: bool = option(True, 'change brightness, contrast, saturation and hue in training')
     train_images: str = option('images/training', 'folder of training images')
-    train_labels: str = option('annotations/training', 'folder of their label maps')
+    train_labels: str = option('annotations/training', 'folder of label maps of training images')
     val_images: str = option('images/validation', 'folder of images to evaluate on')
-    val_labels: str = option('annotations/validation', 'folder of their label maps')
+    val_labels: str = option('annotations/validation', 'folder of label maps of images to evaluate on')
 
     recipes = SEGMENTER_RECIPES
     default_recipe = 'semantic_fpn_ade20k_40k'
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
-    """A value of YAML as the type of its field, or a ValueError that names it."""
+    """Return a value of YAML as the type of its field. A value of another type raises ValueError, with its name."""
     if get_origin(kind) is Union:
         if value is None and type(None) in get_args(kind):
             return None
@@ -134,7 +140,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         return [_convert(name, v, get_args(kind)[0]) for v in values]
     if origin is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML takes 1e-4 for a text
+            return float(value)  # in YAML, 1e-4 is text
         except (TypeError, ValueError):
             pass
     if origin is str and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -151,12 +157,12 @@ def _type_name(kind: Any) -> str:
 
 
 def settings_from(kind: Type[AnySettings], values: Mapping[str, Any], where: str) -> AnySettings:
-    """Settings from names and values.
+    """Return settings made of names and values.
 
     Args:
         kind: `DetectorSettings` or `SegmenterSettings`.
-        values: As in a YAML file. What is not there has its default.
-        where: Where the values come from, for errors.
+        values: Names and values, as in a YAML file. Missing settings have their defaults.
+        where: Source of the values, for error messages.
 
     Raises:
         ValueError: A name is not known, or a value has the wrong type.
@@ -177,13 +183,13 @@ def settings_from(kind: Type[AnySettings], values: Mapping[str, Any], where: str
 def read_settings(
         kind: Type[AnySettings], config: Optional[str], given: Mapping[str, Any], below: Mapping[str, Any] = {},
 ) -> AnySettings:
-    """Settings of a recipe or a YAML file, where the given values replace those of the file.
+    """Return the settings of a recipe or a YAML file, with some of its values replaced.
 
     Args:
         kind: `DetectorSettings` or `SegmenterSettings`.
         config: Name of a recipe, or a YAML file.
-        given: Names and values that replace those of `config`. Those of a dict are added to its own.
-        below: Names and values that those of `config` replace.
+        given: Settings that replace those of `config`. If both values are dicts, they are merged.
+        below: Settings that are used if `config` and `given` do not have them.
     """
     values = dict(below)
     if config is not None:
@@ -205,7 +211,7 @@ def read_settings(
 
 
 class _Pairs(argparse.Action):
-    """NAME=VALUE arguments as a dict, values as YAML reads them."""
+    """Collects NAME=VALUE arguments as a dict. The values are parsed as YAML."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
         pairs = {}
@@ -218,7 +224,7 @@ class _Pairs(argparse.Action):
 
 
 def add_options(parser: argparse.ArgumentParser, kind: Type[Settings]) -> None:
-    """Add an option for every field. The parser returns only those that are given."""
+    """Add an option for every field. Options that are not given are missing in the result of the parser."""
     group = parser.add_argument_group('settings', 'replace those of --config')
     hints = get_type_hints(kind)
     for f in dataclasses.fields(kind):
@@ -246,7 +252,7 @@ def add_options(parser: argparse.ArgumentParser, kind: Type[Settings]) -> None:
 
 
 def _list_item(hint: Any) -> Any:
-    """The type of the items of a list."""
+    """Return the type of the items of a list."""
     if get_origin(hint) is Union:
         return str
     return get_args(hint)[0]

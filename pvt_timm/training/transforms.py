@@ -13,22 +13,23 @@ __all__ = [
 
 
 def detection_transform(flip: float = 0.5) -> v2.Transform:
-    """The published transform for detectors: a horizontal flip. The detector itself resizes and normalises."""
+    """Return the published transform for detectors: a horizontal flip. The detector resizes and normalises images."""
     return v2.RandomHorizontalFlip(flip)
 
 
 def segmentation_transform(
         scale: Sequence[int] = (2048, 512), ratios: Sequence[float] = (0.5, 2.0), crop: int = 512,
         max_share: float = 0.75, flip: float = 0.5, distort: bool = True) -> v2.Transform:
-    """The published transforms for Semantic FPN on ADE20K.
+    """Return the published transforms for Semantic FPN on ADE20K.
 
     Args:
-        scale: Longest and shorter side that images are resized into, before the ratio.
-        ratios: Smallest and largest factor for `scale`.
-        crop: Side of what is cut out. Smaller images are padded.
+        scale: Limits of the longer and the shorter side of resized images, before they are multiplied by a random
+            ratio.
+        ratios: Smallest and largest ratio.
+        crop: Side of the square that is cut out. Smaller images are padded.
         max_share: Largest share of a crop that one class may have.
         flip: Probability of a horizontal flip.
-        distort: Change brightness, contrast, saturation and hue.
+        distort: Whether to change brightness, contrast, saturation and hue.
     """
     steps: List[Any] = [JitteredSize(scale, ratios), VariedCrop(crop, max_share), v2.RandomHorizontalFlip(flip)]
     if distort:
@@ -47,18 +48,18 @@ class JitteredSize(v2.Transform):
     def make_params(self, flat_inputs: List[Any]) -> Dict[str, Any]:
         h, w = F.get_size(flat_inputs[0])
         ratio = self.low + (self.high - self.low) * torch.rand(()).item()
-        # whole sides first, as published
+        # sides are rounded down before the factor is computed, as published
         factor = min(int(self.longest * ratio) / max(h, w), int(self.shorter * ratio) / min(h, w))
         return dict(size=[max(int(h * factor + 0.5), 1), max(int(w * factor + 0.5), 1)])
 
     def transform(self, inpt: Any, params: Dict[str, Any]) -> Any:
-        return F.resize(inpt, params['size'], antialias=False)  # classes: the nearest one
+        return F.resize(inpt, params['size'], antialias=False)  # for classes, torchvision takes the nearest pixel
 
 
 class VariedCrop(v2.Transform):
-    """Cuts a square out of an image and its classes, where no class may have more than a share of the square.
+    """Cuts a random square out of an image and its classes. No class may fill more than `max_share` of the square.
 
-    After ten attempts the last square is taken, even if a class has more.
+    If ten squares do not meet this, the last one is used.
     """
     attempts = 10
 
@@ -85,8 +86,8 @@ class VariedCrop(v2.Transform):
 class PadTo(v2.Transform):
     """Pads an image and its classes to a square, on the right and below.
 
-    Padding of the image has ImageNet's mean colour, which normalisation turns into 0 (apart from rounding). Padding of
-    the classes has 255.
+    The image is padded with ImageNet's mean colour, which normalisation turns into 0 (apart from rounding). The classes
+    are padded with 255.
     """
     fill = (124, 116, 104)  # 123.675, 116.28, 103.53
 
@@ -136,7 +137,10 @@ class PhotometricDistortion(v2.Transform):
 
     @staticmethod
     def _saturate(x: torch.Tensor, factor: float) -> torch.Tensor:
-        """Multiply the saturation of HSV, at most to 1: the distance of every channel to the largest one."""
+        """Multiply the saturation of the colour model HSV by `factor`, limited to a saturation of 1.
+
+        This multiplies the distance of every channel from the largest channel.
+        """
         highest, lowest = x.max(dim=0).values, x.min(dim=0).values
-        most = highest / (highest - lowest).clamp(min=1e-6)  # one over the saturation
+        most = highest / (highest - lowest).clamp(min=1e-6)  # 1 / saturation
         return highest - (highest - x) * most.clamp(max=factor)

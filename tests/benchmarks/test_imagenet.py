@@ -1,4 +1,4 @@
-""" The ImageNet check, on the labelled digits: the same logic with the score that `test_pvt` is known for. """
+""" benchmarks/training/imagenet.py on the labelled digits, with the known score of `test_pvt`. """
 import json
 import shutil
 

@@ -1,4 +1,4 @@
-""" The generated shapes, and that the demo of benchmarks/ trains on them and writes what it promises. """
+""" The generated shapes of benchmarks/demos. The demo trains on them and writes the files that it documents. """
 import json
 import subprocess
 import sys

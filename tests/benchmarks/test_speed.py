@@ -1,4 +1,4 @@
-""" The parts of the benchmark suite that do not take time: arithmetic, summaries, table and plots. """
+""" The parts of the benchmark suite that measure nothing: arithmetic, summaries, table and plots. """
 import json
 
 import pytest

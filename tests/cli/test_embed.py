@@ -1,4 +1,4 @@
-"""`pvt-timm embed`: a vector per image, every image once, whatever happened on the way."""
+"""`pvt-timm embed`: one vector per image, and every image once, also after crashes and with several processes."""
 import json
 import os
 import subprocess

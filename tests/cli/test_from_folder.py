@@ -1,4 +1,4 @@
-""" What recipes/README.md shows, as it stands: from an image folder to predictions in timm and transformers, and on."""
+""" The commands of recipes/README.md, unchanged: from an image folder to predictions in timm and transformers. """
 import importlib.util
 import os
 import re

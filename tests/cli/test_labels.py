@@ -1,4 +1,4 @@
-""" Names of classes in files: what is written is read again, whatever the names are. """
+""" Names of classes in files: any names that are written are read again unchanged. """
 import json
 
 import pytest

@@ -1,4 +1,4 @@
-"""What makes it a package: torch.hub, systems that are not this one's, the notes of a release."""
+"""The package as a whole: torch.hub, no code for one operating system only, the notes of a release."""
 import re
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""False colours: free of arbitrary signs, and right for levels too small or too flat to have colours."""
+"""False colours: they do not depend on arbitrary signs, and are right for levels that are very small or constant."""
 import html
 import math
 import re

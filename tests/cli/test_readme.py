@@ -1,6 +1,6 @@
-"""READMEs can be typed as they stand: every command and snippet of theirs is run, section by section.
+"""Every command and snippet of the READMEs is run unchanged, section by section.
 
-Those of recipes/ and weights_conversion/ have tests of their own (test_from_folder.py, export/test_engines.py,
+The READMEs of recipes/ and weights_conversion/ are tested in other files (test_from_folder.py, export/test_engines.py,
 convert/test_convert.py).
 """
 import glob

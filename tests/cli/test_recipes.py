@@ -1,4 +1,4 @@
-""" Every recipe through timm's own train.py: its keys are known, and what it sets lands where it is meant to. """
+""" Every recipe with timm's own train.py: its keys are known, and its settings have their effect. """
 import copy
 import importlib.util
 import sys

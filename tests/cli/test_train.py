@@ -1,4 +1,4 @@
-""" `train`: what the machine has, recovery, names of classes, with a stand-in for the script. """
+""" `pvt-timm train`: settings for the machine, recovery, names of classes. A stand-in replaces timm's script. """
 import argparse
 import json
 import os

@@ -1,4 +1,4 @@
-""" CONTRIBUTING's way to add a format, on an invented one: a new file and one line in the list, in a copy. """
+""" Adds an invented format to a copy of the package, as CONTRIBUTING.md says: a new file and one line in a list. """
 import json
 import shutil
 import subprocess

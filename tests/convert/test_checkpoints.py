@@ -1,4 +1,4 @@
-""" What a state dict is, and its way to timm's names and back. """
+""" State dicts of all formats: how they are recognised, and mapped to timm's names and back. """
 import argparse
 import logging
 import random

@@ -1,4 +1,4 @@
-""" An output of the converter is complete or not there, and says nothing that it must not. """
+""" An output of the converter is complete or does not exist, and names in a checkpoint cannot disturb its card. """
 import contextlib
 import os
 import re

@@ -1,7 +1,7 @@
-""" Any config beside the weights, any options: what is written predicts what the source's own model predicts, or the
-conversion is refused.
+""" Random configs beside the weights, and random options of the converter. The written model gives the same outputs as
+the source's own model, or the conversion is refused.
 
-`PVT_FUZZ_CASES` and `PVT_FUZZ_FIRST` say how many cases and from which one, as in test_convert_fuzz.py.
+`PVT_FUZZ_CASES` is the number of cases, `PVT_FUZZ_FIRST` the number of the first one, as in test_convert_fuzz.py.
 """
 import json
 import logging

@@ -1,4 +1,4 @@
-""" The converter: to timm and back without a changed bit, and folders that load wherever they should. """
+""" The converter: weights go to timm's format and back without a changed bit, and other libraries load its folders. """
 import argparse
 import contextlib
 import hashlib

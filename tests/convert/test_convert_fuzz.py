@@ -1,7 +1,7 @@
-""" Broken and hostile checkpoints: every one ends in a right output or in one clear error with exit code 2.
+""" Broken and hostile checkpoints: each one gives a right output, or one clear error with exit code 2.
 
-`PVT_FUZZ_CASES=10000 python -m pytest tests/convert/test_convert_fuzz.py` runs as many cases as it says. Case n is
-always the same, `PVT_FUZZ_FIRST` starts at another one. The process may map 2 GB more than at the start.
+`PVT_FUZZ_CASES=10000 python -m pytest tests/convert/test_convert_fuzz.py` runs 10000 cases. Case n is always the same.
+`PVT_FUZZ_FIRST` is the number of the first case. The process may map 2 GB more than at the start.
 """
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-""" Detectors and segmenters of this package in the layout of OpenMMLab, from the command line. """
+""" Detectors and segmenters of this package, converted to the layout of OpenMMLab on the command line. """
 import json
 
 import pytest

@@ -1,4 +1,4 @@
-""" A download is there whole or not at all, and no larger than allowed, whatever the server says. """
+""" A downloaded file is complete or does not exist, and is not larger than allowed, whatever the server sends. """
 import io
 import contextlib
 import urllib.error

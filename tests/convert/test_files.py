@@ -1,4 +1,4 @@
-""" Files of unknown origin: nothing is executed, no claim is believed, and a write is complete or not there. """
+""" Files of unknown origin: nothing in them is executed, and sizes in them are checked. Written files are complete. """
 import argparse
 import datetime
 import json

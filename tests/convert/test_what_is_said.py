@@ -1,4 +1,4 @@
-""" What a checkpoint, its training and its config say about a model is obeyed, carried along, or refused by name. """
+""" Settings of a model in a checkpoint, its training settings or its config are used, kept, or refused by name. """
 import argparse
 import json
 import re

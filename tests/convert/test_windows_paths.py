@@ -1,6 +1,6 @@
-""" Paths as Windows writes them, in all that takes a name of a file: none is taken for a url or for something else.
+""" Windows paths, in all functions that take the name of a file: none is taken for a url or for something else.
 
-Elsewhere a backslash and a colon are letters of a name, so the same text can be a file here.
+On other systems a backslash and a colon may be part of a name, so a file of this name can be made there.
 """
 import json
 import os

@@ -1,6 +1,6 @@
-""" What replaces each way in which copies of the original `pvt.py` are used, with the same weights.
+""" For each way in which copies of the original `pvt.py` are used: what replaces it, with the same outputs.
 
-The other side is the plain reference, which `tests/model/test_equivalence.py` compares with the original code.
+The outputs are compared with the plain reference, which `tests/model/test_equivalence.py` compares with the original.
 """
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""The notebook of benchmarks/demos runs from top to bottom without a network. A script draws the README's picture."""
+"""The notebook of benchmarks/demos runs without a network, and a script draws the README's picture."""
 import base64
 import io
 import json

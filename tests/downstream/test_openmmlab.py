@@ -1,6 +1,6 @@
-"""OpenMMLab's detectors and segmenter in this package against their own models with the same random weights.
+"""Detectors and segmenter of this package, compared with OpenMMLab's own models with the same random weights.
 
-'original' is the original code's backbone under the heads of its config, so its key layout.
+'original' is a checkpoint with the names of the original code: its backbone, with OpenMMLab's heads.
 """
 import functools
 

@@ -1,4 +1,4 @@
-""" The examples for other libraries, none of which is among the test requirements; each runs where it is installed. """
+""" The examples for other libraries. They are not test requirements: each runs if its library is installed. """
 import importlib
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-""" segmentation_models_pytorch decoders on PVT: training, export, script and compile as its own tests do. """
+""" Decoders of segmentation_models_pytorch on PVT: training, export, script and compile, as in its own tests. """
 import pytest
 import torch
 

@@ -1,4 +1,4 @@
-""" What recipes/EXPORT.md shows is run, section by section, on test_pvt and small images. """
+""" The commands and snippets of recipes/EXPORT.md are run, section by section, on test_pvt and small images. """
 import re
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-""" Files for other runtimes: the model's numbers, read by the runtime alone, and nothing written where they differ. """
+""" Files for other runtimes have the outputs of the model, without this package. If they differ, none is written. """
 import json
 import shlex
 import subprocess

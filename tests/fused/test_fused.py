@@ -1,4 +1,4 @@
-""" The fused model: the results of the plain one everywhere, on the fast path where it should be and nowhere else. """
+""" The fused model has the results of the plain model, and takes the fast path only when it should. """
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-""" The smaller graph: the same numbers at every size and batch, from fewer operations, in every form. """
+""" The smaller graph gives the same numbers with fewer operations: at every size, also exported and compiled. """
 import copy
 
 import pytest

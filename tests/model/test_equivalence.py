@@ -1,4 +1,4 @@
-""" The numbers are the original's: against transformers, a plain reference, and the original code. """
+""" The outputs equal those of transformers, of a plain reference, and of the original code. """
 import copy
 
 import pytest

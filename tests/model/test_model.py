@@ -1,4 +1,4 @@
-""" The model's interface: modes, sizes, heads, initialisation, features. The numbers are in test_equivalence.py. """
+""" The model's interface: modes, sizes, heads, initialisation, features. test_equivalence.py compares its outputs. """
 import copy
 import inspect
 import subprocess

@@ -1,4 +1,4 @@
-""" Pretrained weights through the real clients: huggingface_hub and torch.hub, against a loopback server. """
+""" Pretrained weights, loaded with the real clients huggingface_hub and torch.hub from a loopback server. """
 import copy
 import logging
 import subprocess

@@ -1,4 +1,4 @@
-""" On a GPU: the numbers of the CPU, in every way that a model is run there. """
+""" On a GPU, outputs are those of the CPU, in every way that a model can be run there. """
 import copy
 
 import pytest

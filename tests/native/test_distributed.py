@@ -1,4 +1,4 @@
-""" DistributedDataParallel and FSDP2 over two gloo processes on the CPU, against one process. """
+""" DistributedDataParallel and FSDP2 with two processes on the CPU (gloo), compared with one process. """
 import datetime
 
 import pytest

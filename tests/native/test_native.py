@@ -1,4 +1,4 @@
-""" What a timm model has to stand: it is compiled, exported, scripted, traced, looked into, cast to other dtypes. """
+""" What every timm model has to support: compile, export, script, trace, feature extraction, other dtypes. """
 import pytest
 import timm
 import torch

@@ -1,4 +1,4 @@
-""" timm's own test suite, of the installed version, on our models: from this package, and merged into timm.
+""" The test suite of the installed timm on our models: with this package, and with the models merged into timm.
 
 See `conformance/runner.py` and `merge_into_timm.py`.
 """

@@ -1,6 +1,7 @@
 """ timm's scripts, unmodified, on these models and real images (scikit-learn's digits).
 
-They are in no package of timm's. `TIMM_CHECKOUT` names a checkout of https://github.com/huggingface/pytorch-image-models.
+timm's packages do not contain them: `TIMM_CHECKOUT` names a checkout of
+https://github.com/huggingface/pytorch-image-models.
 """
 import csv
 import json

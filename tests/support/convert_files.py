@@ -1,4 +1,4 @@
-""" Checkpoints of every format, with random bit patterns as weights or of a model, and the hosts that have them. """
+""" Makes checkpoints of every format, with random bit patterns or the weights of a model, and servers for them. """
 import argparse
 import contextlib
 import io

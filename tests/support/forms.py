@@ -1,4 +1,4 @@
-""" What the tests of fused, compiled and exported forms have in common: models, inputs, comparing. """
+""" Models, inputs and comparisons for the tests of fused, compiled and exported forms. """
 import pytest
 import timm
 import torch

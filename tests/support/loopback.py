@@ -1,8 +1,8 @@
 """ A stand-in for the Hugging Face Hub and for plain download hosts, on 127.0.0.1, for the real clients.
 
-It speaks as much of the hub's protocol as `huggingface_hub` needs to download and upload models, and serves plain files
-for `torch.hub`. Faults can be injected. The fixtures that use it are in `conftest.py`: a client that runs in this
-process sees the server without any setting, one in a subprocess needs `env=client_env`.
+It supports the part of the hub's protocol that `huggingface_hub` needs to download and upload models, and serves plain
+files for `torch.hub`. Faults can be injected. The fixtures that use it are in `conftest.py`. A client in this process
+uses the server without any setting, a client in a subprocess needs `env=client_env`.
 """
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-""" How much memory a piece of code takes at most. """
+""" Measures the peak memory of a piece of code. """
 import contextlib
 import os
 import tracemalloc

@@ -1,7 +1,7 @@
 """OpenMMLab's own detectors and segmenter with random weights, as a reference to compare with.
 
-Runs without compiled parts: mmcv's operators are stand-ins, except for its batched NMS and its RoIAlign, which are
-torchvision's. Needs mmdet 3.3.0, mmsegmentation 1.2.2, mmcv-lite 2.1.0, mmengine 0.10.7 and setuptools<80.
+Runs without compiled parts: stand-ins replace mmcv's operators, and torchvision's operators replace its batched NMS and
+its RoIAlign. Needs mmdet 3.3.0, mmsegmentation 1.2.2, mmcv-lite 2.1.0, mmengine 0.10.7 and setuptools<80.
 """
 import sys
 import types

@@ -1,9 +1,9 @@
-""" Does a test notice? Change one place of the code at a time and run the tests of that file.
+""" Mutation testing: change one place of the code at a time (a mutant), and see whether the tests of its file fail.
 
     python tests/support/mutate.py --sample 100 --jobs 2
 
-draws a seeded sample from all places of the files of `TESTS` that `changed` knows a change for. A mutant that no test
-notices is printed, to be argued or to be given a test.
+draws a random sample (with a fixed seed) of the places in the files of `TESTS` that `changed` can change. A mutant that
+no test notices is printed. It then needs a test, or a reason why none is needed.
 """
 import argparse
 import ast

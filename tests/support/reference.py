@@ -1,4 +1,4 @@
-""" PVT v1 written down once more, as plainly as possible, to compare the package with.
+""" A second implementation of PVT v1, as plain as possible, to compare the package with.
 
 `tokens`, `logits` and `features` are functions of a state dict under the names of the original code. They share no code
 with `pvt_timm`. `load_original` runs the original code itself, from a checkout.

@@ -1,4 +1,4 @@
-""" Exported files read by their runtime alone, in a process that has neither this package nor timm. """
+""" Reads exported files with only their runtime, in a process without this package and timm. """
 import subprocess
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-""" Imports scripts of benchmarks/. They are no package: a script finds the files beside it by Python's own rule. """
+""" Imports scripts of benchmarks/. They are not a package: a script imports the files in its folder by their names. """
 import importlib
 import sys
 from pathlib import Path

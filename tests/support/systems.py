@@ -1,4 +1,4 @@
-""" What not every system has. A test that needs it is skipped elsewhere, under the name of what is missing. """
+""" Features that not every operating system has. Without them, tests are skipped, and the reason names the feature. """
 import os
 import signal
 import sys

@@ -1,4 +1,4 @@
-""" Options of `pvt-timm detector fit` and `segmenter fit` for runs of seconds. """
+""" Options of `pvt-timm detector fit` and `segmenter fit` for runs that take only seconds. """
 
 # What makes `test_pvt` and its heads small
 SMALL = ('--model', 'test_pvt', '--model-args', 'img_size=64', '--out-channels', '16', '--workers', '0',

@@ -1,4 +1,4 @@
-""" Small data sets of generated shapes, and the commands on them. """
+""" Fixtures: small data sets of generated shapes, and functions that run the commands on them. """
 import json
 import sys
 from pathlib import Path

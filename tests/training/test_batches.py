@@ -1,4 +1,4 @@
-""" The same images whatever the number of processes; figures; schedules; settings. """
+""" Batches do not depend on the number of processes. Also figures, schedules and settings. """
 import argparse
 import contextlib
 import io

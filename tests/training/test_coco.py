@@ -1,4 +1,4 @@
-""" Annotations as COCO has them: what is read, what is left out, what is refused with its file and id. """
+""" Annotations in COCO's format: what is read, what is left out, and what is refused with its file and id. """
 import copy
 import json
 

@@ -1,4 +1,4 @@
-""" What a user types in an empty folder, from annotations of their own to a file for OpenMMLab, killed on the way. """
+""" The commands of a user from their own annotations to a file for OpenMMLab, with a training that is killed. """
 import json
 import os
 import signal

@@ -1,4 +1,4 @@
-""" `pvt-timm detector` and `pvt-timm segmenter`: train, be stopped, go on, validate, and use what comes out. """
+""" `pvt-timm detector` and `pvt-timm segmenter`: train, stop and continue, validate, and use the trained models. """
 import contextlib
 import copy
 import io

@@ -1,4 +1,4 @@
-""" A folder of images and one of label maps. """
+""" Data sets with a folder of images and a folder of label maps. """
 import numpy as np
 import pytest
 import torch

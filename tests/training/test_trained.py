@@ -1,4 +1,4 @@
-""" What a checkpoint says about its model: written, read, and refused where it is not what it should be. """
+""" The description of a model in its checkpoint is written and read, and refused if it is wrong. """
 import pytest
 import torch
 

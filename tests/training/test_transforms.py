@@ -1,4 +1,4 @@
-""" What is done to images in training. """
+""" Transforms of images in training. """
 import colorsys
 
 import numpy as np

@@ -1,9 +1,12 @@
 """ pytest plugin that points timm's own tests at the models of this package.
 
-Loaded by `runner.py` (`pytest -p tests.support.conformance.plugin`) in the process that runs timm's tests. It imports
-`pvt_timm`, unless timm holds the family itself, keeps our models only in every list of model names, adds them to tests
-whose names are written out (`EXTENDED`), sends downloads from a url to the loopback server and writes the outcomes to
-`PVT_CONFORMANCE_REPORT`.
+`runner.py` loads it (`pytest -p tests.support.conformance.plugin`) in the process that runs timm's tests. The plugin
+
+- imports `pvt_timm`, unless timm itself has the models,
+- removes all models but ours from lists of model names,
+- adds our models to tests in which names are written out (`EXTENDED`),
+- sends downloads from urls to the loopback server,
+- writes the results to `PVT_CONFORMANCE_REPORT`.
 """
 import json
 import os

@@ -1,8 +1,8 @@
-""" Runs timm's own test suite on the models of this package, or on a copy of timm that holds the family itself.
+""" Runs timm's own test suite on the models of this package, or on a copy of timm that has the models itself.
 
-timm's wheel holds no tests, its source distribution does. The one of the installed version is fetched with pip,
-unpacked into a temporary folder, and run there by pytest with `plugin.py`. The only change to the unpacked files is
-that our names are put into the lists of `FILTERS`.
+timm's wheel has no tests, but its source distribution has. The source distribution of the installed version is fetched
+with pip and unpacked into a temporary folder. There pytest runs the tests with `plugin.py`. The only change to the
+unpacked files is that our names are added to the lists of `FILTERS`.
 """
 import ast
 import json

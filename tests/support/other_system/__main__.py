@@ -1,10 +1,11 @@
-""" Runs pytest as on Windows, so far as Linux can tell: `python -m tests.support.other_system [arguments of pytest]`.
+""" Runs pytest like on Windows, as far as Linux can do that: `python -m tests.support.other_system [pytest arguments]`.
 
-- No modules and functions of POSIX, no /proc and /dev, no symbolic links: `sitecustomize.py` beside this file.
-- A locale whose text is cp1252, as on a Windows of Western Europe. glibc's `localedef`, which comes with every Debian,
-  makes it from a table that Python knows.
+- `sitecustomize.py` beside this file removes modules and functions of POSIX, /proc and /dev, and symbolic links.
+- The locale has the encoding cp1252, as Windows in Western Europe. glibc's `localedef`, which is part of every Debian,
+  makes it from a table in Python.
 
-What it cannot show: backslashes in paths, files that cannot be replaced while they are open, and the shell.
+It cannot show problems with backslashes in paths, with files that cannot be replaced while they are open, and with the
+shell.
 """
 import os
 import subprocess

@@ -1,8 +1,8 @@
-""" Takes away what Windows does not have, from this repository's code alone. Python runs this file when it starts.
+""" Hides from the code of this repository what Windows does not have. Python runs this file when it starts.
 
-`__main__.py` puts this folder on PYTHONPATH, so that the processes that tests start are without it too. Libraries
-keep what they had: Python's own `subprocess` cannot do without `signal.SIGKILL` here. So each look-up asks who the
-caller is.
+`__main__.py` puts this folder on PYTHONPATH, so it is also used in processes that tests start. Nothing is hidden from
+libraries: Python's own `subprocess`, for example, needs `signal.SIGKILL` on Linux. So each look-up checks which code
+made it.
 """
 import builtins
 import os
