@@ -143,7 +143,7 @@ def _exported(variant: str, target: str, int8: bool, height: int, width: int) ->
     from pvt_timm.int8 import CalibrationImages
 
     def random_image(file: Path) -> torch.Tensor:
-        return torch.randn(3, height, width, generator=torch.Generator().manual_seed(int(file.stem)))
+        return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(int(file.stem)))
 
     images = CalibrationImages([Path(str(i)) for i in range(8)], None, random_image) if int8 else None
     name = f'export_{variant}_{height}x{width}_{"int8" if int8 else "fp32"}{TARGETS[target].suffix}'
