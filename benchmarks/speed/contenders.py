@@ -26,11 +26,11 @@ DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 
 TOLERANCE = {'fp32': 1e-4, 'tf32': 2e-2, 'bf16': 8e-2, 'fp16': 2e-2}
 CPU = ('original', 'transformers', 'eager', 'fused', 'onnxruntime', 'openvino')
 ENGINES = (
-    'original', 'eager', 'unfused_attention', 'fused', 'onnxruntime', 'onnxruntime_int8', 'openvino_original',
+    'original', 'eager', 'unfused_attention', 'fused', 'onnxruntime_export', 'onnxruntime_int8', 'openvino_original',
     'openvino_export', 'openvino_any_size', 'openvino_int8')
 RUNTIMES = (
-    'onnxruntime', 'onnxruntime_int8', 'openvino', 'openvino_original', 'openvino_export', 'openvino_any_size',
-    'openvino_int8')
+    'onnxruntime', 'onnxruntime_export', 'onnxruntime_int8', 'openvino', 'openvino_original', 'openvino_export',
+    'openvino_any_size', 'openvino_int8')
 CUDA = (
     'original', 'transformers', 'eager', 'channels_last', 'compiled', 'cuda_graph', 'sdpa_flash', 'sdpa_efficient',
     'sdpa_math', 'pvt_v2', 'resnet50')
@@ -155,10 +155,10 @@ def _onnxruntime(name, variant, shape, precision, threads) -> Callable:
     if precision != 'fp32':
         raise Skipped('its CPU provider has no bf16')
     import onnxruntime
-    if name == 'onnxruntime_int8':
-        path = _exported(variant, 'onnx', True, *shape[2:])
-    else:
+    if name == 'onnxruntime':
         path = _traced('eager', variant, shape)
+    else:
+        path = _exported(variant, 'onnx', name == 'onnxruntime_int8', *shape[2:])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])

@@ -9,7 +9,8 @@ LABELS = dict(
     original='original code', transformers='transformers', eager='ours', fused='ours, fused',
     unfused_attention='ours, attention not fused', checkpointed='ours, checkpointing', compiled='ours, compiled',
     pvt_v2='timm pvt_v2 (like size)', resnet50='torchvision ResNet-50', onnxruntime='onnxruntime',
-    onnxruntime_int8='onnxruntime, our int8', openvino='OpenVINO', openvino_original='OpenVINO, original code',
+    onnxruntime_export='onnxruntime, our export', onnxruntime_int8='onnxruntime, our int8', openvino='OpenVINO',
+    openvino_original='OpenVINO, original code',
     openvino_export='OpenVINO, our export', openvino_any_size='OpenVINO, our export, any size',
     openvino_int8='OpenVINO, our int8',
     channels_last='ours, channels_last', cuda_graph='ours, CUDA graph', sdpa_flash='ours, flash attention',
@@ -18,7 +19,7 @@ COLOURS = dict(
     original='#999999', transformers='#e69f00', eager='#56b4e9', fused='#d62728', compiled='#0072b2',
     checkpointed='#0072b2', pvt_v2='#cc79a7', resnet50='#b8860b', onnxruntime='#009e73', openvino='#111111',
     onnxruntime_int8='#66c2a5', openvino_original='#777777', openvino_export='#333333', openvino_int8='#9467bd',
-    openvino_any_size='#555555',
+    openvino_any_size='#555555', onnxruntime_export='#009e73',
     channels_last='#7f7fff', cuda_graph='#d62728', unfused_attention='#009e73',
     sdpa_flash='#2ca02c', sdpa_efficient='#98df8a', sdpa_math='#bcbd22')
 
@@ -58,7 +59,7 @@ TRAINING = (
     ('unfused_attention', 'transformers'), ('checkpointed', 'eager'), ('eager', 'pvt_v2'), ('eager', 'resnet50'))
 ENGINES = (
     ('openvino_export', 'openvino_original'), ('openvino_export', 'openvino_any_size'),
-    ('openvino_int8', 'openvino_export'), ('onnxruntime_int8', 'onnxruntime'), ('fused', 'eager'),
+    ('openvino_int8', 'openvino_export'), ('onnxruntime_int8', 'onnxruntime_export'), ('fused', 'eager'),
     ('eager', 'original'), ('unfused_attention', 'original'), ('fused', 'openvino_original'),
     ('fused', 'openvino_export'))
 MEMORY = (('fused', 'eager'), ('fused', 'original'), ('eager', 'original'), ('eager', 'pvt_v2'))

@@ -1,5 +1,6 @@
 """ Files for other runtimes have the outputs of the model, without this package. If they differ, none is written. """
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pvt_timm import export as export_package
 from pvt_timm.detection import detector_to_mmdet, pvt_faster_rcnn, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.export import TARGETS, comparing, export, read_metadata
 from pvt_timm.export.graphs import make_graph
-from pvt_timm.int8 import find_images
+from pvt_timm.int8 import CalibrationImages, find_images
 from pvt_timm.segmentation import semantic_fpn
 from tests.support.forms import make_input, make_model
 from tests.support.runtimes import read_alone
@@ -438,6 +439,33 @@ def test_openvino_compiles_models_of_a_fixed_size(tmp_path):
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / 'logits.npy')), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_int8_for_openvino_on_a_cpu_without_vnni(tmp_path):
+    """As exact as on a CPU with VNNI. With weights of the whole range, sums overflowed and the change doubled."""
+    for package in ('openvino', 'nncf'):
+        pytest.importorskip(package)
+
+    def random_image(file):
+        return torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(int(file.name)))
+
+    torch.manual_seed(0)
+    model = timm.create_model('pvt_tiny').eval()
+    images = CalibrationImages([Path(str(i)) for i in range(8)], None, random_image)
+    export(model, 'openvino', tmp_path / 'pvt.xml', calibration=images)
+    x = torch.stack([random_image(Path(str(i))) for i in range(8, 12)])
+    np.save(tmp_path / 'x.npy', x.numpy())
+    code = (
+        'import numpy, openvino; compiled = openvino.Core().compile_model("pvt.xml", "CPU"); '
+        'numpy.save("logits.npy", compiled(numpy.load("x.npy"))["logits"])')
+    with torch.no_grad():
+        expected = model(x)
+    changes = []
+    for env in ({}, {'ONEDNN_MAX_CPU_ISA': 'AVX2'}):
+        subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={**os.environ, **env}, check=True)
+        changes.append((torch.from_numpy(np.load(tmp_path / 'logits.npy')) - expected).abs().mean().item())
+    assert 0 < changes[1] < 1.3 * changes[0]
 
 
 def test_commands_of_the_guide():
