@@ -49,7 +49,7 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Where skips are checked, name the tests that want for a checkout."""
+    """If skips are checked, print the names of tests that were skipped because a checkout is missing."""
     if config.getoption('allowed_skips') is None:
         return
     for name in ('PVT_CHECKOUT', 'TIMM_CHECKOUT'):
@@ -64,7 +64,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path_factory, monkeypatch):
-    """Every test has empty hub and torch caches and an empty server, in this process and in subprocesses."""
+    """Give every test empty caches of the hub and of torch, and an empty server. Subprocesses have them too."""
     import huggingface_hub.file_download  # noqa: F401
 
     _server.clear()
@@ -80,23 +80,23 @@ def own_caches(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def hub():
-    """The loopback server. `HF_ENDPOINT` points to it for all tests."""
+    """Return the loopback server. `HF_ENDPOINT` points to it in all tests."""
     return _server
 
 
 @pytest.fixture
 def client_env(own_caches):
-    """Environment for a client in a subprocess: this test's caches, the loopback server and this repository."""
+    """Return an environment for subprocesses, with this test's caches, the loopback server and this repository."""
     return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))}
 
 
 @pytest.fixture
 def no_waits(monkeypatch):
-    """The hub's client retries without pauses."""
+    """Let the hub's client retry without pauses."""
     monkeypatch.setattr('time.sleep', lambda seconds: None)
 
 
 @pytest.fixture
 def token(monkeypatch):
-    """A token for uploads. The client wants one, the server does not look at it."""
+    """Set a token for uploads. The client needs one, the server does not check it."""
     monkeypatch.setenv('HF_TOKEN', 'hf_loopback')

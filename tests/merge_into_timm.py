@@ -24,7 +24,7 @@ IMPORT = re.compile(r'from (\S+) (import .+)')
 
 
 def moved(line: str) -> str:
-    """A line of pvt.py as it is in timm."""
+    """Return a line of pvt.py as it has to be in timm."""
     for here, there in PLACES.items():
         if line.startswith(f'from {here}'):
             return line.replace(here, there, 1)
@@ -32,10 +32,10 @@ def moved(line: str) -> str:
 
 
 def changed_lines(before: str, after: str) -> List[Tuple[str, str]]:
-    """The lines that differ, before and after.
+    """Return pairs of the lines that differ, before and after.
 
     Raises:
-        ValueError: Something else differs than the places that modules are imported from.
+        ValueError: A line differs in more than the place that it imports from.
     """
     old, new = before.splitlines(), after.splitlines()
     if len(old) != len(new):
@@ -49,7 +49,7 @@ def changed_lines(before: str, after: str) -> List[Tuple[str, str]]:
 
 
 def merge(folder: Path) -> Path:
-    """Write `folder / 'timm'` and return it."""
+    """Write a copy of timm that has the models to `folder / 'timm'`, and return its path."""
     before = (PACKAGE / 'pvt.py').read_text(encoding='utf-8')
     after = ''.join(moved(line) for line in before.splitlines(keepends=True))
     changed_lines(before, after)

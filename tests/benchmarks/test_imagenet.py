@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def data(folder, tmp_path):
-    """A copy to change."""
+    """Return a copy of the data set, which a test may change."""
     return shutil.copytree(folder, tmp_path / 'data')
 
 
@@ -45,7 +45,7 @@ def test_within_and_beyond_what_is_allowed(run, folder, capsys, tmp_path):
 
 
 def test_scores_follow_the_labels(data):
-    """Images of one class in another's folder count as wrong."""
+    """If the folders of two classes swap their names, the images in them count as wrong."""
     validation = data / 'validation'
     (validation / '0').rename(validation / 'x')
     (validation / '1').rename(validation / '0')

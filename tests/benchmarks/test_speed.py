@@ -41,7 +41,7 @@ def test_report(tmp_path):
 
 
 def test_charts_have_no_gaps_and_show_values():
-    """Each chart has the contenders that were measured there and no others, each with its name and its value."""
+    """A chart has a bar with name and value for each contender that was measured, and no bars for the others."""
     figure = pytest.importorskip('matplotlib.figure')
     row = dict(variant='small', shape=[1, 3, 224, 224], precision='fp32', contenders=dict(
         transformers=dict(median=70.2), eager=dict(median=70.1), openvino=dict(skipped='not there')))

@@ -16,7 +16,10 @@ DONE = re.compile(r'pvt-timm: [\d,]+ images? on \w+(:\d+)? \(float32[^\n]*\)[^\n
 
 @pytest.fixture
 def cli(capsys):
-    """In this process. Returns what is printed, or with `fails=True` the one line of the error."""
+    """Return a function that runs a command in this process and returns its stdout.
+
+    With `fails=True` the command has to fail, and the function returns the one line on stderr.
+    """
     def run(*argv, fails=False):
         capsys.readouterr()
         try:
@@ -34,7 +37,7 @@ def cli(capsys):
 
 @pytest.fixture
 def python(client_env, tmp_path):
-    """Python in a process of its own, in the folder of the test."""
+    """Return a function that runs Python in a separate process, in the folder of the test."""
     def run(*args, **env):
         return subprocess.run(
             [sys.executable, *map(str, args)], cwd=tmp_path, env={**client_env, 'OMP_NUM_THREADS': '1', **env},
@@ -44,7 +47,7 @@ def python(client_env, tmp_path):
 
 @pytest.fixture(scope='session')
 def train_py():
-    """timm's script, which is not in its package."""
+    """Return the path of timm's train.py, which is not in timm's package. Without a checkout, skip the test."""
     file = Path(os.environ.get('TIMM_CHECKOUT', 'none'), 'train.py')
     if not file.is_file():
         pytest.skip('TIMM_CHECKOUT is not set to a checkout of huggingface/pytorch-image-models (for its train.py)')

@@ -31,7 +31,7 @@ DONE = re.compile(r'pvt-timm: 1 image on \w+ \(.*\)\n')
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """Weights and images, good and bad."""
+    """Return a folder with good and damaged weights and images."""
     root = tmp_path_factory.mktemp('files')
     model = timm.create_model('test_pvt', pretrained=True)
     state = model.state_dict()
@@ -85,7 +85,7 @@ def test_list(cli):
 
 
 def test_lines_of_list_fit_a_terminal(cli):
-    """But addresses, which stand alone, so that they can be copied."""
+    """No line is too long, except for urls. A url has a line of its own, so that it can be copied."""
     lines = cli('list').splitlines()
     assert max(len(line) for line in lines if '://' not in line) <= 110
     for line in lines:
@@ -149,7 +149,11 @@ def test_image_modes(tmp_path):
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_grey_images_of_more_than_8_bits(channels, tmp_path):
-    """Pillow cuts their values off at 255, so they would be white, or black where they are from 0 to 1."""
+    """Grey images with more than 8 bits are scaled to 0 to 255, and other values are refused.
+
+    Pillow alone would cut off values above 255, so 16-bit images would be white, and images with values from 0 to 1
+    black.
+    """
     ramp = np.linspace(0, 1, 64 * 48).reshape(48, 64)
     expected = np.floor(ramp * 255 + 0.5)
     images = {
@@ -282,7 +286,7 @@ def test_errors_are_one_line_and_mistakes_of_ours_a_traceback(capfd, error, code
 @pytest.mark.parametrize('how', ['before', 'after', 'environment', 'no', 'no either'])
 @pytest.mark.parametrize('prog', ['pvt-timm', 'pvt-convert'])
 def test_debug_shows_the_traceback(prog, how, capsys, monkeypatch):
-    """And the line of every error at the end."""
+    """With --debug, a traceback comes before the line of the error. Without --debug, there is only the line."""
     argv = ['predict', 'nope\x1b.png'] if prog == 'pvt-timm' else ['nope\x1b.pth', '-o', 'nope']
     if how == 'before':
         argv = ['--debug', *argv]
@@ -310,7 +314,7 @@ def test_debug_of_a_script_is_its_own(tmp_path, monkeypatch, capsys):
 
 @needs_utf8_names
 def test_nothing_of_a_name_reaches_the_terminal(cli, tmp_path, monkeypatch):
-    """Names of images, of outputs and of folders."""
+    """Control characters in the names of images, outputs and folders are escaped before they are printed."""
     name = 'a\x1b[31m\x9b2Jb'
     monkeypatch.chdir(tmp_path)
     for suffix in ('png', 'jpg'):
@@ -370,7 +374,7 @@ def test_run_leaves_errors_to_the_script(tmp_path, monkeypatch):
 
 
 def test_error_of_a_process(python):
-    """Exit code and one line on stderr, with nothing else before it."""
+    """A failing command has exit code 2, and prints one line on stderr and nothing else."""
     done = python('-m', 'pvt_timm', 'predict', 'nope.png')
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'pvt-timm: error: No such file or directory: nope.png\n'
@@ -414,7 +418,7 @@ NOTED = '''if True:
 
 
 def test_warnings_do_not_stand_before_an_error(python, files, tmp_path):
-    """They are shown when all went well, or with --debug."""
+    """Warnings are printed if the command succeeds, or with --debug. Otherwise only the error is printed."""
     # the last two are a command of ours: a checkpoint whose names do not fit, with an image that cannot be read too
     folder = shutil.copytree(files / 'transformers', tmp_path / 'folder')
     (folder / 'config.json').write_text('{"id2label": {"0": "one of ten"}}')
@@ -441,7 +445,7 @@ INSPECT = 'weights_conversion inspect {files}/original.pth'
 ])
 @needs_posix_shell
 def test_no_place_for_the_output(client_env, files, tmp_path, program, redirect, code, says):
-    """Streams that the shell has closed, and a full disk: no traceback."""
+    """If a stream is closed or the disk is full, the command prints at most one line and no traceback."""
     done = subprocess.run(
         f'"{sys.executable}" -m {program.format(files=files)} {redirect}', shell=True, cwd=tmp_path, env=client_env,
         capture_output=True, text=True, timeout=300)

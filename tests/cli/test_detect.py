@@ -14,7 +14,7 @@ from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn, semantic_fpn
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Images, and checkpoints of a detector and a segmenter as OpenMMLab's code saves them."""
+    """Return a folder with images, and with checkpoints of detectors and a segmenter as OpenMMLab saves them."""
     path = tmp_path_factory.mktemp('detect')
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def test_run_lengths_are_those_of_coco():
 
 
 def drawn(draw, *args, folder):
-    """Pixels (H, W, 3) of a picture."""
+    """Call a function that draws a picture, and return the pixels (H, W, 3) of the picture."""
     draw(*args, folder / 'x.png')
     return np.asarray(Image.open(folder / 'x.png').convert('RGB')).astype(int)
 
@@ -74,7 +74,7 @@ def found(name, score, *box):
 
 
 def near(pixels, color, tolerance=40):
-    """Where (H, W) the pixels have a colour."""
+    """Return a mask (H, W) of the pixels that nearly have a colour."""
     return np.abs(pixels - np.array(color)).max(axis=2) <= tolerance
 
 
@@ -101,7 +101,10 @@ def test_picture_without_objects_is_the_image(tmp_path, masks):
 
 
 def test_masks_of_one_class_can_be_told_apart(tmp_path):
-    """Where they overlap the better object's is seen, not a blend, and the outline of the one below."""
+    """Where two masks overlap, the picture shows the colour of the better object, without a blend.
+
+    The outline of the other mask is still visible there.
+    """
     masks = torch.zeros(2, 200, 300, dtype=torch.bool)
     masks[0, 60:150, 30:180] = True
     masks[1, 80:170, 120:280] = True
@@ -121,7 +124,7 @@ EDGES = [(0, 0, 30, 20), (270, 0, 300, 20), (270, 180, 300, 200), (0, 180, 30, 2
 
 @pytest.mark.parametrize('box', EDGES)
 def test_labels_stay_on_the_picture_and_hide_no_box(tmp_path, box):
-    """The picture is the image and nothing else, and a box at its edge is seen beside its label."""
+    """A label stays inside of the picture, also for a box at the edge, and does not cover the box."""
     objects = [found('refrigerator', 0.9, *box)]
     pixels = drawn(draw_detections, GREY, objects, [], folder=tmp_path)
     assert pixels.shape[:2] == (900, 1350)
@@ -139,7 +142,7 @@ def test_labels_stay_on_the_picture_and_hide_no_box(tmp_path, box):
 
 
 def test_labels_of_neighbours_do_not_hide_each_other():
-    """As placed: 12 narrow boxes of one class side by side, and four of which each is inside of another."""
+    """Labels do not overlap, for 12 narrow boxes side by side and four boxes inside of each other."""
     row = [(100. + 40 * i, 300., 135. + 40 * i, 500.) for i in range(12)]
     nested = [(200., 20., 900., 280.), (220., 30., 800., 270.), (230., 40., 700., 260.), (240., 50., 600., 250.)]
     boxes, labels = row + nested, []
@@ -151,7 +154,7 @@ def test_labels_of_neighbours_do_not_hide_each_other():
 
 
 def test_pictures_of_thin_images_and_long_names(tmp_path):
-    """And of names with what matplotlib takes for a formula, control characters and a line break."""
+    """Thin images can be drawn. So can long names, formulas of matplotlib, control characters and line breaks."""
     for size in ((1, 1), (400, 4), (4, 400)):
         w, h = size
         objects = [found('a name of a class that is longer than any picture is wide' * 3, 0.9, 0, 0, w, h),
@@ -214,7 +217,7 @@ def test_segment(cli, folder, tmp_path):
 
 
 def test_results_are_cocos(cli, folder, tmp_path, capsys):
-    """What pycocotools makes of them, for images called after numbers or not, classes of COCO or not."""
+    """With `--format coco`, pycocotools reads the results, and ids of images and categories are as documented."""
     pytest.importorskip('pycocotools')
     from pycocotools.coco import COCO
     paths = [tmp_path / name for name in ('000000000139.png', '42.png')]
@@ -248,7 +251,7 @@ def test_results_are_cocos(cli, folder, tmp_path, capsys):
 
 
 def test_grey_images(cli, tmp_path):
-    """A model of one channel gets grey levels, one of four is refused."""
+    """A model with one channel gets grey levels. A model with four channels is refused."""
     small = dict(out_channels=16, model_args=dict(img_size=64, in_chans=1))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     image.save(tmp_path / 'x.png')
@@ -278,7 +281,10 @@ def test_grey_images(cli, tmp_path):
     (1e30, 'computes numbers that are not finite'),
 ])
 def test_weights_that_give_no_numbers_are_refused(cli, folder, tmp_path, file, value, message):
-    """With or without --json, and not taken for a class or for an image without objects."""
+    """Weights whose outputs are not finite are refused, with and without --json.
+
+    The outputs are not taken for a class, or for an image without objects.
+    """
     checkpoint = torch.load(folder / file)
     for name, weight in checkpoint['state_dict'].items():
         if name.startswith(('neck.lateral_convs', 'neck.fpn_convs')):
@@ -342,7 +348,10 @@ def test_pictures_do_not_replace_images(cli, folder, tmp_path):
 
 
 def test_names_of_pictures(cli, folder, tmp_path):
-    """With the extension of the image only where two differ in nothing else. An image that is given twice has one."""
+    """The name of a picture has the image's extension only if two images differ in nothing else.
+
+    An image that is given twice has one picture.
+    """
     for name in ('x.png', 'x.bmp', 'y.png'):
         Image.open(folder / 'a.png').save(tmp_path / name)
     argv = ['detect', tmp_path, tmp_path / 'y.png', '--checkpoint', folder / 'retinanet.pth']

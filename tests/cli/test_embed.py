@@ -25,7 +25,7 @@ SUFFIXES = ['.npz', '.safetensors', '.parquet']
 
 
 def write_images(folder, count, size=64):
-    """Images of noise in two folders, of the same names in both."""
+    """Write images of noise into two folders that have the same file names, and return their paths."""
     rng = np.random.default_rng(0)
     for i in range(count):
         file = folder / 'ab'[i % 2] / f'{i // 2}.png'
@@ -43,13 +43,13 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Parts of a few images, so that there are several."""
+    """Make parts hold only a few images, so that a small test has several parts."""
     monkeypatch.setattr(results_module, '_PART_IMAGES', 5)
     monkeypatch.setattr(results_module, '_CHUNK', 7)
 
 
 def read(path):
-    """Files and vectors."""
+    """Return the names of the files and the vectors in an output of `embed`."""
     if path.suffix == '.npz':
         with np.load(path) as content:
             return content['file'].tolist(), content['embedding']
@@ -62,7 +62,7 @@ def read(path):
 
 
 def in_python(files, **kwargs):
-    """What timm's model gives for images, one by one."""
+    """Return the outputs of timm's model for images, which are computed one by one."""
     model = timm.create_model('test_pvt', pretrained=True, num_classes=0, **kwargs).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     with torch.inference_mode():
@@ -109,7 +109,10 @@ def test_layers(cli, images, expected, tmp_path):
 
 @pytest.mark.parametrize('kwargs, layer', [(dict(class_token=False), 'patches'), (dict(global_pool='avg'), 'patches')])
 def test_default_is_what_the_head_takes(cli, images, expected, tmp_path, kwargs, layer):
-    """Of a dense checkpoint, and of a classifier that pools."""
+    """By default, `embed` writes the vector that the head of the model takes as its input.
+
+    This is tested with a dense checkpoint and with a classifier that pools.
+    """
     model = timm.create_model('test_pvt', num_classes=3, **kwargs)
     torch.save(dict(state_dict=model.state_dict(), args=dict(model='test_pvt', gp=kwargs.get('global_pool'))),
                tmp_path / 'w.pth')
@@ -136,7 +139,7 @@ def test_dtypes(images, expected, tmp_path, capsys, dtype):
 
 
 def interrupt_after(monkeypatch, count):
-    """End the command as Ctrl-C does when `count` results were kept."""
+    """Raise KeyboardInterrupt, as Ctrl-C does, after `count` results. Return the list of the files that are done."""
     add = Results.add
     kept = []
 
@@ -186,7 +189,7 @@ def test_does_not_go_on_with_something_else(cli, images, small_parts, tmp_path, 
 
 
 def test_nothing_of_others_is_touched(cli, images, expected, tmp_path):
-    """A file of that name, and a folder of that name with something else in it."""
+    """If the output exists, or FILE.parts holds other files, the command refuses and changes nothing."""
     (tmp_path / 'x.npz').write_text('mine')
     argv = ['embed', images, *TEST_PVT, '--output', tmp_path / 'x.npz']
     assert '--overwrite replaces it' in cli(*argv, fails=True)
@@ -211,7 +214,10 @@ def test_a_damaged_part_is_named(cli, images, small_parts, tmp_path, monkeypatch
 
 
 def test_images_that_cannot_be_read(cli, tmp_path, capsys, caplog):
-    """One among others ends the command, or is named and counted. Nothing is half written."""
+    """An image that cannot be read ends the command. With --skip-errors it is named and counted.
+
+    In both cases no incomplete output is left.
+    """
     files = write_images(tmp_path / 'images', 100, size=32)
     files[60].write_bytes(b'no image')
     argv = ['embed', tmp_path / 'images', *TEST_PVT, '--output', tmp_path / 'x.npz', '--workers', 0]
@@ -238,7 +244,7 @@ def test_nothing_is_left_where_no_image_can_be_read(options, cli, tmp_path, caps
 
 @needs_utf8_names
 def test_odd_names(cli, images, tmp_path):
-    """Each comes back as it is on the disk, and one that is no text as what a table can hold."""
+    """Unusual file names are written unchanged. In Parquet, bytes that are not text are escaped."""
     names = ['a b.png', 'a\nb.png', 'drei 三.png', 'x\udcff.png', '=1+1.png', '"quoted", too.png']
     (tmp_path / 'odd').mkdir()
     for name in names:
@@ -292,7 +298,7 @@ def test_parquet_names_its_extra(cli, images, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
 def test_memory_does_not_grow_with_the_images(tmp_path, suffix):
-    """20,000 vectors of 512 numbers, 41 MB, are written with a few of them in memory."""
+    """20,000 vectors of 512 numbers (41 MB) are written with only a part of them in memory."""
     if suffix == '.parquet':
         pytest.importorskip('pyarrow')
     small = Results(tmp_path / f'small{suffix}')  # what libraries import when they first write is not counted
@@ -372,7 +378,10 @@ KILLED = '''if True:
 
 @needs_kill
 def test_killed_and_gone_on_by_other_numbers_of_processes(python, tmp_path):
-    """One of two processes is killed, then one of three, and one process ends it: every image once, in order."""
+    """Runs with two, three and one processes share one output. In the first two, a process is killed.
+
+    The result holds every image once, in order.
+    """
     files = write_images(tmp_path / 'images', 72, size=32)
     argv = ['embed', 'images', *TEST_PVT, '--output', 'x.npz', '--batch-size', '4', '--workers', '0']
 
@@ -407,7 +416,7 @@ FULL = '''if True:
 
 @needs_resource
 def test_full_disk(python, images, tmp_path):
-    """One line, and no file that is not complete."""
+    """If the disk is full, the command prints one line and leaves no file."""
     done = python('-c', FULL, 'embed', images, *TEST_PVT, '--output', 'x.npz', '--workers', 0)
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
     assert 'File too large' in done.stderr and not list(tmp_path.iterdir())
@@ -416,7 +425,7 @@ def test_full_disk(python, images, tmp_path):
 # results --------------------------------------------------------------------------------------------------------------
 
 def start_results(output, files, count, settings=None):
-    """Results of the first `count` images, written as a part."""
+    """Write the results of the first `count` images as a part, and return the `Results`."""
     results = Results(output)
     results.prepare(files, settings or {})
     for file in files[:count]:
@@ -436,7 +445,7 @@ def test_missing_results_are_no_unreadable_images(tmp_path):
 
 
 def test_a_part_that_was_deleted_meanwhile(cli, images, expected, small_parts, tmp_path, monkeypatch):
-    """The command says so, and its next run computes these images again."""
+    """If a part is deleted during a run, the command reports it. The next run computes these images again."""
     finish = Results.finish
 
     def finish_without_a_part(self, *args):
@@ -453,7 +462,10 @@ def test_a_part_that_was_deleted_meanwhile(cli, images, expected, small_parts, t
 
 
 def test_several_processes_leave_the_folder(tmp_path):
-    """Others may still write there. It is gone on from."""
+    """With several processes, `close_early` keeps FILE.parts, as another process may still write into it.
+
+    A later run continues from this folder.
+    """
     results = start_results(tmp_path / 'x.npz', ['a'], 0)
     results.close_early(alone=False)
     results.close()
@@ -474,7 +486,7 @@ def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
 
 @needs_fcntl
 def test_only_one_run_at_a_time(client_env, tmp_path, monkeypatch):
-    """The second one is refused, until the first one ends in whatever way."""
+    """A second run with the same output is refused until the first run ends, even if the first one is killed."""
     script = ('from pathlib import Path; from pvt_timm.cli.results import Results; results = Results(Path("x.npz")); '
               'results.prepare(["a"], {}); print("ready", flush=True); input()')
     with subprocess.Popen(
@@ -526,7 +538,7 @@ def test_a_run_that_was_killed_while_it_began_is_gone_on_from(tmp_path):
 
 
 def test_header_of_safetensors(tmp_path, monkeypatch):
-    """What counts is the length as it is written. A name that is no text does not break it."""
+    """The limit of the header counts its length as written. A name that is not valid text can be written."""
     files = ['"' * 50]
     monkeypatch.setattr(results_module, '_LARGEST_HEADER', 150)  # the names are 104 bytes as JSON, 208 as JSON in JSON
     with pytest.raises(ValueError, match='too many for the header'):

@@ -31,7 +31,7 @@ def blocks(language):
 
 @pytest.fixture(scope='module')
 def trained(train_py, tmp_path_factory):
-    """The folder after the five commands, and what they print."""
+    """Run the five commands of recipes/README.md. Return their folder and what they print."""
     pytest.importorskip('sklearn')
     folder = tmp_path_factory.mktemp('trained')
     digits = write_digits(folder / 'digits')

@@ -31,7 +31,7 @@ def test_plain_names_are_a_class_map_of_timm(names, tmp_path):
 @pytest.mark.parametrize('text', ['cat\ndog\n', 'cat\r\ndog', '\ncat \n\n\tdog\n\n', '["cat", "dog"]'])
 @pytest.mark.parametrize('mark', ['', '\ufeff'])
 def test_files_of_other_programs(text, mark, tmp_path):
-    """With a byte order mark, blank lines, and blanks at the end of lines."""
+    """Files of labels may have a byte order mark, blank lines, and blanks at the end of lines."""
     (tmp_path / 'names.txt').write_bytes((mark + text).encode())
     (tmp_path / 'names.json').write_bytes((mark + '{"id2label": {"0": "cat", "1": "dog"}}').encode())
     for name in ('names.txt', 'names.json'):
@@ -59,7 +59,10 @@ def test_what_is_refused(content, says, suffix, tmp_path):
 
 
 def test_what_no_name_of_a_class_is():
-    """In a config or a checkpoint: a list in a list of lists would double with every level."""
+    """Names of classes that are nested lists or too long are refused.
+
+    As text, a list of lists would double its length with every level.
+    """
     nested = 'x'
     for _ in range(60):
         nested = [nested, nested]

@@ -36,7 +36,7 @@ SIZES = [(60, 80), (60, 80), (90, 70), (60, 80), (40, 100), (40, 100), (64, 64)]
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    """A folder with images of several sizes, some in folders inside of it, and other files."""
+    """Return a folder with images of several sizes, some of them in subfolders, and a file that is no image."""
     folder = tmp_path_factory.mktemp('photos')
     rng = np.random.default_rng(0)
     for i, size in enumerate(SIZES):
@@ -72,7 +72,10 @@ def lines_of(path):
 # which images ---------------------------------------------------------------------------------------------------------
 
 def test_images_of_folders(tmp_path):
-    """In natural order, by extension, through links and not in circles. Files are taken as they stand."""
+    """Images in folders are found by extension, in natural order. Links are followed, but never in circles.
+
+    A file that is given by name is taken whatever its extension is.
+    """
     for name in ('10.png', '2.JPG', 'x/1.jpeg', 'x/y/1.webp', 'notes.txt', '.hidden.png', 'plain'):
         (tmp_path / 'a' / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / 'a' / name).touch()
@@ -107,7 +110,7 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path):
 
 
 def test_a_folder_is_walked_under_its_own_name(tmp_path):
-    """Not under that of a link to it, wherever that is."""
+    """A folder that can also be reached through links is read under its own name, not under that of a link."""
     for name in ('b/x/1.png', 'b/2.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -118,7 +121,7 @@ def test_a_folder_is_walked_under_its_own_name(tmp_path):
 
 
 def test_odd_names_have_an_order(tmp_path):
-    """Superscripts are no numbers, and names that differ in capitals only do not tie."""
+    """Only the digits 0 to 9 count as numbers, and names that differ only in capital letters have a fixed order."""
     names = ['A.jpg', 'a.jpg', '1\u00b22.jpg', '2.jpg', '10.jpg', '\u0663.jpg']
     expected = ['1\u00b22.jpg', '2.jpg', '10.jpg', 'A.jpg', 'a.jpg', '\u0663.jpg']
     for order in (names, names[::-1]):
@@ -131,7 +134,7 @@ def test_odd_names_have_an_order(tmp_path):
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_pixels_are_those_of_timms_transform(photos, channels):
-    """To the last bit, although they leave the workers as bytes."""
+    """After `normalise`, pixels equal those of timm's transform exactly, although workers send bytes."""
     cfg = timm.data.resolve_model_data_config(timm.create_model('test_pvt'))
     cfg.update({name: cfg[name][:channels] for name in ('mean', 'std')}, input_size=(channels, 32, 32))
     image = open_image(photos / '0.png', channels)
@@ -142,7 +145,7 @@ def test_pixels_are_those_of_timms_transform(photos, channels):
 
 
 def test_readers_may_be_processes_that_are_started_anew(photos):
-    """As on Windows and macOS: what they need can be sent to them."""
+    """The functions that prepare images can be pickled, which worker processes need on Windows and macOS."""
     data = timm.data.resolve_model_data_config(timm.create_model('test_pvt'))
     image = open_image(photos / '0.png')
     for prepare in (Transformed(data), Whole(data, None, 32), as_pixels):
@@ -191,7 +194,7 @@ def test_predictions_as_a_file(cli, photos, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('command', ['predict', 'detect', 'segment'])
 def test_tables_in_parquet(cli, photos, weights, tmp_path, command):
-    """What CSV has, with types."""
+    """A Parquet table holds the same columns and values as CSV, and the columns have types."""
     parquet = pytest.importorskip('pyarrow.parquet')
     model = {'predict': TEST_PVT, 'detect': ['--checkpoint', weights / 'retinanet.pth', '--threshold', '0.01'],
              'segment': ['--checkpoint', weights / 'segmenter.pth']}[command]
@@ -208,7 +211,7 @@ def test_tables_in_parquet(cli, photos, weights, tmp_path, command):
 
 @pytest.mark.parametrize('name', ['mask_rcnn', 'retinanet'])
 def test_detections_do_not_depend_on_the_batch(cli, photos, weights, tmp_path, name):
-    """Images of one size go together, others by themselves: what is found is the same."""
+    """Detections are the same one by one and in batches, where only images of one size go together."""
     argv = ['detect', photos, '--checkpoint', weights / f'{name}.pth', '--threshold', '0.01']
     alone = json.loads(cli(*argv, '--json'))['images']
     together = json.loads(cli(*argv, '--json', '--batch-size', 7, '--workers', 2))['images']
@@ -224,7 +227,7 @@ def test_detections_do_not_depend_on_the_batch(cli, photos, weights, tmp_path, n
 
 
 def test_pictures_and_results_together(cli, photos, weights, tmp_path):
-    """Pictures lie as the images do. The file is told from the folder by its name."""
+    """Of two `--output`, the one with an extension is the file. Pictures are in subfolders as their images are."""
     argv = ['segment', photos, '--checkpoint', weights / 'segmenter.pth', '--output', tmp_path / 'pictures']
     cli(*argv, '--output', tmp_path / 'x.csv')
     assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 7
@@ -242,7 +245,7 @@ def test_pictures_and_results_together(cli, photos, weights, tmp_path):
 
 @pytest.mark.parametrize('batch_size', [1, 7])
 def test_features_of_many_images(cli, photos, tmp_path, batch_size):
-    """A file for each, called after the image, with the maps of the image alone."""
+    """Each image gets a file of its own name, with the same feature maps as the image alone."""
     out = cli('features', photos, *TEST_PVT, '--save', tmp_path / 'maps', '--batch-size', batch_size)
     assert out.count('\n') == 7 and '(32x64)' in out  # 40x100, to multiples of 32
     model = timm.create_model('test_pvt', pretrained=True, features_only=True).eval()
@@ -300,7 +303,7 @@ def test_files_that_would_be_one(cli, photos, tmp_path, argv, says):
 
 @pytest.fixture(scope='module')
 def hundred(tmp_path_factory):
-    """100 images, of which one is none."""
+    """Return a folder with 100 images. One of them is not an image."""
     folder = tmp_path_factory.mktemp('hundred')
     rng = np.random.default_rng(0)
     for i in range(100):
@@ -337,7 +340,7 @@ def test_what_is_skipped_is_named_on_stderr(python, hundred):
 
 @pytest.mark.parametrize('command', ['predict', 'detect', 'segment', 'features'])
 def test_no_image_that_can_be_read_is_an_error(cli, weights, tmp_path, command, caplog):
-    """Also where errors are skipped, with nothing printed. The line names the first one."""
+    """If no image can be read, the command fails even with --skip-errors, and names the first image."""
     argv = {'predict': [*TEST_PVT, '--json'], 'detect': ['--checkpoint', weights / 'retinanet.pth', '--json'],
             'segment': ['--checkpoint', weights / 'segmenter.pth'],
             'features': [*TEST_PVT, '--save', tmp_path / 'x.safetensors']}[command]
@@ -417,7 +420,7 @@ def scripts(tmp_path):
 @pytest.mark.parametrize('how', ['no name', 'no answer'])
 @pytest.mark.parametrize('argv, model, option', NEED_WEIGHTS)
 def test_no_network(cli, photos, tmp_path, monkeypatch, scripts, argv, model, option, how):
-    """One line within seconds, with what helps, and nothing is left behind."""
+    """Without network, a command fails within seconds, names an option that helps, and leaves no files."""
     def no_name(request, timeout):
         raise urllib.error.URLError(socket.gaierror(-3, 'Temporary failure in name resolution'))
 
@@ -481,7 +484,7 @@ def test_a_host_that_answers_with_an_error_is_there(hub):
 # going on -------------------------------------------------------------------------------------------------------------
 
 def test_pictures_in_another_folder_are_other_settings(cli, photos, weights, tmp_path, monkeypatch):
-    """A run that goes on would leave the pictures of the first images in the other folder."""
+    """A run does not continue with another folder for pictures, which would lack the first pictures."""
     argv = ['detect', photos, '--checkpoint', weights / 'retinanet.pth', '--output', tmp_path / 'x.jsonl', '--output']
     add = results_module.Results.add
 

@@ -20,7 +20,7 @@ def test_torch_hub(python):
 
 
 def test_no_paths_of_one_system():
-    """What works on Linux only is not in the package (text without an encoding is found by ruff)."""
+    """The package uses no paths or modules that only Linux has. (ruff finds text without an encoding.)"""
     for file in (*ROOT.glob('pvt_timm/**/*.py'), *ROOT.glob('weights_conversion/**/*.py')):
         text = file.read_text(encoding='utf-8')
         found = re.findall(r'os\.rename\(|/dev/|/proc/|[\'"]/tmp|^import (?:fcntl|resource)\b', text, re.MULTILINE)
@@ -28,7 +28,7 @@ def test_no_paths_of_one_system():
 
 
 def test_release_notes(python, tmp_path):
-    """What release.yml publishes with a tag is that version's section."""
+    """The script prints the section of the version, and refuses a wrong tag, date or address."""
     for name in ('.ci/release_notes.py', 'pvt_timm/version.py'):
         (tmp_path / name).parent.mkdir()
         shutil.copy(ROOT / name, tmp_path / name)

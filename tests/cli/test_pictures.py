@@ -61,7 +61,7 @@ def test_picture_fits_a_slide(tmp_path, size):
 
 
 def test_sizes_are_height_by_width(tmp_path):
-    """As the command line takes them."""
+    """Captions give height by width, as the command line does."""
     levels = [torch.randn(8, 96 // s, 160 // s) for s in (4, 8, 16, 32)]
     draw_pyramid(Image.new('RGB', (80, 48)), levels, (96, 160), tmp_path / 'a.svg', 'a title')
     text = (tmp_path / 'a.svg').read_text(encoding='utf-8')
@@ -70,7 +70,7 @@ def test_sizes_are_height_by_width(tmp_path):
 
 
 def test_the_image_has_its_name_and_the_title_says_features(tmp_path, cli):
-    """A title such as 'pvt_tiny from tiny' above a picture called 'image' says nothing."""
+    """The title names the features and the model. The caption of the image is its file name."""
     Image.new('RGB', (64, 64), 'red').save(tmp_path / 'red.png')
     cli('features', tmp_path / 'red.png', '--model', 'test_pvt', '--output', tmp_path / 'a.svg')
     assert 'Features of test_pvt.digits' in text_of(tmp_path / 'a.svg')
@@ -79,7 +79,7 @@ def test_the_image_has_its_name_and_the_title_says_features(tmp_path, cli):
 
 @pytest.mark.parametrize('stride', [1, 4, 16, 32])
 def test_gaps_between_the_images_of_a_sheet(stride):
-    """In the image and in each level at the same places, and nothing is covered by them."""
+    """The gaps are at the same places in the image and in each level, and cover no pixels."""
     sheet = np.random.default_rng(0).random((64 // stride, 96 // stride, 3))
     apart = with_gaps(sheet, (2, 3), (32, 32))
     assert apart.shape == (64 + 4, 96 + 2 * 4, 3)
@@ -95,13 +95,13 @@ ODD_TEXT = ['a $ b', '$x^{', '$\\frac$ and $y$', '_underlined', 'a\nb\x1b[2J', '
 
 
 def text_of(svg):
-    """Texts of a picture."""
+    """Return the texts in an SVG picture."""
     return ' '.join(html.unescape(t) for t in re.findall('<!-- (.*?) -->', svg.read_text(encoding='utf-8')))
 
 
 @pytest.mark.parametrize('text', ODD_TEXT)
 def test_text_from_elsewhere(text, tmp_path):
-    """Is no formula, is not left out, is one line, and does not make the picture wide."""
+    """Text from a file is drawn as one line, not as a formula, and does not make the picture very wide."""
     levels = [torch.randn(8, 16 // s, 16 // s) for s in (1, 2, 4, 8)]
     draw_pyramid(Image.new('RGB', (64, 64)), levels, (64, 64), tmp_path / 'a.svg', text, text, text)
     draw_pyramid(Image.new('RGB', (64, 64)), levels, (64, 64), tmp_path / 'a.png', text, text, text)

@@ -54,12 +54,12 @@ NOT_RUN = {
 
 
 def blocks(text):
-    """(language, code) of every fenced block."""
+    """Return (language, code) of every fenced block."""
     return re.findall(r'^```(bash|python)\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
 
 
 def commands(code):
-    """Words of every command, its program without `python -m`."""
+    """Yield the words of every command, with the program's name in place of `python -m`."""
     for line in code.replace('\\\n', ' ').splitlines():
         line = line.replace('python -m pvt_timm ', 'pvt-timm ').replace('python -m weights_conversion ', 'pvt-convert ')
         if argv := [word for words in shlex.split(line, comments=True) for word in (glob.glob(words) or [words])]:
@@ -67,7 +67,7 @@ def commands(code):
 
 
 def script_of(argv):
-    """Where in a command `train` or `run` and the script stand, None in others."""
+    """Return the index of `train` or `run` in a command, None if the command runs no script."""
     return next((i for i in range(1, len(argv)) if argv[i] in ('train', 'run') and argv[i - 1] in (
         'pvt-timm', 'pvt_timm')), None)
 
@@ -84,7 +84,7 @@ def sections():
 
 @pytest.fixture(scope='module')
 def assets(tmp_path_factory):
-    """The files that the READMEs speak of."""
+    """Return a folder with the files that the READMEs name."""
     folder = tmp_path_factory.mktemp('assets')
     for name in PUBLISHED:
         state = timm.create_model(name).state_dict()
@@ -111,7 +111,7 @@ def assets(tmp_path_factory):
 
 @pytest.fixture
 def served(hub, assets, monkeypatch):
-    """The published weights: random ones from the loopback hub, and files of the folder in place of those at urls."""
+    """Let downloads return random weights: from the loopback hub, or from files of `assets` for other urls."""
     for name in PUBLISHED:
         repo, _, commit = timm.get_pretrained_cfg(f'{name}.in1k').hf_hub_id.partition('@')
         labels = {i: f'class {i}' for i in range(1000)}
@@ -146,7 +146,10 @@ def run(argv, request):
 
 
 def run_training(argv, scripts, env):
-    """`pvt-timm train` and `run` with a script of timm, torchrun with two processes, and what makes it quick."""
+    """Run `pvt-timm train` or `run` with a script of timm and settings for a short run.
+
+    With torchrun, two processes are started.
+    """
     i = script_of(argv)
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2'] if argv[0] == 'torchrun' else []
     small = SMALL if argv[i] == 'train' else ['--batch-size', '4', '--workers', '0', '--device', 'cpu']

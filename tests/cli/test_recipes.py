@@ -19,7 +19,7 @@ PAPER = {'pvt_tiny': (0.1, None), 'pvt_small': (0.1, None), 'pvt_medium': (0.3, 
 
 
 class Stop(Exception):
-    """Ends train.py where everything has been set up."""
+    """Raised to end train.py after its setup."""
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +32,7 @@ def train(train_py):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """An image folder of two classes with 16 images."""
+    """Return an image folder with two classes and 16 images per split."""
     root = tmp_path_factory.mktemp('images')
     for split in ('train', 'validation'):
         for label in ('a', 'b'):
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def set_up(train, folder, tmp_path, monkeypatch):
-    """Run train.py until the first epoch would start. Returns what its `main` has set up by then."""
+    """Return a function that runs train.py until the first epoch, and returns the local variables of its `main`."""
     def stop(*args, **kwargs):
         raise Stop
     monkeypatch.setattr(train, 'train_one_epoch', stop)
@@ -148,7 +148,10 @@ def test_finetune_lands(set_up, tmp_path):
 
 
 def test_freeze_trains_the_head_only(set_up):
-    """timm leaves layers out whose share of the learning rate is under the limit."""
+    """With this layer decay, only the head is trained.
+
+    The optimizer leaves out layers whose share of the learning rate is below timm's limit.
+    """
     made = set_up(
         'digits', '--num-classes', 2, '--layer-decay', 0.01, '--layer-decay-no-opt-scale', 0.5, '--drop-path', 0)
     assert {n for n, p in made.model.named_parameters() if p.requires_grad} == {'head.weight', 'head.bias'}

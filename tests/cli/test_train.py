@@ -24,7 +24,10 @@ def script(tmp_path):
 
 @pytest.fixture
 def start(script, tmp_path, monkeypatch, capsys):
-    """Run `train`: exit code, command line of the script (None if it is not started), stderr."""
+    """Return a function that runs `train`. It returns the exit code, the script's command line, and stderr.
+
+    The command line is None if the script is not started.
+    """
     monkeypatch.setattr(timm.data, 'create_dataset', timm.data.create_dataset)  # put back what `train` changes
     monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, '__init__',
                         torch.nn.parallel.DistributedDataParallel.__init__)
@@ -41,7 +44,7 @@ def start(script, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of the experiment."""
+    """Return the folder of the experiment."""
     (tmp_path / 'out' / 'x').mkdir(parents=True)
     return tmp_path / 'out' / 'x'
 
@@ -51,7 +54,7 @@ def save(file, epoch):
 
 
 def test_starts_the_script(python, script, tmp_path):
-    """As `__main__`, with its own arguments, the recipe's settings, and the models registered."""
+    """The script runs as `__main__` with its arguments and the recipe's settings, and the models are registered."""
     args = ['--config', 'digits', '--output', 'out', '--experiment', 'x']
     done = python('-m', 'pvt_timm', 'train', script, *args)
     argv, registered, name = json.loads(done.stdout)
@@ -115,7 +118,7 @@ def test_goes_on_from_the_newest_complete_checkpoint(start, folder):
 
 @pytest.mark.parametrize('content', [b'', b'half a file', None])
 def test_never_starts_silently_from_epoch_0(start, folder, content):
-    """None: weights without epoch and optimizer."""
+    """A checkpoint that cannot be continued is an error. (None: weights without epoch and optimizer.)"""
     if content is None:
         torch.save({'state_dict': {}}, folder / 'last.pth.tar')
     else:
@@ -141,7 +144,7 @@ def test_keeps_the_class_names(start, folder, tmp_path, dataset):
 
 @pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
 def test_keeps_odd_class_names(start, folder, tmp_path, dataset):
-    """What no line of a text file can hold."""
+    """Names of classes are kept even if a line of a text file cannot hold them."""
     names = [' cat', 'cat ', 'a\nb', 'a\x0bb']
     for name in names:
         (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
@@ -169,7 +172,7 @@ def save_finished(folder, epoch, **args):
     (11, {}, ['--cooldown-epochs', '2'], 12),
 ])
 def test_a_finished_run_is_said_to_be(start, folder, epoch, kept, now, epochs):
-    """train.py would print `--result []` and nothing else."""
+    """For a finished run, `train` prints a message. train.py would only print `--result []`."""
     save_finished(folder, epoch, **kept)
     code, argv, err = start(*now, config=None)
     assert (code, argv) == (0, None)
@@ -208,7 +211,7 @@ DISTRIBUTED = '''if True:
 
 
 def test_processes_on_cpu_warn_of_nothing(python, tmp_path):
-    """train.py passes `broadcast_buffers`, of which newer versions of torch warn: in lines of this package."""
+    """Training on a CPU prints no FutureWarning about `broadcast_buffers`, which train.py passes."""
     (tmp_path / 'ddp.py').write_text(DISTRIBUTED)
     done = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=1', '-m', 'pvt_timm', 'train',
                   'ddp.py', '--experiment', 'x', '--device', 'cpu')
@@ -232,7 +235,10 @@ def test_what_a_checkpoint_says_is_no_code_for_the_terminal(start, folder):
     (dict(model='\x1b[2J'), [], '\\x1b[2J'),
 ])
 def test_does_not_go_on_with_another_model(start, folder, kept, now, option):
-    """train.py would end in a traceback, after the settings of the run were lost."""
+    """A checkpoint of another model is refused, and settings.yaml is kept.
+
+    Otherwise settings.yaml would be replaced, and train.py would end with a traceback.
+    """
     (folder / 'settings.yaml').write_text('of the run')
     torch.save({'epoch': 1, 'state_dict': {}, 'optimizer': {}, 'args': argparse.Namespace(**kept)},
                folder / 'last.pth.tar')
@@ -282,7 +288,7 @@ def test_text_in_quotes_and_none(start, tmp_path):
 
 
 def test_nothing_is_said_before_an_error(start, folder, monkeypatch):
-    """Neither what the machine has nor which checkpoints were passed over."""
+    """An error is the only line: lines about the machine and about unreadable checkpoints are not printed."""
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda: False)
     (folder / 'last.pth.tar').write_bytes(b'half a file')
     save(folder / 'checkpoint-3.pth.tar', 3)

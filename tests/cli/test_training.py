@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope='module')
 def scripts(train_py):
-    """The scripts in benchmarks/, whose runs these are."""
+    """Return the scripts of benchmarks/training that these tests run."""
     pytest.importorskip('psutil')
     with pytest.MonkeyPatch.context() as m:
         m.syspath_prepend(Path(__file__).parents[2] / 'benchmarks' / 'training')
@@ -21,13 +21,13 @@ def scripts(train_py):
 
 @pytest.fixture(scope='module')
 def small(scripts, tmp_path_factory):
-    """16 training and 4 held-out images of every digit."""
+    """Return a data set with 16 training and 4 held-out images of every digit."""
     folder = tmp_path_factory.mktemp('small')
     return scripts['training_runs'].small_copy(write_digits(folder / 'all'), folder / 'data', 16, 4)
 
 
 def test_two_processes_follow_one(scripts, small, tmp_path):
-    """All images in every step: the same losses and weights up to rounding."""
+    """If every step takes all images, two processes have the losses and weights of one, up to rounding."""
     results = scripts['scale_out'].whole(small, tmp_path, epochs=8, images=160)
     one, two = results['processes1'], results['processes2']
     assert len(one) == len(two) == 8 and one[-1] < one[0] - 0.3
@@ -36,7 +36,10 @@ def test_two_processes_follow_one(scripts, small, tmp_path):
 
 
 def test_killed_worker_goes_on_from_the_last_epoch(scripts, small, tmp_path):
-    """Without randomness in training the resumed run ends exactly where the other one does."""
+    """After a kill, training continues at the last epoch, and ends exactly as a run without a kill.
+
+    This needs settings without randomness.
+    """
     r = scripts['scale_out'].killed(small, tmp_path, epochs=4, kill_epoch=2, batch_size=4)
     assert r['epochs_trained'] == [4, 4]
     assert r['restarts'] >= 1 and r['resumed_after_epoch'] == 1
@@ -49,7 +52,7 @@ def test_killed_worker_goes_on_from_the_last_epoch(scripts, small, tmp_path):
 
 
 def test_shards(scripts, small, tmp_path):
-    """WebDataset shards through timm's reader, in two processes."""
+    """Training with two processes reads WebDataset shards through timm's reader."""
     pytest.importorskip('webdataset')
     info = scripts['make_shards'].write_shards(small, tmp_path / 'shards', images=20)
     assert info['splits']['train']['shard_lengths'] == [20] * 8 and len(info['splits']['validation']['filenames']) == 2

@@ -40,7 +40,7 @@ def state():
 
 
 def in_format(state, fmt):
-    """`state` (timm's names) in another format, without what that has no place for."""
+    """Return `state` (timm's names) in another format. Parts that the format has no place for are left out."""
     if fmt == 'mmdet':
         state = drop_parts(state, ALL, class_row='stages.3.cls_token' in state)
     return from_timm(state, fmt)[0]
@@ -153,7 +153,7 @@ def test_layouts(state):
 
 
 def test_original_detector(state):
-    """The original's detectors have no class token, but its row in the position embedding."""
+    """Detectors of the original code have no class token, but the position embedding has a row for it."""
     source = {k: v for k, v in from_timm(state, 'original')[0].items() if not k.startswith(('cls', 'norm', 'head'))}
     info = describe(map_to_timm({f'backbone.{k}': v for k, v in source.items()}).state_dict)
     assert info.class_row and not info.class_token and not info.norm
@@ -166,7 +166,7 @@ def test_original_detector(state):
 
 
 def test_other_tables():
-    """The heads of detectors have tables of their own."""
+    """The heads of detectors are converted with tables of their own."""
     table = (
         Row('fpn.{i}.0.{p}', 'neck.{i}.conv.{p}'),
         Row('bn.{i}.{n}', 'bn{s}.{n}'),
@@ -224,7 +224,7 @@ def test_two_of_them(state, fmt):
 
 @pytest.mark.parametrize('prefix', ['', 'module.backbone.', 'net.encoder.'])
 def test_ways_in(prefix, tmp_path):
-    """As timm calls the filter: `create_model` with a file, with features only."""
+    """timm's `create_model` loads a file in another format: as a whole model, and with features only."""
     model = randomize(timm.create_model('test_pvt'))
     source = in_format(model.state_dict(), 'original')
     torch.save({'state_dict': {**{prefix + k: v for k, v in source.items()}, 'dec.x': torch.ones(1)}}, tmp_path / 'x')
@@ -347,7 +347,7 @@ def test_averaged_weights(state):
 
 
 def said(checkpoint):
-    """What the training settings of a checkpoint say, without what they do not say."""
+    """Return the values that the training settings of a checkpoint give, and the notes. Empty values are left out."""
     found = training_settings(checkpoint)
     return {k: v for k, v in vars(found).items() if v and k not in ('where', 'notes')}, found.notes
 
@@ -401,7 +401,7 @@ def test_non_square_grid_of_the_model(fmt):
 
 
 def test_grids(state):
-    """A square grid is taken where it fits, `img_size` says another one, rows that do not halve are refused."""
+    """The grid is square if that fits, or as `img_size` says. Grids whose sides do not halve are refused."""
     def resized(*counts):
         return {**state, **{f'stages.{i}.pos_embed': torch.zeros(1, n, 8) for i, n in enumerate(counts)}}
     for last, row in ((50, True), (49, False)):

@@ -48,16 +48,16 @@ def test_names_cannot_break_out_of_the_card_or_the_terminal(tmp_path):
 
 
 def visible(out: Path):
-    """Name to content of the files that are not hidden."""
+    """Return name and content of the files that are not hidden, None if there is no folder."""
     return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} if out.is_dir() else None
 
 
 # ---- stopped in the middle -------------------------------------------------------------------------------------------
 
 class Moments:
-    """Calls a function before every operation of Python on files in a folder, while `watching`.
+    """Calls a function before each operation of Python on files in a folder, while `watching`.
 
-    Python announces these operations to its audit hooks, whichever function of whichever module does them.
+    Python reports these operations to its audit hooks, whichever function or module does them.
     """
     MAKE = ('open', 'os.link', 'os.mkdir', 'os.rename')  # os.replace is announced as os.rename
     REMOVE = ('os.remove', 'os.rmdir')
@@ -94,7 +94,7 @@ def moments():
 
 @pytest.fixture
 def place(request, tmp_path):
-    """A folder for an output with what is there before (nothing, an empty folder, an earlier output, a training)."""
+    """Return the path of an output: no folder yet, or one that is empty, has an old output, or has a training."""
     out = tmp_path / 'place' / 'out'
     out.parent.mkdir()
     if request.param == 'old':
@@ -109,7 +109,7 @@ def place(request, tmp_path):
 
 @pytest.fixture
 def finished(tmp_path):
-    """The file to convert, and the files that it becomes."""
+    """Return a file to convert, and the files that a conversion of it writes."""
     file = files.save(files.make('original', seed=2), tmp_path / '2.pth')
     convert(file, tmp_path / 'finished')
     return file, visible(tmp_path / 'finished')
@@ -120,9 +120,10 @@ PLACES = pytest.mark.parametrize('place', ['nothing', 'empty', 'training', 'old'
 
 @PLACES
 def test_killed_at_any_moment(place, finished, moments, tmp_path):
-    """What a kill would leave behind is old, new, or no weights at all, with the old files aside. Other files stay.
+    """After a kill, the folder holds the old weights, the new weights, or none and a copy of the old files.
 
-    A process that is killed leaves what is on the disk then: a copy of the folder, taken at every moment.
+    Other files stay. A killed process leaves what is on the disk at that moment, so the test copies the folder at every
+    moment.
     """
     file, new = finished
     before = visible(place)
@@ -153,7 +154,7 @@ def test_killed_at_any_moment(place, finished, moments, tmp_path):
 
 @pytest.mark.parametrize('place', ['nothing', 'old'], indirect=True)
 def test_interrupted_at_any_moment(place, finished, moments, tmp_path):
-    """Ctrl-C at every moment, one after the other: the folder is as it was, or complete, and nothing else is left."""
+    """After Ctrl-C at any moment, the folder is unchanged or complete, and no temporary file is left."""
     file, new = finished
     before = visible(place)
     complete = {**(before or {}), **new}
@@ -195,7 +196,7 @@ sys.exit(main([sys.argv[3], '--output', sys.argv[4], '--quiet', '--force']))
 @pytest.mark.parametrize('place', ['old'], indirect=True)
 @pytest.mark.parametrize('name', ['SIGKILL', 'SIGTERM'])
 def test_signal(name, place, finished, program):
-    """A process gets the signal in the middle of replacing files, before the first one but the weights."""
+    """A signal arrives while files are replaced, after the weights and before any other file."""
     if not hasattr(signal, name) or os.name != 'posix':  # on Windows every signal kills at once
         pytest.skip(f'needs the signal {name} of POSIX')
     file, new = finished
@@ -212,7 +213,7 @@ def test_signal(name, place, finished, program):
 
 
 def test_files_come_back_after_an_error(tmp_path, monkeypatch):
-    """At every move, also where a second one fails: then the error says where they are."""
+    """If a move fails, the old files are put back. If that fails too, the error says where they are."""
     file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out'
     convert(file, out, keep_source=True)
     (out / 'config.json').unlink()  # one that was not there
@@ -243,7 +244,7 @@ def test_files_come_back_after_an_error(tmp_path, monkeypatch):
 
 
 def test_no_links(tmp_path, monkeypatch):
-    """On a file system without hard links the old files are copied aside."""
+    """On a file system without hard links, the old files are copied."""
     def link(*args, **kwargs):
         raise OSError(95, 'Operation not supported')
     file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out'
@@ -256,7 +257,7 @@ def test_no_links(tmp_path, monkeypatch):
 
 
 def unchanged(path: Path):
-    """What stays the same as long as nobody replaces or writes a file. Reading it may change the time of access."""
+    """Return values that change if a file is written or replaced, but not if it is read."""
     stat = path.lstat()
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
@@ -265,7 +266,7 @@ def unchanged(path: Path):
 
 @pytest.mark.parametrize('to', ['timm', 'original'])
 def test_other_files_of_a_folder_stay(to, tmp_path):
-    """A training, a thesis, a folder, a link, a pipe."""
+    """A conversion leaves other files of the folder unchanged: a training, a text, a folder, a link, a pipe."""
     out = tmp_path / 'runs'
     out.mkdir()
     file = files.save(files.make('original'), tmp_path / 'x.pth')
@@ -291,7 +292,7 @@ def test_other_files_of_a_folder_stay(to, tmp_path):
 
 @pytest.mark.parametrize('how', ['file', 'link', 'hard link', 'folder', 'beside'])
 def test_the_source_is_not_replaced(how, tmp_path):
-    """Neither by its own name nor by another one, nor what was read with it."""
+    """A source is not replaced, whichever name it is given by, and neither are files that were read with it."""
     out = tmp_path / 'w'
     out.mkdir()
     file = files.save(files.make('original'), out / 'test_pvt.pth')
@@ -316,7 +317,7 @@ def test_the_source_is_not_replaced(how, tmp_path):
 
 
 def test_a_source_beside_its_output(tmp_path):
-    """As `pvt-convert w/pvt_tiny.pth -o w --force`, twice."""
+    """`pvt-convert w/pvt_tiny.pth -o w --force` works twice, and does not change the source."""
     file = files.save(files.make('original'), tmp_path / 'x.pth')
     before = file.read_bytes()
     for _ in range(2):
@@ -332,7 +333,7 @@ def test_a_source_beside_its_output(tmp_path):
     ('transformers', 'class_names.txt'),
 ])
 def test_a_folder_that_could_not_be_read_is_refused(to, other, tmp_path):
-    """A second checkpoint, or a file of other weights that is read with any."""
+    """An output folder is refused if it has a second checkpoint, or a file that is read with any weights."""
     file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'out'
     out.mkdir()
     (out / other).write_text('{}')
@@ -394,7 +395,7 @@ def test_a_kept_source_is_not_taken_for_the_weights(to, tmp_path):
 @needs_resource
 @pytest.mark.parametrize('to', ['timm', 'original'])
 def test_full_disk(to, program, tmp_path):
-    """A limit on file sizes stands for a full disk: writes fail in the middle of the weights."""
+    """If the disk is full, the old output stays. A limit of file sizes makes writing the weights fail in the middle."""
     file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'place' / 'out'
     convert(file, out)
     before = state(out)

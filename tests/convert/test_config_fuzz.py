@@ -48,7 +48,7 @@ OPTIONS = [[], [], ['--to', 'transformers'], ['--to', 'original'], ['--num-class
 
 
 def case(n, folder):
-    """A folder of timm or of transformers with a config that may be changed, and options."""
+    """Write a folder of timm or transformers with a config that may be changed. Return its kind and options."""
     r = random.Random(n)
     args = dict(r.choice(MODELS))
     args.setdefault('num_classes', r.choice([3, 3, 0]))
@@ -76,7 +76,7 @@ def case(n, folder):
 
 
 def transformers_config(args):
-    """config.json of the model of transformers that computes as test_pvt does with these arguments, or nearly."""
+    """Return the config.json for the model of transformers that computes (nearly) as test_pvt does with `args`."""
     img_size = args.get('img_size', 32)
     return dict(
         model_type='pvt', depths=[1, 2, 2, 1], hidden_sizes=[16, 32, 40, 64], image_size=img_size,
@@ -87,7 +87,7 @@ def transformers_config(args):
 
 
 def load(folder):
-    """The model that whoever has a folder would load: timm's or transformers'."""
+    """Return the model of a folder, loaded by timm or transformers as a user would load it."""
     from transformers import PvtForImageClassification
 
     config = json.loads((folder / 'config.json').read_text())
@@ -105,7 +105,7 @@ def load(folder):
 
 @torch.inference_mode()
 def predictions(model, x):
-    """(logits or None, the vector before the head or None)"""
+    """Return the logits or None, and the vector before the head or None."""
     if hasattr(model, 'forward_head'):
         features = model.forward_features(x)
         pooled = model.forward_head(features, pre_logits=True)
@@ -116,7 +116,7 @@ def predictions(model, x):
 
 
 def run_case(n, folder):
-    """Run case `n`. Returns the kind of source and how it ended."""
+    """Run case `n`. Return the kind of the source, and how the case ended."""
     try:
         kind, options = case(n, folder)
         with warnings.catch_warnings():

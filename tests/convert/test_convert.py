@@ -31,7 +31,10 @@ from tests.support.systems import needs_posix_shell
 
 @pytest.fixture
 def refused(tmp_path):
-    """Run, check that it is refused with one line, exit code 2 and no output, return the line."""
+    """Return a function that runs a conversion and returns its error.
+
+    The function checks that the error is one line, that the exit code is 2, and that there is no output.
+    """
     def check(source, *argv):
         code, out, err = run(source, '--output', tmp_path / 'refused', *argv)
         assert (code, out) == (2, '') and not (tmp_path / 'refused').exists(), err
@@ -50,7 +53,7 @@ def load(folder, **kwargs):
 
 
 def there_and_back(source: Path, expected, fmt: str, folder: Path, **kwargs):
-    """Convert to timm and back to `fmt`, compare with `expected`."""
+    """Convert to timm and back to `fmt`, compare with `expected`, and return the report of the first conversion."""
     report = convert(source, folder / 'timm', **kwargs)
     convert(folder / 'timm', folder / 'back', to=fmt)
     assert files.same(read_checkpoint(folder / 'back'), expected)
@@ -128,14 +131,17 @@ def test_what_cannot_be_is_refused(options, match, original, refused):
 @pytest.mark.parametrize('argument, value, match', [
     ('to', 'timm_features', 'timm_features'), ('dtype', 'int8', 'int8'), ('drop', ['legs'], 'legs')])
 def test_choices_in_python(argument, value, match, original, tmp_path):
-    """Where no parser looks at them an int8 would be cast to and an unknown part would be left alone."""
+    """`convert` checks arguments that the command's parser would check, such as dtypes and names of parts."""
     with pytest.raises(ValueError, match=match):
         convert(original, tmp_path / 'out', **{argument: value})
     assert not (tmp_path / 'out').exists()
 
 
 def test_a_dense_checkpoint_without_the_class_row(original, refused, tmp_path):
-    """transformers lacks parts that nobody can make up. The original's dense form has a row that nobody reads."""
+    """transformers refuses a checkpoint without class token. The original format gets a row of zeros.
+
+    The original's dense models have this row, but do not use it.
+    """
     source = files.make('mmdet')
     file = files.save(files.wrap(source, 'state_dict', 'backbone.'), tmp_path / 'y.pth')
     assert 'nothing is made up' in refused(file, '--to', 'transformers')
@@ -335,7 +341,10 @@ SAID = dict(input_size=(3, 64, 64), mean=(.1, .2, .3), std=(.4, .5, .6), crop_pc
 
 @pytest.mark.parametrize('how, to', [('timm', 'timm'), ('lightning', 'transformers')])
 def test_what_training_says_about_itself_is_carried_along(how, to, tmp_path):
-    """A model with position embeddings for 32x32 that was trained at 64x64 with mean pooling, on classes with names."""
+    """A conversion keeps the image size, preprocessing, pooling and labels of a training.
+
+    The position embeddings are for 32x32, but the model was trained at 64x64.
+    """
     from pvt_timm.cli.predict import load_model
 
     names = ['cat', 'dog', 'eel', 'fox']
@@ -368,7 +377,7 @@ def test_what_training_says_about_itself_is_carried_along(how, to, tmp_path):
 
 
 def test_a_head_trained_on_the_mean_of_tokens(tmp_path):
-    """Outputs are compared with the pooling of the reference, and transformers, which has no other, is refused."""
+    """Models with mean pooling are verified with that pooling. Formats without mean pooling refuse them."""
     checkpoint = {'state_dict': files.make('timm', num_classes=4, fill=files.random_values),
                   'args': argparse.Namespace(gp='avg')}
     file = files.save(checkpoint, tmp_path / 'run.pth.tar')
@@ -502,7 +511,7 @@ def test_url(hub, original, tmp_path):
 
 @pytest.mark.parametrize('hidden', [False, True])
 def test_bar_of_a_download(hidden, hub, original, monkeypatch):
-    """On a terminal, unless the hub's are switched off, as `--quiet` does."""
+    """A download shows a progress bar on a terminal, unless progress bars of the hub's client are disabled."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sources, 'are_progress_bars_disabled', lambda: hidden)
@@ -544,7 +553,7 @@ def test_hub_source(hub, no_waits, tmp_path, monkeypatch):
 
 
 def test_only_what_is_known_to_be_missing_is_left_out(hub, no_waits, refused, tmp_path, monkeypatch):
-    """Without its config.json a checkpoint would lose its labels in silence."""
+    """A failed download of config.json is an error, as labels would be lost without a message."""
     folder = _transformers_folder(tmp_path / 'hf', id2label={str(i): f'kind {i}' for i in range(4)})
     hub.add_repo('some/pvt', {p.name: p for p in folder.iterdir()})
     hub.fail(500, 'config.json')
@@ -578,7 +587,10 @@ def test_push(original, hub, token, tmp_path):
 
 
 def test_commands_of_the_readme(hub, token, tmp_path, monkeypatch):
-    """In order, on small models under the names that it uses. Those of `publish` are in test_publish.py."""
+    """The README's commands work in their order, on small models with the same file names.
+
+    The commands of `publish` are tested in test_publish.py.
+    """
     monkeypatch.chdir(tmp_path)
     sha256 = hashlib.sha256(files.save(files.make('original'), Path('pvt_small.pth')).read_bytes()).hexdigest()
     hub.add_file('whai362/PVT/releases/download/v2/pvt_small.pth', Path('pvt_small.pth'))
@@ -604,7 +616,7 @@ def test_commands_of_the_readme(hub, token, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('command', ['', 'convert', 'inspect', 'publish'])
 def test_too_few_arguments(command):
-    """One line that says which command was meant and where its help is."""
+    """If arguments are missing, one line names the command and its --help."""
     code, out, err = run(*filter(None, [command]))
     named = command or 'convert'
     assert (code, out, err.count('\n')) == (2, '', 1)
@@ -629,7 +641,7 @@ def test_as_a_program(original, tmp_path, client_env):
 
 @needs_posix_shell
 def test_a_reader_that_stops(original, tmp_path, client_env):
-    """As `head` does. What is not read any more is no error."""
+    """If a reader such as `head` closes the pipe early, there is no error."""
     done = subprocess.run(
         f'"{sys.executable}" -m weights_conversion inspect x.pth --json | head -n 1', shell=True, env=client_env,
         cwd=tmp_path, capture_output=True, text=True)

@@ -39,7 +39,7 @@ ADDRESSES = 2 * 2 ** 30  # that one case may map over what is there at the start
 
 
 class Trap:
-    """Does something when it is unpickled."""
+    """Calls a function when it is unpickled."""
     fired = False
 
     def __init__(self, call):
@@ -106,7 +106,7 @@ CONTENT = [rename, remove, extra, reshape, cast, replace, duplicate, swap]
 
 
 def structure(r, d):
-    """Something around or in place of the state dict."""
+    """Return an unusual structure that holds a state dict `d`, or something in place of `d`."""
     cycle = {}
     cycle['model'] = cycle
     deep = d
@@ -134,7 +134,7 @@ def structure(r, d):
 
 
 def foreign(r, d):
-    """Bytes of pickles that want to run something."""
+    """Return bytes of a pickle that calls a function when it is loaded."""
     trap = Trap(r.choice([
         (os.system, (f'echo fired >> {os.devnull}',)), (eval, ('1 + 1',)), (exec, ('a = 1',)), (getattr, (d, 'clear')),
         (_spring, ()), (bytearray, (10 ** 12,)), (list, (range(10),)), (torch.zeros, (10 ** 11,)),
@@ -187,7 +187,7 @@ def base(fmt):
 
 
 def case(n, folder):
-    """File, arguments."""
+    """Write the file of case `n`. Return the kind of the case, the file, and the arguments of the command."""
     r = random.Random(n)
     d = dict(base(r.choice(files.FORMATS)))
     name = r.choice(['x.pth', 'x.bin', 'x.safetensors', 'x', 'model.safetensors'])
@@ -242,10 +242,10 @@ def case(n, folder):
 
 
 def repacked(file):
-    """The bytes of a file. A zip archive is written anew from its records by zipfile, which compares their checksums.
+    """Return the bytes of a file. A zip archive is written again, from its records.
 
-    torch itself goes by the header in front of a record, without a checksum. Where that is damaged it returns other
-    numbers than those of the record.
+    zipfile compares the checksums of the records. torch uses the header of a record without a checksum: if this header
+    is damaged, torch returns other numbers than those of the record.
     """
     content = io.BytesIO(file.read_bytes())
     if not zipfile.is_zipfile(content):
@@ -261,7 +261,7 @@ def repacked(file):
 
 
 def loaded(file):
-    """What the file holds, read without the converter and without its care: a trap that it let through goes off."""
+    """Return the content of a file, read by libraries without any checks. A trap in the file goes off."""
     if file.read_bytes()[8:9] == b'{':
         return load_file(file)
     try:
@@ -272,7 +272,7 @@ def loaded(file):
 
 
 def check_output(file, out, report):
-    """The output holds bit for bit what the input holds."""
+    """Check that the output holds the same bits as the input."""
     content = loaded(file)
     for wrapper in report['wrappers']:
         content = content[wrapper]
@@ -293,7 +293,7 @@ def check_output(file, out, report):
 
 
 def run_case(n, folder):
-    """Run case `n`, return how it ended."""
+    """Run case `n`. Return the kind of the case, and the exit code."""
     folder.mkdir()
     try:
         with warnings.catch_warnings():
@@ -320,7 +320,7 @@ def run_case(n, folder):
 
 @contextlib.contextmanager
 def limited_memory(addresses: int):
-    """Within, this process gets no more than so many addresses, where the system can limit them."""
+    """Limit the addresses that this process may add, on systems that can do so."""
     try:
         import resource
         mapped = int(Path('/proc/self/statm').read_text(encoding='ascii').split()[0]) * resource.getpagesize()

@@ -19,7 +19,7 @@ MODELS = dict(
 
 
 def trained(kind):
-    """A model with names of classes, and a checkpoint of it as `fit` writes."""
+    """Return a model with names of classes, and a checkpoint of the model as `fit` writes it."""
     model = randomize(MODELS[kind]()).eval()
     model.categories = ['cat', 'dog', 'eel']
     if kind == 'semantic_fpn':

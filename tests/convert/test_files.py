@@ -36,7 +36,7 @@ from tests.support.systems import mkfifo, needs_proc, symlink
 
 
 def refusal(path, *matches, max_bytes=reader.MAX_BYTES):
-    """The refusal has to come without memory being spent, in one line that names the file."""
+    """Check that a file is refused quickly, without much memory, with one line that names the file."""
     start = time.monotonic()
     with peak_memory() as peak, pytest.raises(CheckpointError) as e:
         read_checkpoint(path, max_bytes)
@@ -80,7 +80,7 @@ def test_foreign_objects_are_refused_by_name(value, name, how, tmp_path, monkeyp
 
 
 class Evil:
-    """A checkpoint that runs something (or a clean one), in all places from which one is read."""
+    """A checkpoint that calls a function when it is loaded (or a clean one), at all places that are read."""
 
     def __init__(self, how, folder, hub):
         self.file, self.folder, self.executed = folder / 'last.pth.tar', folder / 'folder', folder / 'executed'
@@ -144,7 +144,7 @@ def test_no_way_in_executes_anything(way, how, hub, tmp_path):
 
 
 def test_two_backbones_on_the_command_line(tmp_path, capsys):
-    """All commands name both, and take the one that is asked for."""
+    """If a file has two backbones, each command names both, and --prefix chooses one."""
     pytest.importorskip('matplotlib')
     Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
     state = timm.create_model('test_pvt', pretrained=True).state_dict()
@@ -202,7 +202,7 @@ def test_what_training_snapshots_hold_is_read(how, tmp_path):
 
 
 def test_flags_of_numpy_types_are_not_believed(tmp_path):
-    """numpy takes them from a pickle: values that claim to be pointers to objects."""
+    """Flags of a numpy type in a pickle are not used. They could declare values to be pointers to objects."""
     class Dtype(Call):
         def __reduce__(self):
             return np.dtype, ('f8', False, True), (3, '<', None, None, None, -1, -1, 63)
@@ -235,7 +235,7 @@ def test_zips(tmp_path):
 @pytest.mark.parametrize('how', ['zip', 'legacy'])
 @pytest.mark.parametrize('claimed', [2 * 10 ** 9, 10 ** 15])
 def test_claims_of_size(claimed, how, tmp_path):
-    """A file that holds 77 numbers and says that there are more."""
+    """A file that holds 77 numbers and declares more is refused."""
     def lie(data):
         return data.replace(b'K\x4d', b'\x8a\x08' + struct.pack('<q', claimed))
 
@@ -309,7 +309,7 @@ class Tensor(torch.Tensor):
 
 
 def types(x):
-    """Of everything in `x`, which holds no attributes beside."""
+    """Return the types of everything in `x`, and check that tensors in `x` have no attributes."""
     assert not isinstance(x, torch.Tensor) or not vars(x) and not x.requires_grad and x.grad_fn is None
     inner = [*x, *x.values()] if isinstance(x, dict) else x if isinstance(x, (list, tuple, set)) else []
     return {type(x)}.union(*map(types, inner))
@@ -345,7 +345,7 @@ def test_what_is_read_is_plain(how, tmp_path):
 
 @pytest.mark.parametrize('how', ['zip', 'legacy'])
 def test_tensors_are_those_that_were_saved(how, tmp_path):
-    """Bit for bit, with their strides, and sharing what they share."""
+    """Tensors have the bits and strides that were saved, and share memory as they did before."""
     bits = torch.tensor([0x7fc00001, 0x7f800001, -0x80000000, 1], dtype=torch.int64).to(torch.int32)
     grid = torch.randn(4, 6, dtype=torch.float64)
     content = {
@@ -371,7 +371,7 @@ def test_tensors_are_those_that_were_saved(how, tmp_path):
 
 
 def test_other_byte_order(tmp_path):
-    """What a machine with big-endian numbers writes."""
+    """A file from a big-endian machine is read."""
     content = {'x': torch.arange(5.), 'y': torch.tensor([1 + 2j, 3j]), 'z': torch.arange(3, dtype=torch.uint8)}
     torch.save(content, tmp_path / 'x.pth')
     with zipfile.ZipFile(tmp_path / 'x.pth') as old, zipfile.ZipFile(tmp_path / 'y.pth', 'w') as new:
@@ -404,7 +404,7 @@ def called(module, name, *args):
 
 
 def pickled(x):
-    """The pickle of a dict: keys as text, values as steps."""
+    """Return the pickle of a dict. Its keys are texts, its values are steps of a pickle."""
     return b'\x80\x02}(' + b''.join(text(key) + steps for key, steps in x.items()) + b'u.'
 
 
@@ -433,7 +433,7 @@ def doubled_by_a_codec():
 
 
 def lists_of_lists():
-    """Ten times the list before, 30 times over: 24 bytes each."""
+    """Return steps for 30 nested lists that each hold the next list ten times. A level takes only 24 bytes."""
     steps = b'N'
     for _ in range(30):
         steps = b'](' + steps + b'q\x00' + b'h\x00' * 9 + b'e'
@@ -501,7 +501,7 @@ for path in sys.argv[1:]:
 
 
 def measure(paths):
-    """What reading each says ('' if nothing) and the most memory that it took, in a process of its own."""
+    """Read files in a separate process. Return the error ('' if none) and the peak memory of each."""
     run = subprocess.run([sys.executable, '-c', MEASURE, *map(str, paths)], capture_output=True, text=True)
     assert run.returncode == 0, (run.returncode, run.stdout[-300:], run.stderr[-3000:])
     found = {path: (text, memory) for path, text, memory in map(json.loads, run.stdout.splitlines())}
@@ -531,7 +531,7 @@ def test_no_pickle_takes_more_memory_than_it_has(how, tmp_path):
 
 @needs_proc
 def test_no_directory_takes_more_memory_than_it_has(tmp_path):
-    """An archive of many records that are one."""
+    """An archive whose directory lists one record 400,000 times takes less memory than the directory."""
     local = b'PK\x03\x04' + bytes(22) + struct.pack('<HH', 1, 0) + b'x'
     entry = b'PK\x01\x02' + bytes(24) + struct.pack('<H', 1) + bytes(16) + b'x'
     directory = entry * 400_000
@@ -608,7 +608,7 @@ def test_what_is_no_damage_is_not_called_so(error, tmp_path, monkeypatch):
 
 
 def test_records_that_are_compressed(tmp_path):
-    """A gap between the records makes up for their claims."""
+    """Compressed records are refused, even if a gap in the file hides that their sizes are too large."""
     source = files.save(files.make('original', fill=files.random_values), tmp_path / 'x.pth')
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(tmp_path / 'y.pth', 'w') as new:
         for info in old.infolist():
@@ -663,7 +663,10 @@ def test_threads_do_not_disturb_each_other(how, tmp_path):
 
 
 def test_no_private_function_of_torch_is_needed(tmp_path, monkeypatch):
-    """Later versions may drop them, and what names them in a file is read all the same."""
+    """Files are read without private functions of torch, which may be missing in later versions.
+
+    Files that name such functions are read too.
+    """
     content = {'x': torch.ones(2), 'parameter': torch.nn.Parameter(torch.ones(2)), 'args': argparse.Namespace(a=1)}
     for how in ('zip', 'legacy'):
         write(content, tmp_path / how, how)

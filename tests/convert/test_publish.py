@@ -24,13 +24,13 @@ DEPTHS = {'pvt_tiny': (1, 1, 1, 1), 'pvt_small': (1, 2, 1, 1), 'pvt_medium': (1,
 
 
 def entrypoint(name, args):
-    """What creates a variant with other arguments, as its function in pvt.py does with its own."""
+    """Return a function that creates a variant with the arguments `args`, as a function of pvt.py does."""
     return lambda pretrained=False, **kwargs: pvt._create_pvt(name, pretrained, **{**args, **kwargs})
 
 
 @pytest.fixture
 def public(hub, token, tmp_path, monkeypatch):
-    """Narrow and shallow variants, and their public files on the loopback server: tag -> file."""
+    """Put small variants and their public files on the loopback server. Return the file of each tag."""
     for name, depths in DEPTHS.items():
         args = dict(depths=depths, embed_dims=(8, 16, 40, 64), num_heads=(1, 2, 5, 8))
         monkeypatch.setitem(variants.VARIANTS, name, args)
@@ -76,7 +76,7 @@ def test_interrupted_and_started_again(public, hub, no_waits, tmp_path, capsys):
 
 
 def check_repository(tag, path):
-    """What was uploaded holds the bits of the public file, in timm, transformers and torchvision."""
+    """Check that an upload has the bits of the public file, in timm, transformers and torchvision."""
     import transformers
     from huggingface_hub import hf_hub_download
 
@@ -103,7 +103,7 @@ def check_repository(tag, path):
 
 
 def test_commands_of_the_readme(public, hub, tmp_path, monkeypatch):
-    """A dry run writes the folders, some are uploaded, cards say what was measured."""
+    """With --dry-run, folders are written without an upload. Cards have the accuracy that was measured."""
     monkeypatch.chdir(tmp_path)
     measured = {tag: dict(top1=75.123, top5=92.5, images=50000) for tag in ('pvt_tiny.in1k', 'pvt_large.in1k')}
     Path('results.json').write_text(json.dumps(dict(torch='2.9', timm='1.0', models=measured)), encoding='utf-8')
@@ -125,7 +125,7 @@ def test_commands_of_the_readme(public, hub, tmp_path, monkeypatch):
 
 @pytest.fixture
 def written(public, tmp_path, capsys):
-    """A folder as `publish` leaves it, and a way to publish it."""
+    """Return a function that runs `publish`. A folder written by `publish --dry-run` is its attribute `folder`."""
     def run(owner='me', *argv):
         code = main(['publish', '--to', owner, '--only', 'pvt_tiny.in1k', '-o', str(tmp_path / 'out'), '-q', *argv])
         return code, capsys.readouterr().err
@@ -136,7 +136,7 @@ def written(public, tmp_path, capsys):
 
 
 def test_the_card_is_made_for_its_owner(written, hub):
-    """Also where the folder was made for another one, and measured."""
+    """The card names the owner, even if the folder was first written for another owner."""
     for owner in ('me', 'a.team'):
         assert written(owner) == (0, '')
         card = hub.repo_files(f'{owner}/pvt_tiny.in1k')['README.md'].decode()
@@ -178,7 +178,10 @@ def test_a_folder_that_was_changed_is_refused(change, says, written, hub):
 
 @pytest.mark.parametrize('moment', ['before the folder', 'after the folder'])
 def test_killed_between_the_folder_and_what_stands_beside_it(moment, public, hub, tmp_path, monkeypatch):
-    """The folder of weights is there only if what is compared with it is there."""
+    """After a kill at either moment, the next run publishes.
+
+    The JSON file beside the folder is written before the folder itself.
+    """
     argv = ['publish', '--to', 'me', '--only', 'pvt_tiny.in1k', '-o', str(tmp_path), '-q']
     replace = os.replace
 
@@ -213,7 +216,7 @@ def test_a_public_repository_gets_nothing_private(how, public, hub, tmp_path, ca
 
 
 def test_what_is_pushed_from_python(hub, token, tmp_path):
-    """By default what a conversion writes, and a folder with more is refused."""
+    """`push` uploads what a conversion writes, and refuses a folder that has other files."""
     folder = convert(files.save(files.make('mmdet'), tmp_path / 'x.pth'), tmp_path / 'out', keep_source=True).output
     assert list(push(folder, 'me/x')['files']) == [
         'README.md', 'config.json', 'model.safetensors', 'source/x.pth']
@@ -231,7 +234,7 @@ def test_what_is_pushed_from_python(hub, token, tmp_path):
 
 
 def test_an_empty_repository_is_no_reason_to_keep_quiet(hub, tmp_path, capsys):
-    """As `--push "$REPO"` of a shell where REPO is not set."""
+    """An empty --push is an error. It happens if a shell runs `--push "$REPO"` and REPO is not set."""
     file = files.save(files.make('original'), tmp_path / 'x.pth')
     assert main([str(file), '-o', str(tmp_path / 'out'), '--push', '', '-q']) == 2
     assert capsys.readouterr().err.count('\n') == 1 and not (tmp_path / 'out').exists()

@@ -38,13 +38,13 @@ def outputs(model, x):
 
 
 def saved(model, folder, **model_args):
-    """A folder as timm uploads it."""
+    """Write a folder as timm's upload does, and return the folder."""
     timm.models.save_for_hf(model, folder, model_args=model_args)
     return folder
 
 
 def in_transformers(model, folder, processor=None, **config):
-    """A folder of transformers with the weights of a model of timm."""
+    """Write a folder of transformers with the weights of a timm model, and return the folder."""
     folder.mkdir()
     state_dict = from_timm(model.state_dict(), 'transformers')[0]
     files.save(state_dict, folder / 'model.safetensors')
@@ -142,7 +142,7 @@ def test_dropout_of_transformers_goes_along(tmp_path):
 
 
 def test_the_training_of_timm_built_the_model_otherwise(tmp_path):
-    """`--model-kwargs act_layer=relu` of train.py stands in its checkpoint alone."""
+    """`--model-kwargs` of train.py are read from the checkpoint, the only place that has them."""
     model, x = build(num_classes=3, act_layer='relu'), images(1, 3, 32, 32, dtype=torch.float32)
     checkpoint = dict(state_dict=model.state_dict(), args=argparse.Namespace(model_kwargs=dict(act_layer='relu')))
     file = files.save(checkpoint, tmp_path / 'last.pth.tar')
@@ -185,7 +185,10 @@ def test_what_helps_to_read_is_no_argument_of_the_saved_model(tmp_path):
 @pytest.mark.parametrize('final_norm', [True, False])
 @pytest.mark.parametrize('output_fmt', ['NLC', 'NCHW'])
 def test_norm_and_format_of_the_output_are_kept(tmp_path, class_token, final_norm, output_fmt):
-    """The names of the weights tell the norm, the config tells the format. Converted again, it says what is unusual."""
+    """The final norm is known from names of weights, the output format from the config.
+
+    A conversion writes only those of these arguments that differ from the defaults.
+    """
     args = dict(class_token=class_token, final_norm=final_norm, output_fmt=output_fmt)
     model = build(**args)
     folder = saved(model, tmp_path / 'saved', **args)
@@ -207,7 +210,7 @@ def test_norm_and_format_of_the_output_are_kept(tmp_path, class_token, final_nor
 # ---- position embeddings ---------------------------------------------------------------------------------------------
 
 def test_two_sizes_that_both_fit_are_named(tmp_path):
-    """A square of 64x64 pixels has as many patches as 32x128."""
+    """If two image sizes fit the weights, such as 64x64 and 32x128, the error names both."""
     square, wide = build(img_size=64), build(img_size=(32, 128))
     file = files.save(square.state_dict(), tmp_path / 'x.pth')
     overlay = dict(file=str(file))
@@ -230,7 +233,7 @@ def test_two_sizes_that_both_fit_are_named(tmp_path):
 
 @pytest.mark.parametrize('fmt', ['timm', 'timm_features', 'original'])
 def test_weights_of_the_first_stages(fmt, tmp_path, capsys):
-    """An encoder of depth 4, or `out_indices=(0, 1, 2)`, has three stages."""
+    """Weights of only the first three stages can be loaded with features only, and otherwise are refused."""
     used = timm.create_model('test_pvt', pretrained=True, features_only=True, out_indices=(0, 1, 2))
     state = {k.replace('stages_', 'stages.'): v for k, v in used.state_dict().items()}
     file = str(files.save(from_timm(state, fmt)[0], tmp_path / 'x.pth'))
@@ -382,7 +385,7 @@ def test_a_report_describes_what_was_written(tmp_path):
 
 
 def test_pooled_size_is_of_maps_only(tmp_path):
-    """fastai builds a head for maps from `pool_size`. A model with class token gives none."""
+    """Only models without class token have a `pool_size`, from which fastai builds a head for feature maps."""
     for name in ('pvt_tiny.in1k', 'test_pvt.digits'):
         assert timm.get_pretrained_cfg(name).pool_size is None
     assert timm.get_pretrained_cfg('pvt_tiny.retinanet_coco').pool_size == (7, 7)
@@ -455,7 +458,7 @@ def test_no_large_model_is_built_without_weights(capsys, monkeypatch, tmp_path):
 
 
 def test_what_is_read_is_one_description(tmp_path):
-    """What `read_weights` gives is enough to build the model, to write it and to say what it is."""
+    """The result of `read_weights` is enough to describe the model, build it and write it."""
     file = files.save(files.make('original-dense', fill=files.random_values), tmp_path / 'x.pth')
     with read_weights(file) as weights:
         assert weights.parts == [] and weights.has_bare_row and weights.model_args == dict(class_token=False)
@@ -466,7 +469,7 @@ def test_what_is_read_is_one_description(tmp_path):
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
 def test_changes_work_on_their_tensors():
-    """Before pieces are joined on the way in, after they are cut on the way out, and with a name where they fail."""
+    """`to_ours` is called before pieces are joined, `to_theirs` after pieces are cut. Errors name the tensor."""
     table = (Row('kv.{p}', ('k.{p}', 'v.{p}'), our_pieces=(2,), to_ours=lambda x: x.T, to_theirs=lambda x: x.T),
              Row('a{s}.b{s}', 'x{s}.y{s}', to_ours=lambda x: x.permute(0, 1, 2)))
     theirs = {'k.weight': torch.arange(6.).view(2, 3), 'v.weight': torch.arange(6., 12.).view(2, 3)}
@@ -492,7 +495,10 @@ def test_what_a_format_needs_is_said():
 
 
 def test_the_format_of_the_weights_reads_the_config_first(tmp_path, monkeypatch):
-    """A config may have keys of several formats. And a format's own model is the one to compare with."""
+    """If a config has keys of several formats, the format of the weights reads it.
+
+    The model to compare with is also that format's own, if there is one.
+    """
     timm_format = FORMATS['timm']
     calls = []
 
@@ -600,7 +606,7 @@ def test_formats_of_weights_alone_say_what_they_lose(tmp_path):
 
 
 def test_eps_of_a_tag_that_timm_saved(tmp_path):
-    """timm builds the model of a tag with its eps, and says so by the tag alone."""
+    """timm saves only the tag of a model. The eps of the norms is found from this tag."""
     cfg = dict(timm.get_pretrained_cfg('pvt_tiny.retinanet_coco').to_dict(), architecture='test_pvt')
     model = randomize(timm.create_model('test_pvt', pretrained_cfg=cfg))
     assert model.stages[0].patch_embed.norm.eps == 1e-6

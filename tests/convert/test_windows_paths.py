@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_weights_and_output(name, folder):
-    """Read, written and named in the report as they were given."""
+    """Paths with backslashes are read, written, and named in the report as they were given."""
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     source = files.make('original', fill=files.random_values)
     with open(name, 'wb') as f:  # given a name, torch takes a backslash for the end of a folder's name everywhere
@@ -46,7 +46,7 @@ def test_weights_and_output(name, folder):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_what_is_not_there_is_named(name, folder, capsys):
-    """In one line, as it was typed."""
+    """If the file does not exist, the error is one line with the path as it was given."""
     code, out, err = run(name, '--output', 'out')
     assert (code, out, err) == (2, '', f'pvt-convert: error: No such file or folder: {Path(name)}\n')
     assert pvt_timm_main(['predict', '--checkpoint', name, 'x.png']) == 2
@@ -58,7 +58,7 @@ def test_what_is_not_there_is_named(name, folder, capsys):
     r'a\..\..\x.pth', r'C:\x.pth', 'C%3A%5Cx.pth', '..%5C..%5Cx.pth', 'x.pth:stream', '%2e%2e%5cx.pth',
     r'\\server\share\x.pth'])
 def test_no_name_of_a_url_leaves_its_folder(path, hub):
-    """Nor on Windows, where a backslash and a drive would lead out of it."""
+    """A url cannot name a file outside of the download folder, not even with a backslash or a drive."""
     hub.add_file(unquote(path), b'weights')
     with open_source(f'{hub.url}/{path}') as source:
         name = source.file.name

@@ -38,7 +38,7 @@ def target(*rows, labels=None):
 
 
 def build_small(kind, num_classes=3, **kwargs):
-    """A detector of 32 channels whose scores and boxes differ."""
+    """Return a detector with 32 channels whose scores and boxes differ."""
     torch.manual_seed(0)
     model = BUILD[kind]('test_pvt', num_classes, **{**SMALL[kind], **kwargs})
     for m in (model.head if kind == 'retinanet' else model.rpn).modules():
@@ -114,7 +114,10 @@ def test_stages_can_be_frozen():
     lambda: retinanet_coco('pvt_tiny', drop_path_rate=0.1),
 ])
 def test_wrong_keywords_are_refused_before_a_download(wrong, monkeypatch, hub):
-    """Arguments of the backbone are `model_args=dict(...)` everywhere."""
+    """Unknown keywords raise TypeError before anything is downloaded.
+
+    Arguments of the backbone belong into `model_args`.
+    """
     monkeypatch.setattr('pvt_timm.detection.openmmlab.load_state_dict_from_url', lambda *args, **kwargs: 1 / 0)
     monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: 1 / 0)
     with pytest.raises(TypeError, match='unexpected keyword argument'):
@@ -124,7 +127,7 @@ def test_wrong_keywords_are_refused_before_a_download(wrong, monkeypatch, hub):
 @pytest.mark.parametrize('in_chans, mean, std', [
     (1, (.449,), (.226,)), (3, (.485, .456, .406), (.229, .224, .225)), (4, (.449,) * 4, (.226,) * 4)])
 def test_images_of_other_channels(in_chans, mean, std):
-    """Means and deviations of an image with other channels are the average, as in `pvt-timm predict`."""
+    """For other numbers of channels, means and deviations are averages, as in `pvt-timm predict`."""
     for kind in BUILD:
         model = build_small(kind, model_args=dict(img_size=64, in_chans=in_chans))
         assert (model.transform.image_mean, model.transform.image_std, model.in_chans) == (mean, std, in_chans)
@@ -193,7 +196,7 @@ def test_anchors_are_centred_on_fixed_strides_and_not_rounded(kind, first_stride
     (lambda: build_small('mask_rcnn').roi_heads.box_coder, 10),
 ])
 def test_box_coders_bound_the_size_on_both_sides(coder_of, scale):
-    """By 16 to 1000 times, for each class of those that code them so."""
+    """The sides of a box are at most 1000 / 16 times as long or as short as those of its anchor."""
     codes = torch.tensor([[0.1 * scale, -0.2 * scale, -100., 100., -0.3 * scale, 0., 100., 0.]])
     first, second = coder_of().decode_single(codes, boxes((0, 0, 10, 20))).reshape(2, 4)
     for decoded, cx, cy, w, h in (
@@ -223,7 +226,7 @@ def test_settings_are_the_published_ones():
 
 
 def test_pooling_is_aligned_and_at_fixed_strides():
-    """On maps that hold the coordinates of their own positions, a pooled cell holds that of its centre."""
+    """Pooled cells are aligned. On maps that hold their own coordinates, a cell holds those of its centre."""
     maps = {}
     for i, stride in enumerate((4, 8, 16, 32)):
         side = 512 // stride
@@ -242,7 +245,7 @@ def test_pooling_is_aligned_and_at_fixed_strides():
 @pytest.mark.parametrize('box', [
     (2.5, 3.25, 20.75, 17.5), (0, 0, 32, 24), (-9, -5, 7, 50), (28, 20, 31.9, 23.9), (5.2, 5.2, 5.4, 5.4)])
 def test_pasted_masks_are_sampled_at_pixel_centres(box):
-    """Masks that hold the coordinates of their own positions, from 0 to 1 over the box."""
+    """Masks are sampled at the centres of pixels. The masks hold their own coordinates, 0 to 1."""
     x1, y1, x2, y2 = box
     own = (torch.arange(28, dtype=torch.float64) + 0.5) / 28
     masks = torch.stack([own.expand(28, 28), own[:, None].expand(28, 28)])[:, None]
@@ -257,7 +260,7 @@ def test_pasted_masks_are_sampled_at_pixel_centres(box):
 
 
 def pasted_one_by_one(masks, boxes, size):
-    """Each mask sampled where its box is in the image, and by one pixel around it, as mmdetection does."""
+    """Paste masks one by one, each within its box and one pixel around, as mmdetection does."""
     out = masks.new_zeros(len(masks), 1, *size)
     for n, (mask, (x1, y1, x2, y2)) in enumerate(zip(masks, boxes.tolist())):
         left, right = max(math.floor(x1) - 1, 0), min(math.ceil(x2) + 1, size[1])
@@ -272,7 +275,7 @@ def pasted_one_by_one(masks, boxes, size):
 
 @pytest.mark.parametrize('dtype, atol', [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_pasted_masks_are_those_of_a_loop(dtype, atol):
-    """With boxes of all kinds: thin, tiny, larger than the image, at its edges, far into a large one."""
+    """`paste_masks` equals a loop over masks, for thin, tiny and large boxes, also at the image's edges."""
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(60, 2, generator=generator, dtype=dtype) * torch.tensor([1300., 100.])
     sides = torch.rand(60, 2, generator=generator, dtype=dtype) ** 3 * torch.tensor([900., 150.]) + 0.2
@@ -287,7 +290,10 @@ def test_pasted_masks_are_those_of_a_loop(dtype, atol):
 
 
 def test_coordinates_of_half_precision_maps_are_not_rounded():
-    """Near 1,000 pixels bfloat16 has steps of 4 to 8: boxes, and the masks in them, would move by that."""
+    """With bfloat16 maps, coordinates stay in float32.
+
+    In bfloat16, numbers near 1,000 have steps of 4 to 8, so boxes and masks would move by several pixels.
+    """
     generator = torch.Generator().manual_seed(0)
     maps = {str(i): torch.rand(1, 4, 1024 // s, 1024 // s, generator=generator).bfloat16()
             for i, s in enumerate((4, 8, 16, 32))}
@@ -355,7 +361,10 @@ def test_nothing_detected(detector):
 
 
 def test_half_precision_keeps_boxes_in_float32(detector):
-    """On a CPU, whose `roi_align` has no half precision, with half weights and under autocast."""
+    """With bfloat16 weights or autocast on a CPU, outputs have their usual dtypes.
+
+    On a CPU, `roi_align` has no half precision.
+    """
     image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))
     half = copy.deepcopy(detector).to(torch.bfloat16)
     with torch.no_grad():
@@ -382,7 +391,7 @@ def test_half_precision_trains(kind):
 
 
 def detections_found_again(found, others):
-    """Whether each detection has one of the same label, at nearly the same place and with the same score and mask."""
+    """Return the share of detections that `others` has too: same label, and nearly the same box, score and mask."""
     same = found['labels'][:, None] == others['labels']
     same &= (found['boxes'][:, None] - others['boxes']).abs().amax(dim=2) < 0.05
     same &= (found['scores'][:, None] - others['scores']).abs() < 1e-4
@@ -420,7 +429,7 @@ def test_onnx_of_images_of_other_content_and_size(kind):
 
 @pytest.mark.parametrize('kind', list(BUILD))
 def test_training_lowers_the_loss(kind):
-    """On images of two sizes, one of them without objects."""
+    """The loss decreases on two images of different sizes, one of them without objects."""
     model = build_small(kind).train()
     images = [torch.zeros(3, 64, 64), torch.zeros(3, 64, 80)]
     images[0][:, 10:44, 12:50] = 1
@@ -440,7 +449,7 @@ def test_training_lowers_the_loss(kind):
 
 
 def with_masks(found, height=64, width=96):
-    """A target with a mask per box, which detectors without masks do not look at."""
+    """Return a target with a mask for each box. Detectors without masks ignore the masks."""
     masks = torch.zeros(len(found['boxes']), height, width, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, found['boxes'].nan_to_num().round().long().clamp(min=0).tolist()):
         mask[y1:y2, x1:x2] = 1
@@ -448,7 +457,10 @@ def with_masks(found, height=64, width=96):
 
 
 def test_retinanet_loss_of_several_images_is_that_of_all_their_anchors():
-    """As in OpenMMLab: a sum over the images over all positive anchors. torchvision takes the mean over the images."""
+    """The loss is divided by the positive anchors of all images.
+
+    OpenMMLab does so. torchvision takes the mean of the losses of the images.
+    """
     model = build_small('retinanet').train()
     images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
     targets = [target((2, 2, 62, 62), labels=[2]), target((4, 4, 30, 30), (20, 30, 60, 62), (1, 30, 33, 60))]
@@ -503,7 +515,10 @@ def test_wrong_masks_are_refused(change, message):
 
 
 def test_right_targets_are_taken():
-    """At the edges and a bit outside, as rounded annotations are. Only Mask R-CNN looks at masks."""
+    """Boxes at the edge and slightly outside are accepted, as rounded annotations have them.
+
+    Only Mask R-CNN reads masks.
+    """
     found = target((0, 0, 96, 64), (-0.6, 10, 30, 64.7))
     for kind in BUILD:
         for masks in (torch.uint8, torch.bool):
@@ -598,7 +613,10 @@ def test_checkpoint_of_other_classes_and_wrappers():
 
 @pytest.mark.parametrize('kind', list(LOAD))
 def test_fine_tuning_of_a_checkpoint_with_other_classes(kind, caplog):
-    """What does not depend on their number is taken, what does is new and named. The backbone gets its arguments."""
+    """With another number of classes, only layers whose shapes depend on it are new.
+
+    The log names these layers. The backbone gets its arguments.
+    """
     detector = build_small(kind, 80)
     checkpoint = {'state_dict': detector_to_mmdet(detector), 'meta': {'CLASSES': tuple(coco_categories().values())}}
     new = dict(
@@ -629,7 +647,7 @@ def test_fine_tuning_of_a_checkpoint_with_other_classes(kind, caplog):
 
 
 def config_of(kind='retinanet', pipeline='', **model):
-    """A config as OpenMMLab's training keeps it: Python text."""
+    """Return a config as OpenMMLab's training saves it: Python code as text."""
     heads = dict(
         retinanet=dict(bbox_head=dict(type='RetinaHead')), mask_rcnn=dict(roi_head=dict(type='StandardRoIHead')))
     lines = [f'model = {dict(heads[kind], **model)!r}', 'test_cfg = dict(type="TestLoop")']
@@ -781,7 +799,7 @@ def test_other_models_are_refused(tmp_path):
 
 
 def test_pretrained_detector_by_url(tmp_path, monkeypatch):
-    """Downloaded once, checked, and never deleted: not by an error in the arguments, not by a file that is not it."""
+    """The file is downloaded once and checked. A wrong file is not kept, and an error in arguments deletes nothing."""
     model = build_small('retinanet', 80)
     file, cache = tmp_path / 'plain.pth', tmp_path / 'cache'
     torch.save({'meta': {}, 'state_dict': detector_to_mmdet(model)}, file)

@@ -19,13 +19,13 @@ X = images(2, 3, 224, 224)
 
 @pytest.fixture(scope='module')
 def weights():
-    """Under the original's names, as the files that people hold have them."""
+    """Return weights with the names of the original code, as users have them in their files."""
     return from_timm(randomize(timm.create_model('pvt_tiny', num_classes=10)).state_dict(), 'original')[0]
 
 
 @pytest.fixture(scope='module')
 def ours(weights, tmp_path_factory):
-    """A model with these weights, which stand in the file of a whole other model."""
+    """Return a function that creates a model with these weights. The file holds a larger model with them inside."""
     path = tmp_path_factory.mktemp('files') / 'model.safetensors'
     state_dict = {f'model_uav.transformer.{k}': v.contiguous() for k, v in weights.items()}
     save_file({**state_dict, 'decoder.conv.weight': torch.ones(3)}, path)
@@ -82,7 +82,7 @@ def test_outputs(ours, maps, tokens, kwargs, call, expected):
 
 
 class ScaledBlock(Block):
-    """A block of one's own, as SSDepth or CompletionFormer have them."""
+    """A block with a parameter of its own, as in SSDepth and CompletionFormer."""
 
     def __init__(self, dim, **kwargs):
         super().__init__(dim, **kwargs)
@@ -94,7 +94,7 @@ class ScaledBlock(Block):
 
 @torch.no_grad()
 def test_own_block(weights, maps):
-    """Published weights load around its new parameters, which are named."""
+    """Published weights load into a model with changed blocks. Only the new parameters are missing."""
     model = timm.create_model('pvt_tiny', block_fn=ScaledBlock, **DENSE).double().eval()
     state_dict = pvt_timm.checkpoint_filter_fn(weights, timm.create_model('pvt_tiny', **DENSE))
     missing, unexpected = model.load_state_dict(state_dict, strict=False)

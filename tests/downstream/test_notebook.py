@@ -25,13 +25,13 @@ def notebook():
 
 
 def pictures_of(notebook):
-    """The pictures of every code cell that has some."""
+    """Return the pictures of every code cell that has pictures."""
     found = [[output['data']['image/png'] for output in cell['outputs']] for cell in code_cells(notebook)]
     return [pictures for pictures in found if pictures]
 
 
 def test_notebook_holds_code_and_pictures_alone(notebook):
-    """No printed text, counts or paths of the machine that ran it, which would differ on the next one."""
+    """The notebook has no printed text, counts or paths, which would differ on each machine."""
     assert notebook['nbformat'] == 4
     assert len({cell['id'] for cell in notebook['cells']}) == len(notebook['cells'])
     for cell in code_cells(notebook):
@@ -49,7 +49,7 @@ def test_notebook_holds_code_and_pictures_alone(notebook):
 
 @pytest.mark.slow
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
-    """With the photograph alone beside it. The hub that the tests serve is empty, so nothing can be downloaded."""
+    """The notebook runs without downloads: the folder has only the photograph, and the served hub is empty."""
     shutil.copy(DEMOS / 'photo.jpg', tmp_path)
     monkeypatch.chdir(tmp_path)
     kept = pictures_of(notebook)
@@ -67,7 +67,7 @@ def test_notebook_runs(notebook, tmp_path, monkeypatch):
 
 
 def test_picture_of_the_photograph(tmp_path):
-    """The script draws the picture of the README again. Fonts and rounding may differ between machines."""
+    """The script draws the README's picture again. Fonts and rounding may differ between machines."""
     output = tmp_path / 'pyramid_photo.png'
     photo_pyramid.draw(output)
     with Image.open(output) as drawn, Image.open(DEMOS.parents[1] / '.github' / 'pyramid_photo.png') as kept:

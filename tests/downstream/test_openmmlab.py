@@ -26,7 +26,10 @@ MODELS.remove(('faster_rcnn', 'original'))  # which has no config of it
 
 
 def build_both(kind, code, letter='t', delta_std=None):
-    """Their model in float32 and ours with its weights. Trained box deltas are under 1, over 2 bounds are met."""
+    """Return OpenMMLab's model in float32, and ours with its weights.
+
+    Deltas of trained boxes are below 1. With a standard deviation above 2, some deltas reach the limits.
+    """
     delta_std = delta_std or dict(retinanet=3.).get(kind, 1.)
     theirs = build(kind, letter, delta_std, pvt_checkout() if code == 'original' else None)
     return theirs, LOAD[kind]({'meta': {}, 'state_dict': theirs.state_dict()})
@@ -38,13 +41,13 @@ def both(kind, code):
 
 
 def smooth_image(h, w):
-    """Bytes (3, H, W)."""
+    """Return a smooth image of bytes (3, H, W)."""
     coarse = torch.rand(1, 3, max(h // 24, 2), max(w // 24, 2), generator=torch.Generator().manual_seed(0))
     return (torch.nn.functional.interpolate(coarse, size=(h, w), mode='bilinear')[0] * 255).round().to(torch.uint8)
 
 
 def prepare(ours, size):
-    """An image of this size that the detector leaves at its size, and what its backbone gets."""
+    """Return an image that the detector does not resize, and the input that its backbone gets."""
     image = smooth_image(*size).double() / 255
     ours.transform.min_size, ours.transform.max_size = (min(size),), max(size)
     x = ours.transform([image])[0].tensors
@@ -54,7 +57,10 @@ def prepare(ours, size):
 
 @torch.no_grad()
 def differences(ours, theirs, x, size):
-    """Largest differences of what neck and heads say before thresholds, those of RoIs on mmdetection's proposals."""
+    """Return the largest differences between the outputs of necks and heads, before any threshold.
+
+    Both models get mmdetection's proposals.
+    """
     maps, features = theirs.extract_feat(x), ours.backbone(x)
     pairs = dict(features=(features.values(), maps))
     if hasattr(theirs, 'rpn_head'):
@@ -85,7 +91,7 @@ def differences(ours, theirs, x, size):
 
 
 def detections(theirs, ours, image, x, original, resized):
-    """What both find, under our labels."""
+    """Return the detections of both models, with our labels."""
     with torch.no_grad():
         a = ours([image])[0]
     b = predict(theirs, x, original, resized)
@@ -94,7 +100,7 @@ def detections(theirs, ours, image, x, original, resized):
 
 
 def share_of_identical(a, b, box_tol=0.01, score_tol=1e-4):
-    """Share of all detections that the other model has too: same label, near box and score."""
+    """Return the share of all detections that both models have: same label, nearly the same box and score."""
     hits = 0
     for x, y in ((a, b), (b, a)):
         same = (x['labels'][:, None] == y['labels'][None])
@@ -125,7 +131,7 @@ def test_detector_float64(kind, code, size):
 
 @pytest.mark.parametrize('original', [(120, 200), (480, 640), (40, 400)])
 def test_retinanet_on_resized_images(original):
-    """From image to boxes at the resize rule of the published models, a shorter side of 256 and a longest of 426."""
+    """Both models find the same boxes if images are resized by the published rule (sides of 256 and 426)."""
     mmcv = pytest.importorskip('mmcv')
     theirs, ours = build_both('retinanet', 'mmdet', delta_std=0.3)  # boxes near their anchors, for float32
     image = smooth_image(*original)
@@ -164,7 +170,11 @@ def test_other_variants_float64(kind, letter, size, code):
 
 
 def random_targets(counts, size, first_label):
-    """Boxes of at least 45 pixels: inside of an anchor all have the same IoU, and rounding says which is the best."""
+    """Return random targets with boxes of at least 45 pixels.
+
+    A smaller box could lie inside of several anchors. These would have the same IoU, and rounding would decide which
+    one is the best.
+    """
     generator = torch.Generator().manual_seed(0)
     h, w = size
     targets = []
@@ -179,7 +189,10 @@ def random_targets(counts, size, first_label):
 
 @pytest.mark.parametrize('counts', [(3,), (1, 12), (5, 0), (0, 0), (9, 1, 4)])
 def test_retinanet_loss(counts):
-    """Of several images too: mmdetection divides by the positive anchors of all of them, torchvision image by image."""
+    """Losses equal mmdetection's, for one image and for several.
+
+    mmdetection divides by the positive anchors of all images, torchvision by those of each image.
+    """
     from mmengine.structures import InstanceData
     theirs, ours = both('retinanet', 'mmdet')
     size = (160, 224)
@@ -201,7 +214,10 @@ def test_retinanet_loss(counts):
 
 @pytest.mark.parametrize('kind', ['retinanet', 'faster_rcnn'])
 def test_anchors_are_matched_with_the_same_objects(kind):
-    """Many boxes that overlap: an anchor that is the best of one object goes to it, whatever it overlaps most."""
+    """With many overlapping boxes, anchors get the same objects as in mmdetection.
+
+    The best anchor of an object gets this object, even if it overlaps another object more.
+    """
     from mmengine.structures import InstanceData
     theirs, ours = both(kind, 'mmdet')
     size = (160, 224)
@@ -237,8 +253,11 @@ def test_semantic_fpn_float64(code, size):
 
 
 def test_semantic_fpn_of_an_image_of_another_size():
-    """`segment` against mmcv's two resizes of a test image (AlignResize of the original, ResizeToMultiple), in floats,
-    and against mmsegmentation's resize to the image's own size."""
+    """`segment` equals the resizing of mmcv and mmsegmentation.
+
+    mmcv resizes a test image twice (AlignResize of the original code, ResizeToMultiple), here as floats. mmsegmentation
+    resizes the result to the image's own size.
+    """
     mmcv = pytest.importorskip('mmcv')
     theirs, ours = both('semantic_fpn', 'mmdet')
     ours.min_size, ours.max_size = 128, 256
@@ -277,7 +296,7 @@ def test_there_and_back_is_bitwise(kind, code):
 
 
 def test_file_as_mmengine_saves_it(tmp_path):
-    """With its training log beside the weights."""
+    """A file of mmengine that also holds a training log is read."""
     from mmengine.logging import MessageHub
     hub = MessageHub.get_instance('test_file_as_mmengine_saves_it')
     hub.update_scalar('train/loss', 0.5)
@@ -296,7 +315,7 @@ def test_file_as_mmengine_saves_it(tmp_path):
 
 @pytest.mark.parametrize('size', [(224, 224), (160, 256)])
 def test_the_tag_of_a_detector_is_its_backbone(size, tmp_path):
-    """`pvt_tiny.retinanet_coco` computes what mmdetection's backbone computes, and so does what is saved of it."""
+    """`pvt_tiny.retinanet_coco` equals mmdetection's backbone, and so do files converted from it."""
     import timm
     from pvt_timm import create_from_checkpoint
     from weights_conversion import convert

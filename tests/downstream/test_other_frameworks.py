@@ -44,7 +44,7 @@ def test_anomalib():
 
 
 def openmmlab_model(tmp_path, package):
-    """Built from recipes/README.md's config for mmsegmentation, or that with its changes for mmdetection."""
+    """Build a model from the config in recipes/README.md, for mmdetection with the changes named there."""
     pytest.importorskip('mmcv')
     pytest.importorskip('mmengine')
     from tests.support.mmdet_reference import do_without_compiled_parts

@@ -21,7 +21,7 @@ def test_logits_have_the_size_of_the_image(size):
 
 @pytest.mark.parametrize('size, resized', [((1, 1), (64, 64)), ((40, 90), (64, 128)), ((3, 700), (32, 128))])
 def test_segment_takes_any_image(size, resized):
-    """Of ones, so that what the backbone sees is known."""
+    """`segment` takes images of any size. Images of ones show what the backbone gets."""
     model = build(min_size=64, max_size=128)
     seen = []
     model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -32,7 +32,7 @@ def test_segment_takes_any_image(size, resized):
 
 
 def resized_once_and_twice(image, shorter, longest):
-    """An image (1, 3, H, W), resized to a shorter side, and then up to multiples of 32, by bilinear weights."""
+    """Resize an image (1, 3, H, W) to a shorter side, then up to multiples of 32, and return it."""
     h, w = image.shape[2:]
     scale = min(shorter / min(h, w), longest / max(h, w))
     once = [int(n * scale + 0.5) for n in (h, w)]
@@ -54,7 +54,10 @@ def test_segment_resizes_twice_as_published(size):
 
 
 def test_segment_leaves_the_model_as_it_was():
-    """In training mode too, where BatchNorm would take the image into its statistics, and with some parts frozen."""
+    """`segment` changes no mode and no weights, even in training mode and with frozen parts.
+
+    In training mode, BatchNorm would add the image to its statistics.
+    """
     model = build(min_size=64, frozen_stages=1)
     image = torch.rand(3, 50, 70)
     expected = model.segment(image)
@@ -166,7 +169,7 @@ def test_colours_are_bytes():
 
 
 def test_one_class_and_a_threshold_are_refused():
-    """The class would be that of every pixel."""
+    """A model with one class and a threshold is refused, as every pixel would get this class."""
     binary = semantic_fpn('test_pvt', 1, out_channels=16, channels=8, model_args=dict(img_size=64))
     for weights in (segmenter_to_mmseg(binary), binary.state_dict()):
         with pytest.raises(ValueError, match='binary'):

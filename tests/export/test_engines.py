@@ -20,7 +20,7 @@ QUICK = ('PyTorch on a CPU', 'ONNX', 'A GPU')
 
 
 def sections():
-    """(title, blocks of code as language and text) of every section that has code."""
+    """Yield (title, code blocks) of every section that has code. A block is (language, text)."""
     for part in re.split(r'^###? ', TEXT, flags=re.MULTILINE)[1:]:
         title = part.partition('\n')[0]
         blocks = re.findall(r'^```(bash|python)\n(.*?)^```', part, re.MULTILINE | re.DOTALL)
@@ -30,7 +30,7 @@ def sections():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The files that the sections speak of."""
+    """Return a folder with the files that the sections name."""
     torch.manual_seed(0)
     for name in ('cat', 'dog'):
         (tmp_path / 'images' / 'validation' / name).mkdir(parents=True)
@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def argv_of(line):
-    """A command of the text, for test_pvt in place of pvt_small and for small images."""
+    """Return a command of the text, with test_pvt in place of pvt_small and with small images."""
     argv = shlex.split(line.removeprefix(COMMAND))
     if '--checkpoint' in argv and '--detector' in argv:
         return ['export', *argv]
@@ -85,7 +85,7 @@ def test_runs(title, blocks, folder):
 
 
 def test_table_of_targets():
-    """Each target has its row, which says what the code can."""
+    """The table has a row for each target that agrees with the code."""
     table = TEXT.partition('## What each target can')[2]
     head = [cell.strip() for cell in re.search(r'^\| `--to` .*$', table, re.MULTILINE)[0].split('|')[1:-1]]
     assert head == ['`--to`', 'file', 'batch and size of images', 'detectors', 'segmenters', '`--half`', '`--int8`']

@@ -75,7 +75,7 @@ def test_the_model_stays_as_it_is(tmp_path):
 
 
 def test_the_model_keeps_its_modes(monkeypatch, tmp_path):
-    """Each module is in training or in evaluation mode as before, also after an error."""
+    """An export changes no module's mode (training or evaluation), even if it fails."""
     pytest.importorskip('onnxruntime')
 
     def fail(*args):
@@ -106,7 +106,7 @@ def test_the_weights_beside_an_openvino_file_replace_no_checkpoint(monkeypatch, 
 
 
 def test_weights_of_an_openvino_file_replace_nothing_else(tmp_path):
-    """A .bin without its .xml is no part of an export. With it, both are replaced."""
+    """A .bin without its .xml is not replaced, as it is not from an export."""
     (tmp_path / 'x.bin').write_bytes(b'something else')
     with pytest.raises(ValueError, match=r'x\.bin would be replaced.* as there is no x\.xml'):
         export(make_model(), 'openvino', tmp_path / 'x.xml')
@@ -158,7 +158,7 @@ DETECTORS = dict(retinanet=pvt_retinanet, faster_rcnn=pvt_faster_rcnn, mask_rcnn
 
 
 def make_detector(kind, score=0.3):
-    """One that finds objects in random images, of different scores and classes."""
+    """Return a detector that finds objects of different scores and classes in random images."""
     torch.manual_seed(0)
     channels = dict(retinanet={}, faster_rcnn=dict(box_channels=48), mask_rcnn=dict(box_channels=48, mask_channels=24))
     model = DETECTORS[kind](
@@ -172,7 +172,7 @@ def make_detector(kind, score=0.3):
 
 
 def assert_same_objects(actual, expected, tolerance):
-    """Each object has one of the same class at the same place in the other list, and the masks are as large."""
+    """Check that both lists have the same objects: same class, nearly the same box, score and mask."""
     assert [output.shape for output in actual] == [output.shape for output in expected] and len(expected[0]) > 2
     for some, others in ((actual, expected), (expected, actual)):
         same = some[2][:, None] == others[2]
@@ -187,7 +187,7 @@ def assert_same_objects(actual, expected, tolerance):
 @pytest.mark.parametrize('target', ['onnx', pytest.param('openvino', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('kind', DETECTORS)
 def test_detectors_are_read_by_the_runtime_alone(kind, target, half, tmp_path):
-    """Images of other content and size than the export saw."""
+    """An exported detector works for an image of another size and content than the export used."""
     skip_without(target)
     pytest.importorskip('onnx')
     model = make_detector(kind)
@@ -213,7 +213,7 @@ def test_detectors_are_read_by_the_runtime_alone(kind, target, half, tmp_path):
 
 
 class DetectionsOf(torch.nn.Module):
-    """Boxes, scores, labels from 0 and masks of one image."""
+    """Returns the boxes, scores, labels (from 0) and masks of one image."""
 
     def __init__(self, model):
         super().__init__()
@@ -234,7 +234,10 @@ def test_half_precision_halves_a_detector(tmp_path):
 
 
 def test_detectors_that_find_nothing_are_compared_with_a_lower_score(tmp_path, monkeypatch):
-    """Otherwise any two files that find nothing would be equal."""
+    """If nothing is found, the comparison uses a lower score.
+
+    Otherwise any two files that find nothing would be equal.
+    """
     pytest.importorskip('onnxruntime')
     lowest = []
     compare = export_package.compare_detections
@@ -247,7 +250,7 @@ def test_detectors_that_find_nothing_are_compared_with_a_lower_score(tmp_path, m
 
 
 def one_more(outputs):
-    """The first object twice, with a score of its own."""
+    """Return the outputs with the first object twice. The second one has another score."""
     boxes, scores, *rest = (torch.cat([output, output[:1]]) for output in outputs)
     scores[-1] += 0.01
     return [boxes, scores, *rest]
@@ -360,7 +363,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path, capsys
 
 
 class Missing:
-    """A finder for which a package is not installed."""
+    """A finder of modules that acts as if a package is not installed."""
 
     def __init__(self, package):
         self.package = package
@@ -385,7 +388,7 @@ def test_command(tmp_path, capsys):
 
 @pytest.mark.parametrize('target', ['onnx', pytest.param('openvino', marks=pytest.mark.slow)])
 def test_int8_keeps_the_digits(target, tmp_path, capsys):
-    """With classes by the names of folders; at most half a point is lost."""
+    """int8 loses at most half a point of accuracy. Classes are known from names of folders."""
     pytest.importorskip('sklearn')
     for package in (*TARGETS[target].packages, *TARGETS[target].int8_packages):
         pytest.importorskip(package.split('.')[0])
@@ -423,7 +426,11 @@ def test_find_images(tmp_path):
 
 @pytest.mark.slow
 def test_openvino_compiles_models_of_a_fixed_size(tmp_path):
-    """In a process of its own: OpenVINO 2026.4 ended with a segmentation fault where one head was folded."""
+    """OpenVINO compiles a model of a fixed size whose attention is folded.
+
+    OpenVINO 2026.4 ended with a segmentation fault for a folded attention with one head, so this runs in a separate
+    process.
+    """
     pytest.importorskip('openvino')
     model = timm.create_model('pvt_tiny', depths=(2, 1, 1, 1)).eval()
     folded = [type(block.attn).__name__ for block in pvt_timm.simplify(model).stages[0].blocks]

@@ -26,7 +26,10 @@ needs_bf16 = pytest.mark.skipif(
 
 @pytest.fixture
 def fast_calls(monkeypatch):
-    """The stages whose fast forward ran. What works is found anew, and forgotten afterwards."""
+    """Return a list to which each call of the fast forward adds the width of its stage.
+
+    The cache of what works on this machine is cleared before and after the test.
+    """
     calls = []
     forward = fast.FusedStage._fused_forward
     monkeypatch.setattr(
@@ -37,7 +40,10 @@ def fast_calls(monkeypatch):
 
 
 def assert_same(actual, expected, tolerance=1e-5):
-    """Tensors, or any nesting of them, differ by at most `tolerance` of the largest value of each, or of 1."""
+    """Check that tensors are equal up to `tolerance` of their largest value (or of 1, if that is more).
+
+    `actual` and `expected` may be nested.
+    """
     for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=tolerance * max(1., e.abs().max().item()))
 
@@ -108,7 +114,7 @@ def test_slices(monkeypatch, name, tokens):
 @needs_bf16
 @pytest.mark.parametrize('name', ['test_pvt', 'pvt_tiny'])
 def test_bfloat16_is_as_good_as_plain(name):
-    """As near to float32 as the plain bfloat16 model is, within a half."""
+    """The error against float32 is at most 1.5 times that of the plain bfloat16 model."""
     model, x = make_model(name), make_input(4, 64, 96)
     with torch.no_grad():
         exact = model(x)
@@ -121,7 +127,10 @@ def test_bfloat16_is_as_good_as_plain(name):
 @pytest.mark.parametrize('dtype', [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
 @pytest.mark.parametrize('scale', [1., 4.])
 def test_attention_by_products_is_as_exact_as_the_kernel(monkeypatch, scale, dtype):
-    """Also where logits are so large (80 at scale 4) that bfloat16 has no decimals for them."""
+    """The error is at most 1.5 times that of the kernel, also for large logits.
+
+    At scale 4, logits reach 80, where bfloat16 has no decimals.
+    """
     monkeypatch.setattr(fast, '_multiplies_faster', lambda: True)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -170,7 +179,7 @@ def test_stage_of_another_class_is_left_alone():
     lambda: nn.Linear(2, 2),
 ], ids=['fx', 'script', 'no PVT'])
 def test_a_model_without_stages_is_refused(make):
-    """Its user would take it for fused."""
+    """A model without PVT stages is refused. Otherwise a user would believe that it is fused."""
     model = make()
     for inplace in (False, True):
         with pytest.raises(ValueError, match='Expected a model with PVT stages inside, got '):
@@ -191,7 +200,7 @@ def optimizer_step(model):
 
 
 def fused_optimizer_steps(model):
-    """They leave no trace in the versions of the parameters."""
+    """Train with a fused optimizer, which does not change the version counters of the parameters."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     for _ in range(5):
         model(make_input(1, 32, 32)).sum().backward()
@@ -206,7 +215,7 @@ def fused_optimizer_step_in_training_mode(model):
 
 
 def gradients_from_elsewhere(model):
-    """No forward pass with gradients, as on the worker of a parameter server."""
+    """Set gradients without a forward pass, as on a worker of a parameter server, and make a step."""
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
@@ -223,7 +232,10 @@ def write_through_dlpack(model):
 
 
 def collective(name, factor, **kwargs):
-    """All parameters become those of another rank, `factor` times ours, or the sum of both ranks'."""
+    """Return a function that changes all parameters with a collective operation of two ranks.
+
+    The parameters of the other rank are `factor` times ours.
+    """
 
     def change(model):
         store = dist.HashStore()
@@ -299,7 +311,10 @@ def test_copies(fast_calls, copy_):
 
 @needs_onednn
 def test_fused_in_inference_mode(fast_calls):
-    """A copy of normal parameters is fast there and elsewhere. Parameters made there are left alone."""
+    """In inference mode, `fuse` makes a fast copy of normal parameters, which also works outside of it.
+
+    Parameters that were made in inference mode stay on the plain path.
+    """
     model, x = make_model(), make_input(1, 32, 32)
     with torch.inference_mode():
         fused, left = fuse(model), fuse(make_model(), inplace=True)
@@ -313,7 +328,7 @@ def test_fused_in_inference_mode(fast_calls):
 
 @needs_onednn
 def test_meta_device(fast_calls):
-    """Under a default device, too, and the fast path is there afterwards."""
+    """With a meta device as the default, the plain path runs. Afterwards the fast path runs again."""
     fused, x = fuse(make_model()), make_input(1, 32, 32)
     with torch.device('meta'), torch.no_grad():
         meta = fuse(timm.create_model('test_pvt').eval())
@@ -328,7 +343,10 @@ def test_meta_device(fast_calls):
 # --- Where the plain path is right ---
 
 def assert_plain(fast_calls, reason, change=nn.Module.eval):
-    """A change of the stages, made after their weights were packed, leads to the plain stages' very results."""
+    """Check that changed stages run on the plain path, with exactly the results of plain stages.
+
+    `change` is called after the weights of the stages were packed.
+    """
     plain, fused = (f(make_model(drop_path_rate=0.5, proj_drop_rate=0.3).stages) for f in (nn.Module.eval, fuse))
     x = make_input(4, 32, 32)
     outputs = []
@@ -415,7 +433,10 @@ def negated(function):
     (F, 'linear'),
 ], ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_patched_classes_and_functions(monkeypatch, fast_calls, owner, name):
-    """What visualisers and profilers do. It is undone afterwards, and the fast path is there again."""
+    """Patches of classes or functions, as profilers make them, lead to the plain path.
+
+    After the patch is removed, the fast path runs again.
+    """
     fused, x = fuse(make_model()), make_input(1, 32, 32)
     with monkeypatch.context() as patch:
         assert_plain(fast_calls, 'patched: ', lambda stage: patch.setattr(owner, name, negated(getattr(owner, name))))
@@ -426,7 +447,10 @@ def test_patched_classes_and_functions(monkeypatch, fast_calls, owner, name):
 
 @pytest.mark.parametrize('patch_before', [False, True])
 def test_patched_stage_and_position_embeddings(monkeypatch, patch_before):
-    """They are not called by inner modules, but by the stage itself."""
+    """Patches of a stage's `forward` and of `resample_pos_embed` take effect in a fused model.
+
+    The stage itself calls them, not its inner modules.
+    """
     x = make_input(1, 64, 96)
     for owner, name in ((PyramidVisionTransformerStage, 'forward'), (pvt, 'resample_pos_embed')):
         plain, fused = make_model(), make_model() if patch_before else fuse(make_model())
@@ -441,7 +465,7 @@ def test_patched_stage_and_position_embeddings(monkeypatch, patch_before):
 
 @needs_onednn
 def test_convolutions_of_another_size(fast_calls):
-    """Their kernels count, as in the plain model, not what was said when the model was made."""
+    """If convolutions are replaced, the fast path uses their kernel sizes, as the plain model does."""
     outputs = []
     for make in (nn.Module.eval, fuse):
         stage = make(make_model().stages[0])

@@ -27,7 +27,7 @@ def assert_same(actual, expected):
 
 @pytest.fixture(params=['cheaper', 'folded', 'projected'])
 def folding(request, monkeypatch):
-    """Both forms of attention in every place, not only where there are fewer operations."""
+    """Test both forms of attention at every place, and the choice by the number of operations."""
     if request.param != 'cheaper':
         monkeypatch.setattr(simplified, 'folding_is_cheaper', lambda *_: request.param == 'folded')
     return request.param
@@ -81,7 +81,7 @@ def test_variants(name, kwargs):
 
 @pytest.mark.parametrize('name, gain', [('pvt_tiny', 0.09), ('pvt_small', 0.05)])
 def test_operations(name, gain):
-    """Of 224x224, by what share they become fewer, as counted by PyTorch."""
+    """`simplify` reduces the operations for 224x224 by this share, as counted by PyTorch."""
     model, x = timm.create_model(name).eval(), make_input(1, 224, 224)
     counts = []
     for m in (model, simplify(model)):

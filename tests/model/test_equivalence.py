@@ -23,7 +23,7 @@ def dense_of(name, state_dict, **kwargs):
 
 @pytest.fixture(scope='module')
 def models():
-    """Classifiers with random float64 weights, made on demand, and dense backbones with the same weights."""
+    """Return a function that creates a classifier with random float64 weights, and a dense backbone with the same."""
     made = {}
 
     def get(name):
@@ -49,7 +49,7 @@ def assert_equal(got, want, tolerance=1e-10):
 # transformers
 
 def transformers_model(model):
-    """transformers' PVT with the weights of `model` and the original's eps."""
+    """Return transformers' PVT with the weights of `model` and the eps of the original code."""
     transformers = pytest.importorskip('transformers')
 
     config = transformers.PvtConfig(depths=list(model.depths), num_labels=model.num_classes)

@@ -114,7 +114,7 @@ def test_img_size(img_size):
 @examples
 @given(old=st.tuples(sides, sides), new=st.tuples(sides, sides), dense=st.booleans())
 def test_set_input_size(old, new, dense):
-    """Equals a model that is created at that size and loads the same weights."""
+    """The result equals a model that is created at the new size and loads the same weights."""
     kwargs = dict(class_token=False) if dense else {}
     model = make_model(img_size=old, **kwargs)
     other = create(img_size=new, **kwargs).eval()
@@ -161,7 +161,7 @@ def test_refused_at_construction(kwargs):
     lambda m: m.init_weights('jax'),
 ])
 def test_refused_later(call):
-    """Nothing has changed after an error."""
+    """After an error, the model is unchanged."""
     model = create().eval()
     with pytest.raises(AssertionError):
         call(model)
@@ -229,7 +229,7 @@ def test_dense_mode():
 @torch.no_grad()
 @pytest.mark.parametrize('class_token', [True, False])
 def test_norm_and_format_of_the_output(class_token):
-    """Each says one thing: whether there is a norm at the end, and the form of what comes out."""
+    """`final_norm` and `output_fmt` are independent: the first sets the final norm, the second the shape."""
     x = make_input(2, 64, 96)
     by = {}
     for norm in (True, False):
@@ -335,7 +335,7 @@ def test_prune(model, indices, stages):
 
 @pytest.mark.parametrize('later', [False, True])
 def test_initialisation(later):
-    """In the constructor, or by `init_weights` after the meta device."""
+    """Weights are initialised by the constructor, or by `init_weights` after the meta device."""
     torch.manual_seed(0)
     model = timm.create_model('pvt_tiny', device='meta' if later else 'cpu')
     if later:
@@ -368,9 +368,10 @@ def reentrant(request):
     ({}, True, [2] * 6), ({}, False, [2] * 6),  # in evaluation mode but for its dropout, as for Monte Carlo
     (dict(features_only=True), True, [1, 2, 2, 2, 2, 1])])  # timm's wrapper: not the first and last stage
 def test_checkpointing(kwargs, train, twice):
-    """The same gradients, and the blocks run again in the backward pass, with the same dropout.
+    """With checkpointing, gradients are the same, and blocks run again in the backward pass.
 
-    Reentrant checkpoints run them without gradients first, where MLPs could take slices.
+    Dropout is the same in both runs. Reentrant checkpoints first run blocks without gradients, where MLPs could use
+    slices.
     """
     torch.manual_seed(0)
     model, x = create(drop_path_rate=0.2, proj_drop_rate=0.3, **kwargs).train(train), make_input(1, 192, 192)
@@ -437,9 +438,9 @@ def test_inputs_in_any_layout(model):
 
 
 def test_defaults():
-    """The class without arguments is PVT-Small, a block has a plain MLP and no dropout.
+    """Without arguments, the class is PVT-Small, and a block has a plain MLP and no dropout.
 
-    In this package, timm creates models with another MLP.
+    timm's `create_model` takes another MLP in this package.
     """
     assert type(create(device='meta').stages[0].blocks[0].mlp) is SlicedMlp
     assert type(create(device='meta', mlp_layer=Mlp).stages[0].blocks[0].mlp) is Mlp
@@ -462,7 +463,7 @@ def test_defaults():
 
 @pytest.mark.parametrize('name', VARIANTS)
 def test_arguments_of_variants(name):
-    """What the commands know a variant by is what its entrypoint gives to the model."""
+    """The arguments in `VARIANTS` are those that the entrypoint gives to the model."""
     assert list(variants.VARIANTS) == list(VARIANTS)
     args = {**dict(img_size=224, sr_ratios=(8, 4, 2, 1), mlp_ratios=(8, 8, 4, 4)), **variants.VARIANTS[name]}
     model = timm.create_model(name, device='meta', weight_init='skip')
@@ -480,7 +481,7 @@ def test_arguments_of_variants(name):
 # MLPs on slices of tokens
 
 def rows_of(mlp, x):
-    """Tokens that each call of the second layer takes."""
+    """Return the number of tokens in each call of the MLP's second layer."""
     with mock.patch.object(mlp.fc2, 'forward', wraps=mlp.fc2.forward) as forward:
         mlp(x)
     return [call.args[0].shape[:-1].numel() for call in forward.call_args_list]

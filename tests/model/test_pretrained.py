@@ -31,7 +31,7 @@ def tiny():
 
 @pytest.fixture(params=['hub', 'url'])
 def create(request, hub, tiny, tmp_path):
-    """Makes a PVT-Tiny with weights from the hub, or from a url."""
+    """Return a function that creates a PVT-Tiny with weights from the hub, or from a url."""
     serve(hub, 'pvt_tiny.in1k', tiny)
     file = save(from_timm(tiny.state_dict(), 'original')[0], tmp_path / 'x.pth')
     url = hub.add_file('pvt_tiny.pth', file)
@@ -41,7 +41,7 @@ def create(request, hub, tiny, tmp_path):
 
 @pytest.fixture
 def url_host(hub, monkeypatch):
-    """urls of the tags go to the loopback server, as if it were their host."""
+    """Send requests for the tags' urls to the loopback server."""
     real = urllib.request.urlopen
 
     def urlopen(request, *args, **kwargs):
@@ -113,7 +113,7 @@ def test_other_heads_channels_and_sizes(create, tiny):
 
 @pytest.mark.parametrize('fmt', ['timm', 'original', 'transformers'])
 def test_own_head(tmp_path, caplog, fmt):
-    """It is kept where it fits, whatever the tag says, and named where it does not."""
+    """A head is kept if its classes fit, whatever the tag says. Otherwise a warning names the number of classes."""
     own = randomize(timm.create_model('test_pvt', num_classes=3), seed=7)
     file = str(save(wrap(from_timm(own.state_dict(), fmt)[0], 'state_dict'), tmp_path / 'x.pth'))
     overlay = dict(file=file)
@@ -239,14 +239,14 @@ def test_wrong_arguments_cost_no_download(hub, tiny):
 
 
 def test_save_for_hf(hub, token, tiny):
-    """timm's own upload, and back."""
+    """A model that timm uploads to the hub can be loaded again."""
     timm.models.push_to_hf_hub(tiny, 'someone/tuned', model_config=dict(label_names=['x'] * 1000))
     assert {'config.json', 'model.safetensors', 'README.md'} <= set(hub.repo_files('someone/tuned'))
     assert same(timm.create_model('hf-hub:someone/tuned', pretrained=True), tiny)
 
 
 def test_offline(hub, client_env, tiny, tmp_path):
-    """What is in the cache is found there, whatever was pushed later."""
+    """Offline, files in the cache are used, even if the repository has a newer version."""
     def create():
         code = 'for name in sys.argv[1:]: torch.save(timm.create_model(name, True).state_dict(), name)'
         return subprocess.run(

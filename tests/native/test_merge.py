@@ -59,7 +59,7 @@ def test_any_other_change_is_refused(change):
 
 
 def test_models_of_the_copy(copy, tmp_path):
-    """The same weights and outputs as with this package, without this package."""
+    """The copy of timm has the same weights and outputs as this package, without importing it."""
     env = {**os.environ, 'PYTHONPATH': str(copy.parent)}
     run = subprocess.run(
         [sys.executable, '-c', PROGRAM], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -79,7 +79,10 @@ def test_models_of_the_copy(copy, tmp_path):
 
 
 def test_style_of_the_copy(copy):
-    """timm has no settings for ruff, and its guide says 120 columns: rules of pycodestyle and pyflakes with those."""
+    """The copy follows pycodestyle and pyflakes with 120 columns, as timm's guide says.
+
+    timm has no settings for ruff.
+    """
     pytest.importorskip('ruff')
     files = [copy / 'models' / 'pvt.py', copy / 'models' / '_pvt_formats']
     run = subprocess.run(

@@ -155,8 +155,11 @@ def test_per_sample_gradients():
 @pytest.mark.parametrize('method, node', [('fx', 'softmax'), ('hook', 'attn_drop')])
 @pytest.mark.parametrize('size', [(64, 64), (96, 160)])
 def test_attention_maps(method, node, size):
-    """Of every block (batch, heads, queries, keys): the keys are the tokens of its stage (the queries) reduced
-    `sr_ratio` times per side. The class token is the first of both in stage 4. Fused attention holds no map."""
+    """Every block has a map (batch, heads, queries, keys), if attention is not fused.
+
+    Queries are the tokens of the stage. Keys are these tokens, reduced `sr_ratio` times per side. In stage 4 the class
+    token is the first of both.
+    """
     before = use_fused_attn()
     set_fused_attn(False)
     model = randomize(timm.create_model('test_pvt', dtype=torch.float64)).eval()

@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope='module')
 def scripts(tmp_path_factory):
-    """Copies of the scripts, without the timm that lies next to them, so that they use the installed one."""
+    """Return a folder with copies of the scripts. There they use the installed timm, not that of the checkout."""
     folder = tmp_path_factory.mktemp('scripts')
     for script in Path(CHECKOUT).glob('*.py'):
         shutil.copy(script, folder)
@@ -36,7 +36,7 @@ def scripts(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    """An image folder with 4 digits of each class."""
+    """Return an image folder with 4 digits of each class."""
     folder = write_digits(tmp_path_factory.mktemp('digits'))
     for label in folder.glob('*/*'):
         for file in sorted(label.iterdir())[4:]:
@@ -46,7 +46,10 @@ def digits(tmp_path_factory):
 
 @pytest.fixture
 def run(scripts, client_env, tmp_path):
-    """Runs a script in `tmp_path`: by itself with `--device-modules`, otherwise through this package's launcher."""
+    """Return a function that runs a script in `tmp_path` and returns its stdout.
+
+    With `--device-modules` the script runs by itself, otherwise through `pvt-timm run`.
+    """
     def run(script, *arguments):
         launcher = () if '--device-modules' in arguments else ('-m', 'pvt_timm', 'run')
         done = subprocess.run(
@@ -59,7 +62,7 @@ def run(scripts, client_env, tmp_path):
 
 @pytest.fixture
 def train(run, digits, tmp_path):
-    """Runs train.py, returns the rows of its summary."""
+    """Return a function that runs train.py and returns the rows of its summary."""
     def train(*arguments):
         run('train.py', '--device-modules', 'pvt_timm', *LOADER, '--no-prefetcher', '--data-dir', digits,
             '--num-classes', 10, '--lr', 1e-3, '--output', tmp_path, '--experiment', 'run', *arguments)
@@ -69,7 +72,7 @@ def train(run, digits, tmp_path):
 
 
 def result_of(stdout):
-    """What a script prints as JSON behind a line `--result`."""
+    """Return the JSON that a script prints after `--result`."""
     result = json.JSONDecoder().raw_decode(stdout.split('--result')[1].lstrip())[0]
     return result[0] if isinstance(result, list) else result
 
@@ -103,7 +106,7 @@ def test_options_of_train(options, train, scripts):
 
 @pytest.mark.parametrize('reparam', [[], ['--reparam']], ids=['plain', 'reparam'])
 def test_validate(reparam, run, digits):
-    """The bundled weights recognise the digits."""
+    """validate.py finds that the weights of the package recognise the digits."""
     stdout = run(
         'validate.py', digits, *LOADER, '--no-prefetcher', '--split', 'validation', '--model', 'test_pvt',
         '--pretrained', *reparam)

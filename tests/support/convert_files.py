@@ -23,7 +23,7 @@ DENSE = ('timm-dense', 'original-dense', 'mmdet')
 
 
 def random_bits(shape, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Any bit pattern: NaN with payloads, infinities, denormals, minus zero."""
+    """Return random bit patterns, such as NaN with payloads, infinities, denormals and minus zero."""
     data = torch.randint(256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
     return data.view(dtype).squeeze(-1)
 
@@ -42,7 +42,7 @@ def make(
         seed: int = 0,
         fill=random_bits,
 ) -> StateDict:
-    """A bare state dict of format `fmt`."""
+    """Return a plain state dict of format `fmt`."""
     classes = 0 if fmt in DENSE or fmt == 'transformers-base' else num_classes
     class_token = fmt not in DENSE or fmt == 'original-dense'
     model = timm.create_model(  # which leaves out None
@@ -60,7 +60,7 @@ def make(
 
 
 def wrap(state_dict: StateDict, wrapper: Optional[str] = None, prefix: str = '') -> Dict[str, Any]:
-    """What training code puts around weights."""
+    """Put weights into a dict as training code does, with other entries around them."""
     out: Dict[str, Any] = {prefix + k: v for k, v in state_dict.items()}
     if prefix.endswith('backbone.'):
         out['neck.convs.0.weight'] = torch.ones(2, 3)
@@ -77,7 +77,7 @@ def wrap(state_dict: StateDict, wrapper: Optional[str] = None, prefix: str = '')
 
 
 def save(checkpoint: Dict[str, Any], path: Path, legacy: bool = False) -> Path:
-    """Write a file, in the format that its name says."""
+    """Write a file in the format of its extension, and return its path."""
     if path.suffix == '.safetensors':
         save_file({k: v.contiguous() for k, v in checkpoint.items()}, path, metadata={'format': 'pt'})
     else:
@@ -86,7 +86,7 @@ def save(checkpoint: Dict[str, Any], path: Path, legacy: bool = False) -> Path:
 
 
 def serve(server, tag: str, model: torch.nn.Module) -> None:
-    """Let the hub or host of a tag have the weights of a model, in a file like the one that is there."""
+    """Serve weights of a model at the hub or url of a tag, in the format of the published file."""
     cfg = timm.get_pretrained_cfg(tag)
     if cfg.hf_hub_id:
         repo_id, _, commit = cfg.hf_hub_id.partition('@')
@@ -103,14 +103,14 @@ def serve(server, tag: str, model: torch.nn.Module) -> None:
 
 
 def same(a: Union[StateDict, torch.nn.Module], b: Union[StateDict, torch.nn.Module]) -> bool:
-    """Same keys, types, shapes and bit patterns."""
+    """Return whether keys, types, shapes and bits are equal."""
     a, b = (x.state_dict() if isinstance(x, torch.nn.Module) else x for x in (a, b))
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(
         *(x[k].detach().contiguous().view(torch.uint8) for x in (a, b))) for k in a)
 
 
 def run(*argv: Any) -> Tuple[Any, str, str]:
-    """`pvt-convert` in this process: exit code, stdout, stderr."""
+    """Run `pvt-convert` in this process. Return its exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

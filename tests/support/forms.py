@@ -27,7 +27,7 @@ def assert_equal_outputs(actual, expected, tolerance=1e-4):
 
 
 def assert_equal_at(form, model, sizes=SIZES):
-    """`form`, a function of an image batch, gives what `model` gives at all sizes."""
+    """Check that `form`, a function of an image batch, gives the outputs of `model` at all sizes."""
     for size in sizes:
         x = make_input(*size)
         with torch.no_grad():

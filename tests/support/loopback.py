@@ -25,7 +25,7 @@ BODY_FAULTS = ('truncate', 'short', 'garbage', 'html', 'claim', 'endless', 'part
 
 
 class _File:
-    """Bytes or a file on disk, with the hashes that the hub reports."""
+    """The content of a file, with the hashes that the hub reports."""
 
     def __init__(self, content: Content):
         content = content.read_bytes() if isinstance(content, Path) else content
@@ -49,7 +49,7 @@ class _Repo:
 
 
 class LoopbackServer:
-    """The server, running in threads of this process until `close`. See the module's docstring."""
+    """The server. It runs in threads of this process until `close`. See the docstring of the module."""
 
     def __init__(self):
         self.clear()
@@ -75,15 +75,15 @@ class LoopbackServer:
 
     def add_repo(
             self, repo_id: str, files: Mapping[str, Content], commit: Optional[str] = None, ref: str = 'main') -> str:
-        """Add a commit with exactly `files` (name to bytes, text, or path) to a model repository, return its hash.
+        """Add a commit with exactly `files` (name to bytes, text, or path) to a model repository. Return its hash.
 
-        The branch or tag `ref` points to it afterwards.
+        The branch or tag `ref` then points to this commit.
         """
         files = {name: _File(content) for name, content in files.items()}
         return self._repos.setdefault(repo_id, _Repo()).commit(files, sha=commit, ref=ref)
 
     def repo_files(self, repo_id: str) -> Dict[str, bytes]:
-        """Contents of a repository, to look at what was uploaded. Empty if there is none."""
+        """Return the names and contents of the files in a repository, {} if there is no repository."""
         repo = self._repos.get(repo_id)
         return {name: f.data for name, f in repo.commits[repo.refs['main']].items()} if repo else {}
 
@@ -94,11 +94,11 @@ class LoopbackServer:
         return repo_id in self._repos
 
     def commit_messages(self, repo_id: str) -> List[str]:
-        """Messages of all commits of a repository, oldest first."""
+        """Return the messages of all commits of a repository, oldest first."""
         return list(self._repos[repo_id].messages)
 
     def add_file(self, path: str, content: Content) -> str:
-        """Serve a plain file, return its url."""
+        """Serve a plain file, and return its url."""
         path = '/' + path.lstrip('/')
         self._files[path] = _File(content)
         return self.url + path
@@ -107,13 +107,18 @@ class LoopbackServer:
         """Inject a fault into requests that match.
 
         Args:
-            kind: A status code; 'drop' closes the connection without an answer; 'truncate' sends the first half of a
-                file under the headers of all of it, then closes; 'short' sends the first half as if it were all;
-                'garbage' sends other bytes of the right length; 'html' sends a web page instead; 'claim' says that the
-                file has 10 TB; 'endless' sends it over and over without a length; 'part' breaks off in that.
-            path: Regular expression that is searched in the path. A large file of a repository is found under the
-                path of its repository too, although its bytes come from /cdn/, as on the real hub.
-            times: How often.
+            kind: A status code, or
+                'drop': close the connection without an answer;
+                'truncate': send the headers of the whole file but only its first half, then close the connection;
+                'short': send the first half as if it were the whole file;
+                'garbage': send other bytes of the right length;
+                'html': send a web page;
+                'claim': declare a length of 10 TB;
+                'endless': send the file again and again, without a length;
+                'part': stop in the middle of a part of a file without a length.
+            path: Regular expression that is searched in the path of a request. Requests for large files of a
+                repository match by the path in the repository too, although the bytes come from /cdn/, as on the hub.
+            times: Number of requests that fail.
         """
         assert isinstance(kind, int) or kind in ('drop', *BODY_FAULTS)
         self._faults.append([kind, path, times])
@@ -123,7 +128,7 @@ class LoopbackServer:
         self._faults.clear()
 
     def count(self, method: str, path: str = '') -> int:
-        """Number of requests with this method in whose path the regular expression is found."""
+        """Return the number of requests with this method and with a path that matches the regular expression."""
         return sum(m == method and bool(re.search(path, p)) for m, p in self.requests)
 
     def _fault(self, method: str, path: str) -> Union[str, int, None]:
@@ -136,7 +141,7 @@ class LoopbackServer:
 
 
 class _Error(Exception):
-    """Status, message, the code by which the hub's client knows what it is, and the commit that was looked at."""
+    """An error as an answer: status, message, the code that the hub's client reads, and the commit asked for."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -234,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.drop()
 
     def send_in_parts(self, body: bytes):
-        """Send `body` in parts that each say their length: the same one until the client goes, or half of one."""
+        """Send `body` in parts that each give their length: again and again ('endless'), or half a part ('part')."""
         self.send_response(200)
         self.send_header('Transfer-Encoding', 'chunked')
         self.end_headers()
@@ -250,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
     # the hub
 
     def find(self, repo: str, revision: str) -> Tuple[_Repo, str]:
-        """Repository and commit."""
+        """Return a repository and the hash of the commit."""
         found = self.loopback._repos.get(repo)
         if found is None:
             raise _Error(404, 'Repository not found', 'RepoNotFound')
@@ -310,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def isolate(root: Path, server: LoopbackServer) -> Dict[str, str]:
-    """Environment in which the hub's and torch's clients use `server` and keep their files under `root`."""
+    """Return an environment in which clients of the hub and torch use `server`, with their files under `root`."""
     env = dict(os.environ)
     for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'TRANSFORMERS_CACHE',
                  'HUGGINGFACE_HUB_CACHE', 'TORCH_MODEL_ZOO', 'HF_HUB_ENABLE_HF_TRANSFER', 'TIMM_USE_OLD_CACHE'):

@@ -14,10 +14,10 @@ def _kilobytes(name: str) -> int:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
-    """A function that returns the most bytes that were taken since the block began, beyond those taken before.
+    """Yield a function that returns the peak memory since the block began, minus what was in use before.
 
-    Linux counts all memory of the process, and forgets its earlier peak on request. Elsewhere Python counts its own
-    objects. `ru_maxrss` would not do: it is the largest size ever, so after a test that takes much it bounds nothing.
+    Linux counts all memory of the process, and can reset the peak. On other systems, Python counts its own objects.
+    `ru_maxrss` is not used: it cannot be reset, so after a test with a high peak it would show nothing.
     """
     if os.path.exists(CLEAR):
         with open(CLEAR, 'w', encoding='ascii') as f:

@@ -28,7 +28,7 @@ def _batched_nms(boxes, scores, idxs, nms_cfg, class_agnostic=False):
 
 
 class _RoIAlign(torchvision.ops.RoIAlign):
-    """mmcv.ops.RoIAlign with its defaults."""
+    """RoIAlign with the defaults of mmcv.ops.RoIAlign."""
 
     def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0):
         super().__init__((output_size, output_size), spatial_scale, sampling_ratio, aligned=True)
@@ -45,7 +45,7 @@ class _Standin(types.ModuleType):
 
 
 def do_without_compiled_parts():
-    """Let OpenMMLab's packages be imported with mmcv-lite."""
+    """Make imports of OpenMMLab's packages work with mmcv-lite, which has no compiled parts."""
     for name in ('ops', 'ops.carafe', 'ops.deform_conv', 'ops.merge_cells', 'ops.modulated_deform_conv',
                  'ops.multi_scale_deform_attn', 'ops.nms', 'ops.roi_align'):
         sys.modules.setdefault(f'mmcv.{name}', _Standin(name))
@@ -117,7 +117,7 @@ def _fill(model, kind, delta_std):
             buffer.copy_(normal(buffer.shape).exp())
 
     def scale(layer, values, std, bias=0.):
-        """Let a layer whose outputs are `values` have outputs with this deviation."""
+        """Scale a layer whose outputs are `values`, so that they get the standard deviation `std`."""
         layer.weight.mul_(std / torch.cat([x.flatten() for x in values]).std())
         layer.bias.fill_(bias)
 
@@ -141,7 +141,7 @@ def _fill(model, kind, delta_std):
 
 @torch.no_grad()
 def predict(model, image: torch.Tensor, original: tuple, resized: tuple):
-    """Detections for a padded and normalised image (1, 3, H, W), boxes and masks in pixels of the original image."""
+    """Return detections for a normalised and padded image (1, 3, H, W), in pixels of the original image."""
     from mmdet.models.roi_heads.mask_heads import fcn_mask_head
     from mmdet.structures import DetDataSample
     sample = DetDataSample(metainfo=dict(

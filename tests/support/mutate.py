@@ -50,7 +50,7 @@ SWAPS = {
 
 
 def changed(node: Any, top: bool) -> Optional[ast.AST]:
-    """What to put in place of a node, None to leave it. Statements at the `top` of a module stay."""
+    """Return a replacement of a node, None to keep it. Statements at the `top` of a module are kept."""
     if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
         return ast.BinOp(node.left, SWAPS[type(node.op)](), node.right)
     if isinstance(node, ast.BoolOp):
@@ -70,7 +70,7 @@ def changed(node: Any, top: bool) -> Optional[ast.AST]:
 
 
 def mutants(file: Path) -> Iterator[Dict[str, Any]]:
-    """All changes of a file: what is changed into what, and the `text` of the file with the change in it."""
+    """Yield all changes of a file: the code before and after, and the `text` of the changed file."""
     tree = ast.parse(file.read_bytes())
     for parent in ast.walk(tree):
         for name, value in ast.iter_fields(parent):
@@ -86,7 +86,7 @@ def mutants(file: Path) -> Iterator[Dict[str, Any]]:
 
 
 def run(file: str, text: str, tests: List[str]) -> bool:
-    """Whether the tests fail on a copy of the repository where `file` holds `text`."""
+    """Return whether the tests fail on a copy of the repository in which `file` holds `text`."""
     with tempfile.TemporaryDirectory(prefix='mutant-') as folder:
         copy = Path(folder, 'copy')
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.*_cache', '__pycache__', '.venv'))

@@ -31,7 +31,10 @@ def _norm(sd: StateDict, name: str, x: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _patches(sd: StateDict, name: str, x: torch.Tensor) -> torch.Tensor:
-    """A convolution whose stride is its kernel, (B, C, H, W) to (B, H', W', C'). What does not fill a patch is cut."""
+    """Apply a convolution whose stride is its kernel size: (B, C, H, W) to (B, H', W', C').
+
+    Pixels that do not fill a patch are cut off.
+    """
     weight = sd[f'{name}.weight']
     p = weight.shape[-1]
     B, C, H, W = x.shape
@@ -94,7 +97,7 @@ def _run(sd, x, class_token, heads, img_size) -> Tuple[List[torch.Tensor], torch
 
 
 def tokens(sd: StateDict, x: torch.Tensor, heads=HEADS, img_size=(224, 224)) -> torch.Tensor:
-    """All tokens of the classifier after the final norm, the class token first."""
+    """Return all tokens of the classifier after the final norm. The class token is the first."""
     return _norm(sd, 'norm', _run(sd, x, True, heads, img_size)[1], 1e-6)
 
 
@@ -103,12 +106,12 @@ def logits(sd: StateDict, x: torch.Tensor, heads=HEADS, img_size=(224, 224)) -> 
 
 
 def features(sd: StateDict, x: torch.Tensor, heads=HEADS, img_size=(224, 224)) -> List[torch.Tensor]:
-    """Feature maps of the dense backbone: without the class token, without the final norm."""
+    """Return the feature maps of the dense backbone, without class token and final norm."""
     return _run(sd, x, False, heads, img_size)[0]
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every parameter random values, so that each one matters: no bias is 0, no norm is neutral, no two are equal.
+    """Give every parameter random values and return the model. No bias is 0, no norm is 1, no two are equal.
 
     The scale of activations stays about the same through a layer.
     """
@@ -138,7 +141,7 @@ def max_diff(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def pvt_checkout() -> Path:
-    """The checkout of the original code, or skip the test."""
+    """Return the path of the checkout of the original code. Without it, skip the test."""
     path = os.environ.get('PVT_CHECKOUT')
     if not path:
         pytest.skip('PVT_CHECKOUT does not name a checkout of https://github.com/whai362/PVT')
@@ -146,9 +149,10 @@ def pvt_checkout() -> Path:
 
 
 def load_original(name: str) -> types.ModuleType:
-    """Import 'classification', 'detection' or 'segmentation' `pvt.py` of the original, or skip the test without it.
+    """Import `pvt.py` from a folder of the original code and return the module. Without it, skip the test.
 
-    Its names stay out of timm's registry, which holds ours. mmdetection, mmsegmentation and mmcv need not be there.
+    `name` is 'classification', 'detection' or 'segmentation'. The module is not added to timm's registry, which holds
+    our models. mmdetection, mmsegmentation and mmcv are not needed.
     """
     registry = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
     stand_ins = {'mmcv.runner': types.SimpleNamespace(load_checkpoint=None)}

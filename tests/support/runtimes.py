@@ -42,7 +42,7 @@ assert not {{'pvt_timm', 'timm'}} & sys.modules.keys()
 
 
 def read_alone(target: str, path: Path, x: torch.Tensor, tmp_path: Path) -> List[torch.Tensor]:
-    """The outputs of an exported file for images `x`, by way of files in the folder `tmp_path`."""
+    """Return the outputs of an exported file for images `x`, from a process that uses only the runtime."""
     np.save(tmp_path / 'images.npy', x.numpy())
     program = READ.format(reader=READERS[target])
     subprocess.run(

@@ -8,7 +8,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / 'benchmarks'
 
 
 def import_script(folder: str, name: str) -> ModuleType:
-    """Return the module of `benchmarks/<folder>/<name>.py`. `sys.path` is afterwards as it was."""
+    """Return the module of `benchmarks/<folder>/<name>.py`, and leave `sys.path` unchanged."""
     before = list(sys.path)
     sys.path.insert(0, str(BENCHMARKS / folder))
     try:

@@ -21,7 +21,7 @@ needs_fcntl = pytest.mark.skipif(sys.platform == 'win32', reason='needs the modu
 
 
 def symlink(link: Path, target: Path) -> None:
-    """Make a symbolic link. Windows allows that to a developer only."""
+    """Make a symbolic link. If Windows does not permit it, skip the test."""
     try:
         link.symlink_to(target, target_is_directory=target.is_dir())
     except OSError as e:
@@ -31,7 +31,7 @@ def symlink(link: Path, target: Path) -> None:
 
 
 def mkfifo(path: Path) -> None:
-    """Make a named pipe."""
+    """Make a named pipe. If the system has none, skip the test."""
     if not hasattr(os, 'mkfifo'):
         pytest.skip('needs named pipes')
     os.mkfifo(path)

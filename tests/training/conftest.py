@@ -17,7 +17,7 @@ CATEGORY_IDS = {1: 30, 2: 7, 3: 18}
 
 
 def make_folder(root, train, val):
-    """Write images to train and to evaluate on, with annotations as COCO has them and label maps."""
+    """Write images for training and evaluation, with annotations in COCO's format and label maps."""
     import shapes
 
     for split, count, seed in (('train', train, 1), ('val', val, 2)):
@@ -38,20 +38,23 @@ def make_folder(root, train, val):
 
 @pytest.fixture(scope='session')
 def write_shapes():
-    """`make_folder`, where pycocotools is there."""
+    """Return `make_folder`. Without pycocotools, skip the test."""
     pytest.importorskip('pycocotools')
     return make_folder
 
 
 @pytest.fixture(scope='session')
 def shapes_folder(write_shapes, tmp_path_factory):
-    """12 images to train on and 5 to evaluate on."""
+    """Return a folder with 12 images to train on and 5 images to evaluate on."""
     return write_shapes(tmp_path_factory.mktemp('shapes'), train=12, val=5)
 
 
 @pytest.fixture
 def cli(capsys):
-    """A command in this process. Returns what it prints, or with `code` the line on stderr."""
+    """Return a function that runs a command in this process and returns its stdout.
+
+    With `code=2` the command has to fail, and the function returns the one line on stderr.
+    """
     def run(*argv, code=0):
         capsys.readouterr()
         try:

@@ -150,7 +150,7 @@ def test_published_figures():
 # ---- schedule and settings -------------------------------------------------------------------------------------------
 
 def test_schedule_as_published():
-    """mmcv's: linear warm-up of the regular rate; a tenth after epochs 8 and 11; polynomial."""
+    """Schedules equal mmcv's: linear warm-up, a tenth after epochs 8 and 11, polynomial."""
     settings = read_settings(DetectorSettings, 'mask_rcnn_coco_1x', {})
     factor = learning_rate_factor(settings, steps_per_epoch=7330, total_steps=12 * 7330)
     assert factor(0) == pytest.approx(0.001) and factor(250) == pytest.approx(1 - 0.5 * 0.999) and factor(500) == 1

@@ -17,7 +17,7 @@ SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
 
 
 def content():
-    """Two images with objects, one without, one of 20 pixels. Ids with gaps, in no order."""
+    """Return annotations of four images: one without objects, one 20 pixels high. Ids are not in order."""
     def annotation(id, image, category, box, **more):
         x, y, w, h = box
         polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
@@ -37,7 +37,7 @@ def content():
 
 @pytest.fixture
 def write(tmp_path):
-    """Write annotations and their images."""
+    """Return a function that writes annotations and their images."""
     def write(data):
         for image in data['images']:
             Image.new('RGB', (image['width'], image['height'])).save(tmp_path / image['file_name'])
@@ -70,8 +70,11 @@ def test_objects_and_what_is_left_out(write, tmp_path):
 
 
 def test_masks_without_a_pixel_are_left_out(write, tmp_path):
-    """Points, lines and what is outside of the image, and slivers between the centres of pixels. One of several
-    polygons is enough."""
+    """Objects without a pixel in their mask are left out.
+
+    Such polygons are points, lines, outside of the image, or between the centres of pixels. An object of several
+    polygons needs only one with pixels.
+    """
     data = content()
     data['images'] = data['images'][:1]
     polygons = [
@@ -117,7 +120,7 @@ def test_masks_are_those_of_pycocotools():
 
 
 def change(**values):
-    """Change values of the first annotation."""
+    """Return a function that changes values of the first annotation."""
     return lambda data: data['annotations'][0].update(values)
 
 
@@ -171,7 +174,7 @@ def test_what_is_wrong_is_named(write, tmp_path, damage, message):
 
 @pytest.mark.parametrize('counts', ['abc', 'PPYo0', 'o' * 40, '\x00\x01'])
 def test_damaged_run_lengths_are_named(write, tmp_path, counts):
-    """pycocotools would write past the end of the mask for some of them."""
+    """Damaged run lengths are refused. pycocotools would write past the end of the mask for some of them."""
     data = content()
     data['annotations'][0]['segmentation'] = dict(size=[40, 50], counts=counts)
     dataset = CocoDataset(CocoAnnotations(write(data), tmp_path, masks=True), {4: 1, 90: 2}, masks=True, training=True)
@@ -210,7 +213,7 @@ def test_images_that_are_not_as_said(write, tmp_path):
 
 
 def test_errors_of_a_loader_are_one_line(write, tmp_path):
-    """What a process of the loader raises comes with its traceback."""
+    """An error of a loader process is one line, without the traceback of this process."""
     annotations = CocoAnnotations(write(content()), tmp_path)
     (tmp_path / '70.png').write_bytes(b'no image')
     loader = torch.utils.data.DataLoader(CocoDataset(annotations, {4: 0, 90: 1}), None, num_workers=1)
@@ -220,7 +223,10 @@ def test_errors_of_a_loader_are_one_line(write, tmp_path):
 
 
 def test_truth_counts_annotations_from_1_and_adds_areas(write, tmp_path):
-    """pycocotools takes the annotation id 0 for no match, and stops where 'area' is missing."""
+    """Annotations get ids from 1, and areas if these are missing.
+
+    pycocotools reads the id 0 as no match, and fails without 'area'.
+    """
     data = content()
     data['annotations'] = [copy.deepcopy(data['annotations'][i]) for i in (0, 1, 3)]
     for number, annotation in enumerate(data['annotations']):

@@ -21,7 +21,7 @@ NAMES = {30: 'disc', 7: 'box', 18: 'triangle'}  # category ids with gaps
 
 @pytest.fixture
 def typed(client_env, tmp_path):
-    """Start a command in a process and a session of its own, in a folder that holds the data alone."""
+    """Return a function that starts a command in a separate session, in a folder of its own."""
     folder = tmp_path / 'here'
     folder.mkdir()
 
@@ -41,7 +41,7 @@ def finish(process):
 
 
 def kill_after_a_checkpoint(process, folder):
-    """kill -9 once there is a checkpoint and the next epoch has begun."""
+    """Kill a process with SIGKILL after its first checkpoint."""
     deadline = time.time() + 300
     while not (folder / 'last.ckpt').exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)

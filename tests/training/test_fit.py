@@ -43,7 +43,7 @@ def equal(one, other):
 
 @pytest.fixture(scope='module')
 def trained(shapes_folder, tmp_path_factory):
-    """Folders with a RetinaNet, a Mask R-CNN and a Semantic FPN after two epochs, without interruption."""
+    """Return a folder with a RetinaNet, a Mask R-CNN and a Semantic FPN that were trained for two epochs."""
     from pvt_timm.cli.main import main
 
     root = tmp_path_factory.mktemp('trained')
@@ -106,7 +106,10 @@ def test_stopped_after_an_epoch_it_goes_on_as_if_it_had_not(
 
 
 def moved(rows, shapes_folder, file):
-    """Write annotations of what is found, moved by some pixels, as a model of four steps finds next to nothing."""
+    """Write annotations that are detections, moved by some pixels.
+
+    Otherwise figures would be near 0, as a model trained for four steps finds almost nothing.
+    """
     content = json.loads((shapes_folder / 'val.json').read_text())
     content['annotations'] = []
     for n, row in enumerate(rows[::3]):
@@ -119,7 +122,7 @@ def moved(rows, shapes_folder, file):
 
 
 def coco_by_hand(truth_file, predictions, kinds):
-    """The figures that pycocotools alone has for two files, in its order."""
+    """Return the figures that pycocotools computes from two files, in the order of pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -157,7 +160,7 @@ def test_validate_is_pycocotools_on_the_predictions(cli, trained, shapes_folder,
 
 
 def iou_by_hand(model, shapes_folder):
-    """The mean IoU and that of every class, from a confusion matrix of all pixels."""
+    """Return the mean IoU, the accuracy and the IoU of every class, from a confusion matrix of all pixels."""
     confusion = np.zeros((4, 4), dtype=np.int64)
     for file in sorted((shapes_folder / 'val').iterdir()):
         image = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float() / 255
@@ -208,7 +211,7 @@ def test_it_goes_to_openmmlab_and_back(trained, name):
 
 
 def test_from_whole_weights_with_other_classes(cli, trained, shapes_folder, tmp_path, capsys):
-    """The head is new where the classes differ, and all is kept where they do not."""
+    """The head is new if the classes differ. Otherwise all weights are kept."""
     data = tmp_path / 'data'
     shutil.copytree(shapes_folder, data)
     for split in ('train', 'val'):
@@ -252,7 +255,7 @@ def test_from_the_weights_of_openmmlab(cli, shapes_folder, tmp_path):
 
 @pytest.mark.parametrize('task', ['detector', 'segmenter'])
 def test_what_a_start_says_holds_on(cli, shapes_folder, tmp_path, task):
-    """Channels and normalisation of images, and how its PVT computes: not only the weights are taken over."""
+    """The checkpoint to start from also gives image channels, normalisation and arguments of the PVT."""
     torch.manual_seed(0)
     args = dict(img_size=64, in_chans=1, num_heads=(4, 4, 4, 4))
     if task == 'detector':
@@ -289,7 +292,7 @@ def test_grey_images_and_no_others(cli, shapes_folder, tmp_path, kind):
 
 @pytest.mark.parametrize('kind, first', [('retinanet', 0), ('faster_rcnn', 1), ('mask_rcnn', 1)])
 def test_labels_are_counted_as_the_detector_does(shapes_folder, tmp_path, kind, first):
-    """And where a user looks it says from where: in the classes, and in what refuses labels beyond."""
+    """Labels count from the detector's first label. Its docstring and its error for other labels say so."""
     from pvt_timm.training.run import _detector_parts
     from pvt_timm.training.settings import DetectorSettings, read_settings
 
@@ -348,7 +351,7 @@ def test_one_class_and_365(cli, shapes_folder, tmp_path, kind, count):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(cli, trained, shapes_folder, tmp_path, monkeypatch):
-    """The limit of a file's size makes writing fail in the middle, as a full disk does."""
+    """If the disk is full, the last checkpoint stays. A limit of file sizes makes writing fail."""
     import resource
 
     argv = fit_args('detector', shapes_folder, tmp_path / 'out', '--epochs', '2')
@@ -410,7 +413,10 @@ def test_published_figures_decide_on_the_exit_code(cli, shapes_folder, tmp_path,
 
 
 def test_named_weights_are_compared_with_openmmlab(cli, shapes_folder, tmp_path, monkeypatch):
-    """Without a config the folders are COCO's."""
+    """`--weights retinanet_coco` is compared with OpenMMLab's figures.
+
+    Without a config, the folders of the data are COCO's.
+    """
     (tmp_path / 'annotations').mkdir()
     shutil.copytree(shapes_folder / 'val', tmp_path / 'val2017')
     shutil.copy(shapes_folder / 'val.json', tmp_path / 'annotations' / 'instances_val2017.json')
@@ -428,7 +434,7 @@ def test_named_weights_are_compared_with_openmmlab(cli, shapes_folder, tmp_path,
 
 
 def test_categories_are_matched_by_name(cli, trained, shapes_folder, tmp_path):
-    """Other ids in another order give the same figures, other names are refused."""
+    """Other ids in another order give the same figures. Other names are refused."""
     content = json.loads((shapes_folder / 'val.json').read_text())
     for entry in content['categories']:
         entry['id'] = 1000 - entry['id']
@@ -469,7 +475,10 @@ def test_wrong_command_lines(cli, shapes_folder, tmp_path, task, more, message):
 @pytest.mark.parametrize('name, task', [
     ('retinanet', 'detector'), ('mask_rcnn', 'detector'), ('semantic_fpn', 'segmenter')])
 def test_half_precision(cli, trained, shapes_folder, tmp_path, name, task):
-    """Losses near those of float32, weights in float32, and figures that can be measured. It goes on likewise."""
+    """Training in bfloat16 has losses near those of float32, keeps weights in float32, and can be evaluated.
+
+    It cannot be continued with another precision.
+    """
     more = MASKS if name == 'mask_rcnn' else ('--head-args', 'score_thresh=0.001') if name == 'retinanet' else ()
     argv = fit_args(task, shapes_folder, tmp_path / 'out', '--epochs', '2', '--eval-every', '1', *more,
                     '--precision', 'bf16-mixed')
@@ -489,7 +498,7 @@ def test_half_precision(cli, trained, shapes_folder, tmp_path, name, task):
 
 @pytest.fixture
 def command(client_env, tmp_path):
-    """Start a command in a process of its own."""
+    """Return a function that starts a command in a separate process."""
     def start(argv, launcher=()):
         env = {**client_env, 'OMP_NUM_THREADS': '1'}
         return subprocess.Popen(
@@ -505,7 +514,7 @@ def finish(process):
 
 
 def figures_in(out):
-    """Of `validate --json`. Gloo prints lines of its own before."""
+    """Return the figures in the output of `validate --json`. Gloo prints lines before them."""
     return json.loads(out[out.index('{'):])['figures']
 
 
@@ -516,7 +525,10 @@ TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2')
 @pytest.mark.parametrize('launcher, more', [((), ('--devices', '2')), (TORCHRUN, ())])
 @pytest.mark.parametrize('name, task', [('mask_rcnn', 'detector'), ('semantic_fpn', 'segmenter')])
 def test_two_processes(command, trained, shapes_folder, tmp_path, name, task, launcher, more):
-    """They measure what somebody does by hand, to the last digit, though there are five images; and train together."""
+    """Two processes measure exactly the figures of pycocotools or a confusion matrix, and train together.
+
+    The number of images, five, is not a multiple of two.
+    """
     argv = [task, 'validate', '--weights', trained / name / 'last.ckpt', '--accelerator', 'cpu', '--workers', '0',
             '--json']
     if task == 'detector':
@@ -547,7 +559,7 @@ def test_two_processes(command, trained, shapes_folder, tmp_path, name, task, la
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(command, shapes_folder, tmp_path):
-    """The weights at the end are those of a run that nobody killed."""
+    """After several kills, the final weights are those of a run without kills."""
     argv = fit_args('detector', shapes_folder, tmp_path / 'killed', '--epochs', '6')
     rng = np.random.default_rng(0)
     kills = 0

@@ -71,7 +71,7 @@ def test_a_model_comes_back_from_its_checkpoint_and_from_its_weights(tmp_path, k
 
 
 def checkpoint_of(model, start='model.', **more):
-    """As `fit` writes it."""
+    """Return a checkpoint as `fit` writes it."""
     weights = {f'{start}{name}': value for name, value in model.state_dict().items()}
     return {KEY: describe_model(model), 'state_dict': weights, 'optimizer_states': [], **more}
 
@@ -82,7 +82,7 @@ def sizes_of(model):
 
 @pytest.mark.parametrize('kind', MODELS)
 def test_one_checkpoint_for_every_loader(tmp_path, kind):
-    """Names of classes, sizes and normalisation of images are those of the file, unless somebody asks for others."""
+    """Classes, image sizes and normalisation are those of the file, unless arguments replace them."""
     torch.manual_seed(0)
     model = MODELS[kind](min_size=96, max_size=160)
     model.categories = ['ant', 'bee', 'cat']
@@ -140,7 +140,7 @@ def test_other_classes_are_new_ones(kind, caplog):
 
 @pytest.mark.parametrize('kind', MODELS)
 def test_two_models_in_a_file_need_a_prefix(kind):
-    """Somebody's averages beside the weights, for example. Neither is taken in silence."""
+    """A file with two models, such as weights and their averages, is refused without a prefix."""
     torch.manual_seed(0)
     one, two = MODELS[kind](), MODELS[kind]()
     both = checkpoint_of(one, 'model.')
@@ -170,7 +170,10 @@ def test_a_subclass_is_of_its_kind():
 
 
 def test_arguments_that_no_weights_tell_are_kept():
-    """All that changes what a PVT computes. Not the usual ones, and not what is for training only."""
+    """All arguments that change what a PVT computes are saved.
+
+    Default values and arguments that only training uses are not saved.
+    """
     torch.manual_seed(0)
     args = dict(img_size=64, drop_path_rate=0.5, proj_drop_rate=0.1, pretrained_cfg_overlay={}, qkv_bias=True)
     model = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=args)

@@ -85,10 +85,10 @@ EXCLUDED = {
 
 
 def is_ours(model_name: str, function: str = '') -> bool:
-    """Whether a test function is to be run on a model."""
+    """Return whether a test function is run on a model."""
     return model_name.partition('.')[0] in MODELS and function != 'test_model_inference'
 
 
 def reason(function: str) -> str:
-    """Why a test function is not run on our models, '' if there is none."""
+    """Return why a test function is not run on our models, '' if it is run."""
     return next((r for pattern, r in EXCLUDED.items() if fnmatch.fnmatchcase(function, pattern)), '')

@@ -33,7 +33,7 @@ for _tag in timm.list_pretrained([f'{name}*' for name in MODELS]):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc):
-    """Replace the model names of a `parametrize` mark by ours."""
+    """Keep only our models in a `parametrize` mark, and add further ones of ours."""
     name = metafunc.definition.originalname or metafunc.definition.name
     markers = metafunc.definition.own_markers
     for i, mark in enumerate(markers):

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def fetch_tests(folder: Path) -> Path:
-    """Unpack the tests of the installed timm version, add our names to their filter lists, return their folder."""
+    """Unpack the tests of the installed timm, add our names to their filter lists, and return their folder."""
     subprocess.run([
         sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm',
         f'timm=={timm.__version__}', '--dest', str(folder)], check=True)
@@ -46,7 +46,7 @@ def fetch_tests(folder: Path) -> Path:
 
 
 def functions_with_names(tests: Path) -> List[str]:
-    """Names of all test functions in timm's tests that take a model name."""
+    """Return the names of all test functions of timm that take a model name."""
     names = set()
     for file in tests.glob('test_*.py'):
         arguments = NAME_ARGUMENTS if file.name in FILES else ('model_name',)

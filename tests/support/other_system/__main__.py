@@ -18,7 +18,7 @@ ENCODING = 'cp1252'
 
 
 def make_locale(folder: Path) -> Dict[str, str]:
-    """Write a locale with `ENCODING` into a folder. Returns the environment in which programs take it."""
+    """Write a locale with `ENCODING` into a folder. Return an environment that uses it."""
     rows = []
     for number in range(256):
         try:

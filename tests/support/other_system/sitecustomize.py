@@ -36,7 +36,7 @@ _PASSED_ON = {
 
 
 def _is_ours(namespace):
-    """Whether the code with these globals belongs to the repository, or is a program that a test gives to `-c`."""
+    """Return whether code with these globals is from the repository, or is a program that a test gives to `-c`."""
     if namespace is None:
         return False
     file = namespace.get('__file__')
@@ -46,7 +46,7 @@ def _is_ours(namespace):
 
 
 def _asked_by_us():
-    """Whether the code that asks for a file is ours. What only passes a path on does not count."""
+    """Return whether our code asks for a file. Functions that only pass a path on are skipped."""
     frame = sys._getframe(2)
     while frame is not None and frame.f_globals.get('__name__') in _PASSED_ON:
         frame = frame.f_back
@@ -54,7 +54,7 @@ def _asked_by_us():
 
 
 class _Without(types.ModuleType):
-    """A module without some names, or with other values of them. Patches of a test go to the module itself."""
+    """A module without some names, or with other values of them. Patches by tests go to the real module."""
 
     def __init__(self, module):
         super().__init__(module.__name__)
@@ -79,7 +79,7 @@ class _Without(types.ModuleType):
 
 
 def _own(without):
-    """The attributes of a `_Without` itself, past its look-up in the module."""
+    """Return the attributes of the `_Without` itself, without the look-up in its module."""
     return types.ModuleType.__getattribute__(without, '__dict__')
 
 
