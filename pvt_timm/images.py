@@ -1,10 +1,48 @@
-""" Prepare images for the models: turn them upright and convert them to 8 bits per channel. """
+""" Find images in folders, and prepare them for the models: turn them upright, convert them to 8 bits per channel. """
+import os
 import re
-from typing import Any, List, Tuple, Union
+from typing import Any, Iterator, List, Tuple, Union
 
 from PIL import Image, ImageOps
+from timm.data import get_img_extensions
 
-__all__ = ['as_seen', 'natural_key']
+__all__ = ['as_seen', 'image_files', 'natural_key']
+
+# Extensions of images that timm's list does not have
+_MORE_EXTENSIONS = {'.avif', '.bmp', '.gif', '.jp2', '.pbm', '.pgm', '.ppm', '.tif', '.tiff', '.webp'}
+
+
+def image_files(folder: str) -> Iterator[str]:
+    """Yield the paths of all images in a folder and its subfolders, in no particular order.
+
+    Images are recognised by their extensions. Names that start with a dot are left out. Links to folders are followed,
+    but each folder is read only once: under its own name if it lies in the given folder, otherwise under the name of a
+    link.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    def fail(error: OSError) -> None:  # by default os.walk skips a folder that cannot be read
+        raise error
+
+    extensions = get_img_extensions(as_set=True) | _MORE_EXTENSIONS
+    seen = set()
+    waiting = [folder]  # links to folders wait here until all real folders have been walked
+    while waiting:
+        for root, folders, files in os.walk(waiting.pop(0), onerror=fail):
+            real = os.path.realpath(root)
+            if real in seen:  # it was walked under another name
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith('.'))
+            for name in folders:
+                path = os.path.join(root, name)
+                if os.path.realpath(path) != os.path.join(real, name):  # a link, which `os.walk` does not follow
+                    waiting.append(path)
+            for name in files:
+                if os.path.splitext(name)[1].lower() in extensions and not name.startswith('.'):
+                    yield os.path.join(root, name)
 
 
 def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:

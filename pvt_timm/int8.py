@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.data import get_img_extensions
 
 from .extras import import_extra
-from .images import natural_key
+from .images import image_files, natural_key
 
 __all__ = ['CalibrationImages', 'Int8Change', 'find_images', 'measure_change', 'quantize_onnx', 'quantize_openvino']
 
@@ -50,22 +49,16 @@ def find_images(folder: Union[str, Path], labels: Sequence[str] = ()) -> Tuple[L
 
     An image's class is known from the subfolder that it is in. If all subfolders have names from `labels`, these names
     are the classes. If there are as many subfolders as labels, but with other names, the subfolders in natural order
-    are the classes, as in timm. Otherwise classes are not known. Files and folders whose names start with a dot are
-    left out.
+    are the classes, as in timm. Otherwise classes are not known. Images are those of `image_files`.
 
     Raises:
+        OSError: A folder does not exist or cannot be read.
         ValueError: There is no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f'No such folder: {folder}')
-    extensions = get_img_extensions(as_set=True)
-    files = []
-    for file in folder.rglob('*'):
-        is_hidden = any(part.startswith('.') for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in extensions and not is_hidden and file.is_file():
-            files.append(file)
-    files.sort(key=lambda file: natural_key(str(file)))
+    files = [Path(file) for file in sorted(image_files(str(folder)), key=natural_key)]
     if not files:
         raise ValueError(f'Expected images in {folder}, found none')
     parts = [file.relative_to(folder).parts for file in files]

@@ -19,13 +19,13 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, get_img_extensions
+from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # type: ignore[import-untyped]  # comes with huggingface_hub
 
 from ..files import refuse_same_file
 from ..fused import fuse
-from ..images import natural_key
+from ..images import image_files, natural_key
 from .classifiers import open_image, whole_image, whole_size
 from .errors import clean, filled, one_line
 from .processes import ProcessEnded, Processes
@@ -42,7 +42,6 @@ _logger = logging.getLogger(__name__)
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 BATCH_SIZE = 16  # larger batches are not faster on a CPU
 _MOST_WORKERS = 16  # limit of the default of --workers
-_MORE_EXTENSIONS = {'.avif', '.bmp', '.gif', '.jp2', '.pbm', '.pgm', '.ppm', '.tif', '.tiff', '.webp'}
 
 Prepare = Callable[[Image.Image], np.ndarray]  # turns an upright image into pixels (C, H, W) of 8 bits
 
@@ -137,9 +136,8 @@ class ImageFile:
 def find_images(paths: Sequence[str]) -> List[ImageFile]:
     """Return the images that `paths` name: files, and all images in folders and their subfolders.
 
-    A file is taken whatever its extension is. In a folder, images are recognised by their extensions, and sorted in
-    natural order (2 before 10). Names that start with a dot are left out. Links to folders are followed, but each
-    folder is read only once: under its own name if it lies in the given folder, otherwise under the name of a link.
+    A file is taken whatever its extension is. In a folder, images are those of `image_files`, sorted in natural order
+    (2 before 10).
 
     Raises:
         OSError: A file or folder does not exist or cannot be read.
@@ -151,35 +149,11 @@ def find_images(paths: Sequence[str]) -> List[ImageFile]:
         if not os.path.isdir(path):
             found.append(ImageFile(path, os.path.basename(path)))
             continue
-        inside = sorted(_walk(path), key=natural_key)
+        inside = sorted(image_files(path), key=natural_key)
         if not inside:
             raise ValueError(f'Expected images in {path}, found none')
         found.extend(ImageFile(file, os.path.relpath(file, path)) for file in inside)
     return found
-
-
-def _walk(folder: str) -> Iterator[str]:
-    def fail(error: OSError) -> None:  # by default os.walk skips a folder that cannot be read
-        raise error
-
-    extensions = get_img_extensions(as_set=True) | _MORE_EXTENSIONS
-    seen = set()
-    waiting = [folder]  # links to folders wait here until all real folders have been walked
-    while waiting:
-        for root, folders, files in os.walk(waiting.pop(0), onerror=fail):
-            real = os.path.realpath(root)
-            if real in seen:  # it was walked under another name
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith('.'))
-            for name in folders:
-                path = os.path.join(root, name)
-                if os.path.realpath(path) != os.path.join(real, name):  # a link, which `os.walk` does not follow
-                    waiting.append(path)
-            for name in files:
-                if os.path.splitext(name)[1].lower() in extensions and not name.startswith('.'):
-                    yield os.path.join(root, name)
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------

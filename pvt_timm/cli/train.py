@@ -45,13 +45,19 @@ def run_run(args: argparse.Namespace) -> List[str]:
 
 
 def _value_of(script_args: Sequence[str], *names: str) -> Optional[str]:
-    """Return the value of an option in the arguments of a script, None without it. Other options are ignored."""
+    """Return the value of an option in the arguments of a script, None without it. Other options are ignored.
+
+    If the option is given several times, the last one counts, as in argparse.
+    """
+    found: Optional[str] = None
     for i, arg in enumerate(script_args):
         name, equals, value = arg.partition('=')
         if name in names:
             following = script_args[i + 1] if i + 1 < len(script_args) else None
-            return value if equals else following
-    return None
+            found = value if equals else following
+        elif arg[:2] in names:  # -mNAME
+            found = arg[2:]
+    return found
 
 
 def _script(args: argparse.Namespace) -> List[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 
 from .format import Format, NoReferenceError, Reference, Said, layer_norms
 from .names import Row, StateDict
-from .values import number, numbers, problem_type, shown
+from .values import number, numbers, problem_type, shown, truth
 from .writing import write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -120,7 +120,9 @@ class TransformersFormat(Format):
                 raise ValueError(f'Expected hidden_act in {tuple(_ACTIVATIONS)}, config.json says '
                                  f'{shown(config["hidden_act"])}.')
         if config.get('qkv_bias') is not None:
-            args['qkv_bias'] = bool(config['qkv_bias'])
+            args['qkv_bias'] = truth(config['qkv_bias'])
+            if args['qkv_bias'] is None:
+                raise ValueError(f'Expected true or false for qkv_bias, config.json says {shown(config["qkv_bias"])}.')
         if config.get('layer_norm_eps') is not None:
             eps = _number(config, 'layer_norm_eps')
             # transformers has one eps, the original code has two (1e-6, and 1e-5 in some norms). With 1e-6, the weights

@@ -23,7 +23,7 @@ class DataError(ValueError):
 
 
 def find_images(folder: Path) -> List[Path]:
-    """Return all image files in a folder and its subfolders, sorted.
+    """Return all image files in a folder and its subfolders, sorted. Links to folders are followed, but not in circles.
 
     Raises:
         DataError: The folder does not exist, or has no image.
@@ -31,7 +31,11 @@ def find_images(folder: Path) -> List[Path]:
     if not folder.is_dir():
         raise DataError(f'No such folder: {folder}')
     found = []
-    for root, _, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, followlinks=True):
+        # Links may give a folder several names, as images and label maps are matched by name. But a link to a folder
+        # that it lies in would be followed again and again.
+        above = {os.path.realpath(path) for path in (Path(root), *Path(root).parents)}
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in above]
         found += [Path(root, name) for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith('.')]
     if not found:
         raise DataError(f'No images in {folder}')

@@ -28,13 +28,20 @@ class LabelMapDataset(Dataset):
             images: Folder with the images.
             label_maps: Folder with the label maps.
             num_classes: Number of classes. The values in label maps are 0 to `num_classes - 1`, and 255 for pixels
-                without a class.
+                without a class. So there are at most 255 classes, or 254 with `reduce_zero_label`.
             reduce_zero_label: Whether value 0 means no class and the classes count from 1, as in ADE20K.
             channels: Channels that images are read with: 3, or 1 for grey levels.
 
         Raises:
             DataError: An image has no label map, or a label map has no image.
+            ValueError: There are too many classes.
         """
+        most = IGNORED - 1 if reduce_zero_label else IGNORED
+        if num_classes > most:
+            counted = ' that count from 1' if reduce_zero_label else ''
+            raise ValueError(
+                f'Expected at most {most} classes{counted}, as the value {IGNORED} in label maps means no class, got '
+                f'{num_classes}')
         self.num_classes, self.reduce_zero_label, self.channels = num_classes, reduce_zero_label, channels
         image_of, label_map_of = _by_name(images), _by_name(label_maps)
         for what, file_of, others, folder in (

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -180,8 +181,8 @@ def _check(settings: AnySettings) -> None:
             raise ValueError(f'Expected 1 or more for {name}, got {value}')
     for name in ('lr', 'weight_decay', 'warmup_steps', 'workers', 'clip_grad'):
         value = getattr(settings, name)
-        if value is not None and value < 0:
-            raise ValueError(f'Expected 0 or more for {name}, got {value}')
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f'Expected a finite number, 0 or more, for {name}, got {value}')
     if not 0 <= settings.frozen_stages <= 4:
         raise ValueError(f'Expected 0 to 4 for frozen_stages, got {settings.frozen_stages}')
     if settings.steps is not None and settings.steps % settings.eval_every:

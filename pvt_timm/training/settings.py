@@ -5,6 +5,7 @@ Every field of `DetectorSettings` and `SegmenterSettings` is a key of a YAML fil
 """
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (
@@ -140,9 +141,12 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         return [_convert(name, v, get_args(kind)[0]) for v in values]
     if origin is float and not isinstance(value, bool):
         try:
-            return float(value)  # in YAML, 1e-4 is text
-        except (TypeError, ValueError):
-            pass
+            number = float(value)  # in YAML, 1e-4 is text
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        raise ValueError(f'Expected {_type_name(kind)} for {name}, got {value!r}')
     if origin is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # devices: 2
     if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
@@ -151,8 +155,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
 
 
 def _type_name(kind: Any) -> str:
-    names = {int: 'an integer', float: 'a number', str: 'a text', bool: 'true or false', dict: 'names and values',
-             list: 'a list'}
+    names = {int: 'an integer', float: 'a finite number', str: 'a text', bool: 'true or false',
+             dict: 'names and values', list: 'a list'}
     return names[get_origin(kind) or kind]
 
 

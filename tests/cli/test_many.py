@@ -403,6 +403,8 @@ NEED_WEIGHTS = [
     (['run', '{tmp}/train.py', '--model', 'pvt_tiny', '--pretrained', '--amp'], 'pvt_tiny.in1k', '--checkpoint'),
     (['run', '{tmp}/validate.py', '-m', 'pvt_tiny'], 'pvt_tiny.in1k', '--checkpoint'),
     (['run', '{tmp}/validate.py', '--model=pvt_tiny.in1k'], 'pvt_tiny.in1k', '--checkpoint'),
+    (['run', '{tmp}/validate.py', '-mpvt_tiny'], 'pvt_tiny.in1k', '--checkpoint'),
+    (['run', '{tmp}/validate.py', '--model', 'resnet18', '-m', 'pvt_tiny'], 'pvt_tiny.in1k', '--checkpoint'),
     (['detector', 'fit', '--config', 'finetune_detector', '--model', 'pvt_tiny', '--weights', 'retinanet_coco'],
      'pvt_tiny.retinanet_coco', '--weights'),
     (['detector', 'validate', '--weights', 'retinanet_coco'], 'pvt_small.retinanet_coco', '--weights'),
@@ -446,6 +448,7 @@ def test_no_network(cli, photos, tmp_path, monkeypatch, scripts, argv, model, op
     ['run', 'train.py', '--pretrained', '--model', 'test_pvt'],  # in the package
     ['run', 'train.py', '--pretrained', '--model'],  # which the script says itself
     ['run', 'train.py', '--pretrained=yes', '-m', '-m'],
+    ['run', 'train.py', '--pretrained', '--model', 'pvt_tiny', '--model', 'resnet18'],
     ['run', 'validate.py', '--model', 'pvt_tiny', '--checkpoint', 'x.pth'],
     ['train', 'train.py', '--pretrained', '--model', 'pvt_tiny', '--pretrained-path', 'x', '--experiment', 'x'],
     ['train', 'train.py', '--model', 'pvt_tiny', '--experiment', 'x'],

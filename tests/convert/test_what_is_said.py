@@ -122,7 +122,8 @@ def test_arguments_that_contradict_the_weights_or_are_not_known(args, named, tmp
 
 @pytest.mark.parametrize('config, named', [
     (dict(hidden_act='mine'), 'hidden_act'), (dict(layer_norm_eps='x'), 'layer_norm_eps'),
-    (dict(qkv_bias=False), 'qkv_bias'), (dict(hidden_sizes=[1, 2, 3, 4]), 'embed_dims'),
+    (dict(qkv_bias=False), 'qkv_bias'), (dict(qkv_bias='true'), 'true or false for qkv_bias'),
+    (dict(qkv_bias=1), 'true or false for qkv_bias'), (dict(hidden_sizes=[1, 2, 3, 4]), 'embed_dims'),
     (dict(patch_sizes=[4, 3, 2, 2]), 'patch_sizes'), (dict(strides=[2, 2, 2, 2], patch_sizes=[4, 2, 2, 2]), 'strides'),
     (dict(image_size=64), '64x64'), (dict(sequence_reduction_ratios=[8, 4, 2, 1]), 'sr_ratios'),
     (dict(model_type='segformer'), 'model_type'), (dict(drop_path_rate='x'), 'drop_path_rate')])

@@ -21,6 +21,7 @@ from pvt_timm.int8 import CalibrationImages, find_images
 from pvt_timm.segmentation import semantic_fpn
 from tests.support.forms import make_input, make_model
 from tests.support.runtimes import read_alone
+from tests.support.systems import symlink
 
 DENSE = dict(class_token=False, num_classes=0, global_pool='avg')
 
@@ -405,6 +406,22 @@ def test_int8_keeps_the_digits(target, tmp_path, capsys):
     assert 0 < int8['mean_change'] < 0.02
     assert said['bytes'] < 700_000  # 0.6 MB of weights in float32, beside the graph
     assert read_metadata(path)['labels'] == [str(i) for i in range(10)]
+
+
+def test_calibration_images_are_those_that_other_commands_read(tmp_path):
+    """The extensions are those of `pvt-timm predict`, and links to folders are followed."""
+    names = ['b/1.webp', 'b/2.bmp', 'b/3.tif', 'b/4.png']
+    for name in (*names, 'elsewhere/1.png', 'elsewhere/2.jpg'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images = tmp_path / 'images'
+    images.mkdir()
+    (tmp_path / 'b').rename(images / 'b')
+    symlink(images / 'a', tmp_path / 'elsewhere')
+    symlink(images / 'b' / 'circle', images)
+    files, classes = find_images(images, ['a', 'b'])
+    assert [file.relative_to(images).as_posix() for file in files] == ['a/1.png', 'a/2.jpg', *names]
+    assert classes == [0, 0, 1, 1, 1, 1]
 
 
 def test_find_images(tmp_path):

@@ -207,7 +207,11 @@ def test_options_are_the_fields():
 
 @pytest.mark.parametrize('values, message', [
     (dict(learning_rate=1), 'Not known in here: learning_rate. Known are .*lr'),
-    (dict(lr='fast'), "Expected a number for lr, got 'fast'"),
+    (dict(lr='fast'), "Expected a finite number for lr, got 'fast'"),
+    (dict(lr=math.nan), 'Expected a finite number for lr, got nan'),
+    (dict(weight_decay='-inf'), "Expected a finite number for weight_decay, got '-inf'"),
+    (dict(clip_grad=math.inf), 'Expected a finite number for clip_grad, got inf'),
+    (dict(drop_path=10 ** 400), 'Expected a finite number for drop_path'),
     (dict(epochs=1.5), 'Expected an integer for epochs, got 1.5'),
     (dict(epochs=True), 'Expected an integer for epochs'),
     (dict(pretrained='yes'), "Expected true or false for pretrained, got 'yes'"),

@@ -456,6 +456,8 @@ def test_categories_are_matched_by_name(cli, trained, shapes_folder, tmp_path):
     ('detector', ['--images-per-pass', '4'], 'a multiple of 4'),
     ('detector', ['--devices', 'two'], "number of devices or 'auto'"),
     ('detector', ['--frozen-stages', '5'], '0 to 4 for frozen_stages'),
+    ('detector', ['--lr', 'nan'], 'Expected a finite number for lr, got nan'),
+    ('detector', ['--clip-grad', '-1'], 'Expected a finite number, 0 or more, for clip_grad, got -1.0'),
     ('detector', ['--train-annotations', 'none.json'], 'No such annotation file'),
     ('detector', ['--weights', 'none.pth'], 'No such file'),
     ('detector', ['--model', 'resnet18'], "as model, with or without a tag, got 'resnet18'"),
@@ -464,12 +466,25 @@ def test_categories_are_matched_by_name(cli, trained, shapes_folder, tmp_path):
     ('detector', ['--accelerator', 'hovercraft'], 'hovercraft'),
     ('segmenter', ['--classes', '1'], 'two classes or more'),
     ('segmenter', ['--classes', 'a', 'a'], 'different names'),
+    ('segmenter', ['--classes', '256'], 'at most 255 classes'),
     ('segmenter', ['--classes', 'background', 'disc'], 'for the 2 classes'),
 ])
 def test_wrong_command_lines(cli, shapes_folder, tmp_path, task, more, message):
     argv = fit_args(task, shapes_folder, tmp_path / 'out', '--epochs', '1', *more)
     assert message in cli(*argv, code=2)
     assert not (tmp_path / 'out' / 'last.ckpt').exists()
+
+
+@pytest.mark.parametrize('name', ['lr', 'weight_decay', 'clip_grad'])
+@pytest.mark.parametrize('value', [-1., float('nan'), float('inf')])
+def test_settings_that_python_code_makes_are_checked(tmp_path, name, value):
+    """`fit` refuses numbers out of range, even if the settings do not come from a file or a command line."""
+    from pvt_timm.training.run import fit
+    from pvt_timm.training.settings import DetectorSettings
+
+    with pytest.raises(ValueError, match=f'Expected a finite number, 0 or more, for {name}, got {value}'):
+        fit(DetectorSettings(output=str(tmp_path / 'out'), epochs=1, **{name: value}))
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('name, task', [

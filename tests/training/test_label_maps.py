@@ -1,11 +1,14 @@
 """ Data sets with a folder of images and a folder of label maps. """
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pvt_timm.training.images import DataError
+from pvt_timm.training.images import DataError, find_images
 from pvt_timm.training.label_maps import LabelMapDataset
+from tests.support.systems import symlink
 
 VALUES = np.array([[0, 1, 2, 255], [1, 1, 0, 3]], dtype=np.uint8)
 
@@ -49,6 +52,26 @@ def test_modes(folders, mode):
 def test_values_beyond_the_classes_are_named(folders, classes, reduce, value):
     with pytest.raises(DataError, match=rf'for the {classes} classes .* got {value}: .*b.png'):
         LabelMapDataset(*folders, classes, reduce)[0]
+
+
+@pytest.mark.parametrize('most, reduce', [(255, False), (254, True)])
+def test_no_class_has_the_value_for_none(folders, most, reduce):
+    """The number of classes is limited, as the value 255 of a label map means no class."""
+    assert len(LabelMapDataset(*folders, most, reduce)) == 2
+    with pytest.raises(ValueError, match=f'Expected at most {most} classes.* got {most + 1}'):
+        LabelMapDataset(*folders, most + 1, reduce)
+
+
+def test_links_are_not_followed_in_circles(folders):
+    """A link to a folder that it lies in is left out. A folder may have a second name, also in label maps alone."""
+    images, labels = folders
+    shutil.copytree(images / 'town', images / 'night')
+    symlink(labels / 'night', labels / 'town')
+    symlink(images / 'town' / 'up', images)
+    symlink(labels / 'town' / 'up', labels / 'town')
+    found = [file.relative_to(images).as_posix() for file in find_images(images)]
+    assert found == ['b.jpg', 'night/a.png', 'town/a.png']
+    assert len(LabelMapDataset(images, labels, 4)) == 3
 
 
 def test_wrong_files(folders):
