@@ -94,7 +94,7 @@ def quantize_openvino(source: Path, path: Path, images: CalibrationImages, metad
 def quantize_onnx(source: Path, path: Path, images: CalibrationImages, metadata: Dict[str, str]) -> None:
     """Quantise linear layers and convolutions of an ONNX model, with fixed scales. Weights have one per channel.
 
-    Weights have 7 bits, as onnxruntime advises for CPUs without VNNI.
+    Activations are unsigned, which is faster on x86. Weights have 7 bits, as onnxruntime advises for CPUs without VNNI.
     """
     onnx = import_extra('onnx')
     quantization = import_extra('onnxruntime.quantization')
@@ -109,7 +109,7 @@ def quantize_onnx(source: Path, path: Path, images: CalibrationImages, metadata:
 
     quantization.quantize_static(
         str(source), str(path), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-        op_types_to_quantize=['MatMul', 'Gemm', 'Conv'], activation_type=quantization.QuantType.QInt8,
+        op_types_to_quantize=['MatMul', 'Gemm', 'Conv'], activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8, reduce_range=True, extra_options={'MatMulConstBOnly': True})
     proto = onnx.load(str(path))
     del proto.metadata_props[:]
