@@ -149,8 +149,10 @@ def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
         with open(aside, 'xb') as f:
             write(f)
         aside.replace(path)
-    except BaseException:
+    except BaseException as e:
         aside.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.filename is None:  # from a write to a full disk, which does not know the name
+            e.filename = str(path)
         raise
 
 

@@ -108,6 +108,7 @@ def run_train(args: argparse.Namespace) -> List[str]:
     save_atomically(folder / 'settings.yaml', lambda f: f.write(text))
     command += ['--config', str(folder / 'settings.yaml')]  # train.py uses the last --config
     _keep_class_names(folder)
+    _refuse_epochs_without_a_batch()
     if now.get('device') == 'cpu':
         _allow_cpu_processes()
         if now.get('amp') and now.get('amp_dtype') == 'bfloat16':
@@ -301,6 +302,26 @@ def _keep_class_names(folder: Path) -> None:
         return dataset
 
     timm.data.create_dataset = create
+
+
+def _refuse_epochs_without_a_batch() -> None:
+    """Make timm's `create_loader` raise ValueError if the training set does not fill one batch in each process.
+
+    timm leaves out the images that do not fill a batch. With fewer images than that it would train nothing, and not
+    say so.
+    """
+    create_loader = timm.data.create_loader
+
+    def create(dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        loader = create_loader(dataset, *args, **kwargs)
+        if kwargs.get('is_training') and hasattr(dataset, '__len__') and not len(loader):
+            count = torch.distributed.get_world_size() if kwargs.get('distributed') else 1
+            raise ValueError(
+                f'Expected at least {count * kwargs["batch_size"]} images to train on, one batch in each process, got '
+                f'{len(dataset)}: give a smaller --batch-size')
+        return loader
+
+    timm.data.create_loader = create
 
 
 def _allow_cpu_processes() -> None:

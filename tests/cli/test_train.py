@@ -28,7 +28,8 @@ def start(script, tmp_path, monkeypatch, capsys):
 
     The command line is None if the script is not started.
     """
-    monkeypatch.setattr(timm.data, 'create_dataset', timm.data.create_dataset)  # put back what `train` changes
+    for name in ('create_dataset', 'create_loader'):  # put back what `train` changes
+        monkeypatch.setattr(timm.data, name, getattr(timm.data, name))
     monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, '__init__',
                         torch.nn.parallel.DistributedDataParallel.__init__)
     started = []
@@ -154,6 +155,19 @@ def test_keeps_odd_class_names(start, folder, tmp_path, dataset):
     class_to_idx = getattr(data, 'reader', data).class_to_idx
     assert {name: i for i, name in enumerate(labels_beside(folder / 'last.pth.tar'))} == class_to_idx
     assert sorted(class_to_idx) == sorted(names)
+
+
+def test_refuses_fewer_images_than_a_batch(start, tmp_path):
+    """timm would train nothing and say nothing, as it leaves out the images that do not fill a batch."""
+    (tmp_path / 'data' / 'train' / 'cat').mkdir(parents=True)
+    for i in range(3):
+        Image.new('RGB', (8, 8)).save(tmp_path / 'data' / 'train' / 'cat' / f'{i}.png')
+    start()
+    data = timm.data.create_dataset('', root=str(tmp_path / 'data'), split='train', is_training=True)
+    kwargs = dict(input_size=(3, 32, 32), is_training=True, num_workers=0, use_prefetcher=False)
+    assert len(timm.data.create_loader(data, batch_size=3, **kwargs)) == 1
+    with pytest.raises(ValueError, match='at least 4 images to train on.* got 3: give a smaller --batch-size'):
+        timm.data.create_loader(data, batch_size=4, **kwargs)
 
 
 def save_finished(folder, epoch, **args):
