@@ -61,8 +61,8 @@ def resample_pos_embed(
     As in the original: bilinear, align_corners=False, no antialias, and the rows of prefix tokens (the class token) are
     kept as they are. timm's `resample_abs_pos_embed` computes in float32 whatever the dtype.
     """
-    # A branch on the size would tie a traced or compiled graph to the example input. Resizing to the stored grid gives
-    # the stored values back exactly.
+    # A branch on the size would specialise a traced or compiled graph to the example size. Resizing to the stored grid
+    # gives the stored values back exactly.
     if torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         if size[0] == grid_size[0] and size[1] == grid_size[1]:
             return pos_embed
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
 
         if self.sr is not None and self.norm is not None:
-            # A channels_last view, no copy. Made from NHWC, its strides are those of channels_last at batch size 1 too.
+            # No copy: NHWC tokens viewed as NCHW are channels_last already, at batch size 1 too.
             x = x.reshape(B, size[0], size[1], C).permute(0, 3, 1, 2)
             x = self.sr(x).flatten(2).transpose(1, 2)
             x = self.norm(x)
@@ -282,7 +282,7 @@ class PyramidVisionTransformerStage(nn.Module):
         ) for i in range(depth)])
 
     def set_grid_size(self, grid_size: Tuple[int, int]) -> None:
-        if grid_size != self.grid_size:  # otherwise it stays the same parameter
+        if grid_size != self.grid_size:  # same size: keep the Parameter, optimizers hold it
             pos_embed = resample_pos_embed(
                 self.pos_embed.detach(), grid_size, self.grid_size, self.num_prefix_tokens)
             self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
@@ -371,10 +371,11 @@ class PyramidVisionTransformer(nn.Module):
             mlp_ratios: Ratio of hidden to embedding channels in the MLP of each stage.
             qkv_bias: Add a bias to queries, keys and values.
             drop_rate: Dropout rate before the head.
-            pos_drop_rate: Dropout rate after the position embeddings (`drop_rate` in the original).
-            proj_drop_rate: Dropout rate after the attention projection and in the MLP (`drop_rate` in the original).
+            pos_drop_rate: Dropout rate after the position embeddings.
+            proj_drop_rate: Dropout rate after the attention projection and in the MLP (the original has one `drop_rate`
+                for this and `pos_drop_rate`).
             attn_drop_rate: Dropout rate of the attention weights.
-            drop_path_rate: Stochastic depth rate of the last block. It rises from 0 at the first block.
+            drop_path_rate: Stochastic depth rate of the last block. It rises linearly, from 0 at the first block.
             act_layer: Activation of the MLP, GELU by default.
             norm_layer: Norm in the blocks and final norm, LayerNorm with eps 1e-6 by default.
             norm_eps: Epsilon of `norm_layer`. By default it is not passed on.
@@ -407,7 +408,8 @@ class PyramidVisionTransformer(nn.Module):
         self.class_token = class_token
         self.output_fmt = output_fmt
         self.output_nchw = output_fmt == 'NCHW'
-        self.num_prefix_tokens = 1 if class_token and not self.output_nchw else 0  # in the output
+        # tokens before the patches in the output
+        self.num_prefix_tokens = 1 if class_token and not self.output_nchw else 0
         if global_pool is None:
             global_pool = 'token' if self.num_prefix_tokens else 'avg'
         self._set_global_pool(global_pool)
@@ -419,6 +421,7 @@ class PyramidVisionTransformer(nn.Module):
         self.feature_info = []
 
         grid_sizes = self._grid_sizes(img_size)
+        # `stagewise` makes a list for each stage. Rates rise from block to block with it too
         dpr = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i in range(num_stages):
@@ -496,7 +499,7 @@ class PyramidVisionTransformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        # the position embeddings are decayed, as in the original
+        # the position embeddings get weight decay, as in the original
         return {f'stages.{len(self.depths) - 1}.cls_token'} if self.class_token else set()
 
     @torch.jit.ignore
@@ -617,7 +620,7 @@ class PyramidVisionTransformer(nn.Module):
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
         if prune_end:
-            # the last kept stage gives a feature map, without class token
+            # only the last stage of the whole model has a class token, so the kept ones give a feature map
             self.class_token = False
             self.num_prefix_tokens = 0
             self.output_fmt = 'NCHW'
@@ -724,7 +727,7 @@ def checkpoint_filter_fn(
     adapted = []
     if info.in_chans != model.in_chans:
         adapted += ['stages.0.patch_embed.proj.weight']
-    # a checkpoint without head is an error, unless a new head was asked for
+    # a missing head is an error unless the caller changed num_classes
     new_head = model.num_classes != getattr(model, 'pretrained_cfg', {}).get('num_classes')
     if info.num_classes != model.num_classes and (info.num_classes or new_head):
         adapted += ['head.weight', 'head.bias']

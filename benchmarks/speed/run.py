@@ -5,7 +5,7 @@
     python benchmarks/speed/run.py --quick              # PVT-Tiny and few repetitions, under 2 minutes
     python benchmarks/speed/run.py --device cuda        # on a GPU about 6 minutes
 
-See README.md in this folder for what is measured and how.
+See benchmarks/README.md for what is measured and how.
 """
 import argparse
 import gc

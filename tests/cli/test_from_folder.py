@@ -22,6 +22,7 @@ TEXT = (ROOT / 'pvt_timm' / 'recipes' / 'README.md').read_text(encoding='utf-8')
 pytestmark = pytest.mark.slow
 
 NAMES = ['ant', 'bee', 'cat']
+PROGRAMS = {'pvt-timm': 'pvt_timm', 'pvt-convert': 'weights_conversion'}
 QUICK = ['--epochs', '3', '--warmup-epochs', '0', '--batch-size', '16', '--workers', '0', '--lr', '2e-3']
 
 
@@ -48,7 +49,7 @@ def trained(train_py, tmp_path_factory):
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
     outputs = {}
     for command in commands[1:]:
-        command[0] = sys.executable
+        command[:1] = [sys.executable, '-m', PROGRAMS[command[0]]]
         if 'train' in command:
             command += [*QUICK, '--pretrained-path', 'start.pth']
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)

@@ -14,7 +14,7 @@ from pvt_timm.export import TARGETS
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
 
 TEXT = (Path(pvt_timm.__file__).parent / 'recipes' / 'EXPORT.md').read_text(encoding='utf-8')
-COMMAND = 'python -m pvt_timm export '
+COMMAND = 'pvt-timm export '
 # Sections without an extra package run with the default tests
 QUICK = ('PyTorch on a CPU', 'ONNX', 'A GPU')
 

@@ -494,8 +494,8 @@ def test_int8_for_openvino_on_a_cpu_without_vnni(tmp_path):
 
 def test_commands_of_the_guide():
     text = (Path(pvt_timm.__file__).parent / 'recipes' / 'EXPORT.md').read_text(encoding='utf-8')
-    lines = [line for line in text.splitlines() if line.startswith('python -m pvt_timm export ')]
+    lines = [line for line in text.splitlines() if line.startswith('pvt-timm export ')]
     assert len(lines) == 7
     for line in lines:
-        args = _parser().parse_args(shlex.split(line)[3:])
+        args = _parser().parse_args(shlex.split(line)[1:])
         assert args.output.suffix == TARGETS[args.to].suffix and args.int8 == (args.calibrate is not None)
