@@ -107,8 +107,12 @@ def quantize_onnx(source: Path, path: Path, images: CalibrationImages, metadata:
             x = next(self.inputs, None)
             return None if x is None else {'image': x.numpy()}
 
+    graph = onnx.load(str(source)).graph
+    stacked = {weight.name for weight in graph.initializer if len(weight.dims) > 2}  # a matrix for each head
     quantization.quantize_static(
         str(source), str(path), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+        # onnxruntime 1.23, the last one for Python 3.10, cannot multiply by stacked matrices with scales per channel
+        nodes_to_exclude=[node.name for node in graph.node if node.op_type == 'MatMul' and node.input[1] in stacked],
         op_types_to_quantize=['MatMul', 'Gemm', 'Conv'], activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8, reduce_range=True, extra_options={'MatMulConstBOnly': True})
     proto = onnx.load(str(path))

@@ -500,7 +500,10 @@ def test_half_precision(cli, trained, shapes_folder, tmp_path, name, task):
     cli(*argv)
     history, whole = (json.loads((folder / 'history.json').read_text()) for folder in (
         tmp_path / 'out', trained / name))
-    assert history['losses'] == pytest.approx(whole['losses'], rel=0.05) and history['losses'] != whole['losses']
+    # later steps of Mask R-CNN are trained on other proposals, as rounding decides which ones are sampled
+    compared = slice(2) if name == 'mask_rcnn' else slice(None)
+    assert history['losses'][compared] == pytest.approx(whole['losses'][compared], rel=0.05)
+    assert history['losses'] != whole['losses']
     assert {x.dtype for x in last(tmp_path / 'out')['state_dict'].values() if x.is_floating_point()} == {torch.float32}
     found = json.loads(cli(task, 'validate', '--weights', tmp_path / 'out' / 'last.ckpt', '--json',
                            '--precision', 'bf16-mixed'))
