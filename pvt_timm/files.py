@@ -151,7 +151,7 @@ def save_atomically(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
         aside.replace(path)
     except BaseException as e:
         aside.unlink(missing_ok=True)
-        if isinstance(e, OSError) and e.filename is None:  # from a write to a full disk, which does not know the name
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC and e.filename is None:  # a write does not know the name
             e.filename = str(path)
         raise
 

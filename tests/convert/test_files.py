@@ -691,7 +691,7 @@ def test_files_are_replaced_whole(tmp_path):
         f.write(b'half')
         raise OSError(28, 'No space left on device')
 
-    with pytest.raises(OSError, match='No space'):
+    with pytest.raises(OSError, match=f"No space left on device: '{re.escape(str(file))}'"):
         save_atomically(file, fails)
     assert file.read_bytes() == b'old' and sorted(tmp_path.iterdir()) == [other, file]
     with pytest.raises(FileNotFoundError, match='No such folder'):
