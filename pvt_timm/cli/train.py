@@ -305,7 +305,7 @@ def _keep_class_names(folder: Path) -> None:
 
 
 def _refuse_epochs_without_a_batch() -> None:
-    """Make timm's `create_loader` raise ValueError if the training set does not fill one batch in each process.
+    """Make timm's `create_loader` end the command if the training set does not fill one batch in each process.
 
     timm leaves out the images that do not fill a batch. With fewer images than that it would train nothing, and not
     say so.
@@ -316,9 +316,10 @@ def _refuse_epochs_without_a_batch() -> None:
         loader = create_loader(dataset, *args, **kwargs)
         if kwargs.get('is_training') and hasattr(dataset, '__len__') and not len(loader):
             count = torch.distributed.get_world_size() if kwargs.get('distributed') else 1
-            raise ValueError(
-                f'Expected at least {count * kwargs["batch_size"]} images to train on, one batch in each process, got '
-                f'{len(dataset)}: give a smaller --batch-size')
+            # the script is running, outside of `run_command`: its errors would have a traceback
+            _say(f'error: Expected at least {count * kwargs["batch_size"]} images to train on, one batch in each '
+                 f'process, got {len(dataset)}: give a smaller --batch-size, and --lr, which otherwise shrinks with it')
+            raise SystemExit(2)
         return loader
 
     timm.data.create_loader = create

@@ -157,7 +157,7 @@ def test_keeps_odd_class_names(start, folder, tmp_path, dataset):
     assert sorted(class_to_idx) == sorted(names)
 
 
-def test_refuses_fewer_images_than_a_batch(start, tmp_path):
+def test_refuses_fewer_images_than_a_batch(start, tmp_path, capsys):
     """timm would train nothing and say nothing, as it leaves out the images that do not fill a batch."""
     (tmp_path / 'data' / 'train' / 'cat').mkdir(parents=True)
     for i in range(3):
@@ -166,8 +166,11 @@ def test_refuses_fewer_images_than_a_batch(start, tmp_path):
     data = timm.data.create_dataset('', root=str(tmp_path / 'data'), split='train', is_training=True)
     kwargs = dict(input_size=(3, 32, 32), is_training=True, num_workers=0, use_prefetcher=False)
     assert len(timm.data.create_loader(data, batch_size=3, **kwargs)) == 1
-    with pytest.raises(ValueError, match='at least 4 images to train on.* got 3: give a smaller --batch-size'):
+    with pytest.raises(SystemExit) as refused:
         timm.data.create_loader(data, batch_size=4, **kwargs)
+    error = capsys.readouterr().err
+    assert refused.value.code == 2 and error.count('\n') == 1
+    assert 'error: Expected at least 4 images to train on' in error and 'got 3: give a smaller --batch-size' in error
 
 
 def save_finished(folder, epoch, **args):
