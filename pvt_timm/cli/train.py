@@ -49,15 +49,9 @@ def _value_of(script_args: Sequence[str], *names: str) -> Optional[str]:
 
     If the option is given several times, the last one counts, as in argparse.
     """
-    found: Optional[str] = None
-    for i, arg in enumerate(script_args):
-        name, equals, value = arg.partition('=')
-        if name in names:
-            following = script_args[i + 1] if i + 1 < len(script_args) else None
-            found = value if equals else following
-        elif arg[:2] in names:  # -mNAME
-            found = arg[2:]
-    return found
+    parser = Parser(prog='pvt-timm run', add_help=False, allow_abbrev=False)
+    parser.add_argument(*names, dest='value', nargs='?')
+    return parser.parse_known_args(script_args)[0].value
 
 
 def _script(args: argparse.Namespace) -> List[str]:

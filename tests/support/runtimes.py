@@ -19,6 +19,14 @@ import openvino
 compiled = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
 outputs = list(compiled({'image': x}).values())
 ''',
+    'openvino of one size': '''
+import openvino
+core = openvino.Core()
+model = core.read_model(path)
+model.reshape(x.shape)
+compiled = core.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+outputs = list(compiled({'image': x}).values())
+''',
     'torch': '''
 import torch
 outputs = [output.detach().numpy() for output in torch.export.load(path).module()(torch.from_numpy(x))]
