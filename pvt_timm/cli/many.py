@@ -496,7 +496,8 @@ class Stream:
             return
         how = str(self.dtype).removeprefix('torch.')
         if self.device.type == 'cpu':
-            how += f', {torch.get_num_threads()} threads'
+            threads = torch.get_num_threads()
+            how += ', 1 thread' if threads == 1 else f', {threads} threads'
         elif self.device.type == 'cuda':
             how += f', {clean(torch.cuda.get_device_name(self.device), 60)}'
         if self.processes.count > 1:

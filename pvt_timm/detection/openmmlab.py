@@ -176,7 +176,7 @@ def from_openmmlab(
     if converted.format not in ('mmdet', 'original') or not converted.prefix.endswith('backbone.'):
         raise ValueError(
             f"Expected a {' or '.join(kinds)} of OpenMMLab or the original code (keys 'backbone.*', 'neck.*', ...), "
-            f'got a {converted.format} model under {converted.prefix!r}.')
+            f'got a {converted.format} model' + (f' under {converted.prefix!r}.' if converted.prefix else '.'))
     heads = _without_leftovers(heads_of(converted))
     kind, classes = describe_heads(heads) or ('', 0)
     if kind not in kinds:

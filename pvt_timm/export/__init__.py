@@ -98,7 +98,10 @@ def export(
     elif isinstance(model, SemanticFpn) and not kind.segmenters:
         raise ValueError(f'Expected one of {_able("segmenters")} as target for segmenters, got {target}')
     elif min(graph.img_size) < kind.smallest and not kind.below:
-        raise ValueError(f'Expected an img_size of at least {kind.smallest} for {target}, got {graph.img_size}')
+        height, width = graph.img_size
+        raise ValueError(
+            f'Expected images of at least {kind.smallest}x{kind.smallest} for {target}, got {height}x{width}: choose '
+            f'another img_size (--img-size {kind.smallest})')
     if calibration is not None and (graph.is_detector or not hasattr(model, 'stages')):
         raise ValueError('Expected a classifier or features for int8')
     with _modes_kept(model), _folder_beside(path) as folder:

@@ -86,7 +86,11 @@ def fit(settings: AnySettings) -> Dict[str, float]:
     trainer.fit_loop.max_epochs = epochs
     if settings.epochs is not None:
         trainer.check_val_every_n_epoch = settings.eval_every
-    module_args.update(steps_per_epoch=steps_per_epoch, total_steps=steps_per_epoch * epochs)
+    total_steps = steps_per_epoch * epochs
+    if 2 * settings.warmup_steps > total_steps:
+        _say(f'the learning rate rises in the first {settings.warmup_steps} steps, and this training has {total_steps}: '
+             'give fewer --warmup-steps, or train for longer')
+    module_args.update(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     module: Any
     if isinstance(settings, DetectorSettings):
         module, transform = DetectorModule(model, settings, **module_args), detection_transform(settings.flip)

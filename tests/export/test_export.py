@@ -139,7 +139,8 @@ def test_a_file_that_differs_is_not_written(monkeypatch, tmp_path, change, messa
                                         'package, got Linear'),
     (dict(model=make_model(num_classes=0)), 'Expected a model with a classifier'),
     (dict(model=make_model().double()), 'Expected a model in float32 on the CPU'),
-    (dict(target='torch', output='model.pt2', img_size=32), 'Expected an img_size of at least 64 for torch, got'),
+    (dict(target='torch', output='model.pt2', img_size=32),
+     'Expected images of at least 64x64 for torch, got 32x32: .*--img-size 64'),
     (dict(target='torch', output='model.pt2', calibration=()), 'Expected one of onnx, openvino as target for int8'),
     (dict(half=True, calibration=()), 'Expected half precision or int8, not both'),
 ])

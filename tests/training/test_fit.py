@@ -18,6 +18,7 @@ from PIL import Image
 pytest.importorskip('pytorch_lightning')
 pytest.importorskip('pycocotools')
 
+from pvt_timm.cli.main import main  # noqa: E402
 from pvt_timm.detection import detector_from_mmdet, detector_to_mmdet, pvt_retinanet  # noqa: E402
 from pvt_timm.detection.trained import describe_model  # noqa: E402
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn, semantic_fpn_from_mmseg  # noqa: E402
@@ -44,7 +45,6 @@ def equal(one, other):
 @pytest.fixture(scope='module')
 def trained(shapes_folder, tmp_path_factory):
     """Return a folder with a RetinaNet, a Mask R-CNN and a Semantic FPN that were trained for two epochs."""
-    from pvt_timm.cli.main import main
 
     root = tmp_path_factory.mktemp('trained')
     for name, task, more in (
@@ -221,7 +221,6 @@ def test_from_whole_weights_with_other_classes(cli, trained, shapes_folder, tmp_
     start = load_trained(trained / 'retinanet' / 'best.ckpt').state_dict()
     argv = fit_args('detector', data, tmp_path / 'out', '--epochs', '1', '--weights',
                     trained / 'retinanet' / 'best.ckpt', '--lr', '0', '--head-args', 'score_thresh=0.001')
-    from pvt_timm.cli.main import main
     assert main([str(x) for x in argv]) == 0
     err = capsys.readouterr().err
     assert 'the classes differ' in err and 'head.classification_head.cls_logits.weight' in err
@@ -246,7 +245,6 @@ def test_from_the_weights_of_openmmlab(cli, shapes_folder, tmp_path):
     argv = ['detector', 'fit', '--config', 'finetune_detector', '--data', shapes_folder, '--output', tmp_path / 'out',
             '--weights', tmp_path / 'mm.pth', '--epochs', '1', '--images-per-step', '6', '--min-size', '64',
             '--lr', '0', '--workers', '0', '--accelerator', 'cpu']
-    from pvt_timm.cli.main import main
     assert main([str(x) for x in argv]) == 0
     model = load_trained(tmp_path / 'out' / 'last.ckpt')
     assert {m.eps for m in model.backbone.body.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
@@ -331,6 +329,15 @@ def test_an_epoch_without_objects(cli, shapes_folder, tmp_path, kind):
     assert 'Nothing to train on (12 images without objects)' in cli(*argv, code=2)
     cli(*argv, '--keep-empty')
     assert all(x.isfinite().all() for x in load_trained(tmp_path / 'out' / 'last.ckpt').state_dict().values())
+
+
+@pytest.mark.parametrize('warmup, is_said', [(1, False), (2, True)])
+def test_a_warm_up_that_is_longer_than_half_of_the_training_is_said(
+        shapes_folder, tmp_path, capsys, warmup, is_said):
+    argv = fit_args('segmenter', shapes_folder, tmp_path / 'out', '--epochs', '1', '--warmup-steps', warmup)
+    assert main([str(arg) for arg in argv]) == 0
+    said = f'rises in the first {warmup} steps, and this training has 2: give fewer --warmup-steps'
+    assert (said in capsys.readouterr().err) == is_said
 
 
 @pytest.mark.parametrize('kind, count', [('retinanet', 1), ('retinanet', 365), ('mask_rcnn', 1), ('mask_rcnn', 365)])
