@@ -1,6 +1,7 @@
 """ Fixtures for all tests. No test reaches a real model hub, and none uses the caches of the user who runs them. """
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -75,7 +76,8 @@ def own_caches(tmp_path_factory, monkeypatch):
         for setting in ('HF_HOME', 'HF_HUB_CACHE'):
             if name.startswith('huggingface_hub') and setting in vars(module):
                 monkeypatch.setattr(module, setting, os.environ[setting])
-    return root
+    yield root
+    shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture
