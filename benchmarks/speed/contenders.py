@@ -46,6 +46,12 @@ def has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def has_amx() -> bool:
+    """Return whether the CPU has AMX and its use is not switched off: products in bfloat16 and int8 are fast with it."""
+    emulates = os.environ.get('ONEDNN_MAX_CPU_ISA') == 'AVX2'
+    return getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)() and not emulates
+
+
 class Skipped(Exception):
     """Raised if a contender cannot run here. The message says why."""
 

@@ -58,6 +58,7 @@ def machine(device: str) -> dict:
         cpu=cpu, cpus=os.cpu_count(), threads=torch.get_num_threads(), load=os.getloadavg()[0],
         capability=torch.backends.cpu.get_cpu_capability(),
         emulated=all(os.environ.get(k) == v for k, v in AVX2.items()), bf16=contenders.has_bf16(),
+        amx=contenders.has_amx(),
         python=platform.python_version(), system=platform.platform(terse=True), versions=versions,
         gpu=torch.cuda.get_device_name() if device == 'cuda' else None,
         when=time.strftime('%Y-%m-%d %H:%M'))
@@ -332,7 +333,8 @@ def main(argv=None) -> int:
     results.update((section, []) for section in SECTIONS)
     # engines have a separate file, as they may be measured on another machine than the rest
     kind = 'engines' if list(only) == ['engines'] else args.device
-    name = kind if kind == 'cuda' else f'{kind}_{results["machine"]["capability"].lower()}'
+    amx = '_amx' if results['machine']['amx'] else ''
+    name = kind if kind == 'cuda' else f'{kind}_{results["machine"]["capability"].lower()}{amx}'
     path = output / f'{name}.json'
     if args.only and path.is_file():
         before = json.loads(path.read_text())
