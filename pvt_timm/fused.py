@@ -28,7 +28,7 @@ from timm.layers import DropPath, LayerNorm, Mlp
 from torch.autograd import forward_ad
 
 from . import pvt
-from .pvt import Attention, Block, PatchEmbed, PyramidVisionTransformerStage
+from .pvt import Attention, Block, PatchEmbed, PyramidVisionTransformer, PyramidVisionTransformerStage
 from .sliced_mlp import SLICE_TOKENS, SlicedMlp
 
 __all__ = ['FusedStage', 'fuse']
@@ -224,22 +224,29 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _block(blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tuple[int, int]) -> None:
-    """Compute `Block.forward` for tokens x (B, N, C). The result is written into `x`."""
-    B, N, C = x.shape
+def _block(
+        blk: Any, linears: Dict[nn.Module, Linear], x: torch.Tensor, size: Tuple[int, int], class_token_only: bool,
+) -> None:
+    """Compute `Block.forward` for tokens x (B, N, C). The result is written into `x`.
+
+    With `class_token_only`, only the result for the first token of each image is computed. The others stay as they are.
+    """
     attn, mlp = blk.attn, blk.mlp
+    wanted = x[:, :1] if class_token_only else x
+    B, N, C = wanted.shape
     y = _norm(blk.norm1, x)
     kv = y
     if attn.sr is not None:
         kv = _norm(attn.norm, linears[attn.sr](_patches(y.view(B, size[0], size[1], C), attn.sr.kernel_size)))
-    q = linears[attn.q](y).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+    q = linears[attn.q](y[:, :N]).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
     k, v = linears[attn.kv](kv).unflatten(2, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
     del y, kv  # frees memory: each of them is as large as x, and so is q
     y = _attend(q, k, v)
     del q
-    x += linears[attn.proj](y.transpose(1, 2).reshape(B, N, C))
+    wanted += linears[attn.proj](y.transpose(1, 2).reshape(B, N, C))
     del y
-    tokens = x.view(1, B * N, C)  # tokens of all images, to be cut into equal parts
+    # tokens of all images, to be cut into equal parts
+    tokens = wanted.transpose(0, 1) if class_token_only else wanted.view(1, B * N, C)
     for part in tokens.chunk(math.ceil(B * N / SLICE_TOKENS), dim=1):
         part += linears[mlp.fc2](linears[mlp.fc1](_norm(blk.norm2, part)))
 
@@ -258,7 +265,12 @@ class FusedStage(PyramidVisionTransformerStage):
     `torch.distributed`, those through `parameter.data` and through views of numpy or DLPack, and those of other
     processes that share the memory. To notice these, one element of each parameter is compared. A write that is not
     counted and changes none of these elements is not noticed: call `repack()` after it.
+
+    Attributes:
+        class_token_only: Whether the stage returns its class token (B, 1, C) only, see `fuse`.
     """
+    class_token_only: bool
+
     # the forward of the plain stage under another name, because TorchScript does not support `super()`
     _plain_forward = FunctionType(_plain.__code__, _plain.__globals__, '_plain_forward')
 
@@ -269,7 +281,7 @@ class FusedStage(PyramidVisionTransformerStage):
             return stage
         fused = cls.__new__(cls)
         fused.__dict__.update(stage.__dict__)  # the same parameters, modules and hooks
-        fused.__dict__['_packed'] = None
+        fused.__dict__.update(_packed=None, class_token_only=False)
         return fused
 
     def repack(self) -> None:
@@ -295,7 +307,8 @@ class FusedStage(PyramidVisionTransformerStage):
             plain = f'no fast operators for {self.pos_embed.dtype}'
         if plain:
             return f'path=plain ({plain})'
-        return 'path=fast (without gradients)' if state.requires_grad else 'path=fast'
+        path = 'path=fast (without gradients)' if state.requires_grad else 'path=fast'
+        return f'{path}, class token only' if self.class_token_only else path
 
     def _inspect(self) -> _State:
         """Check all inner modules and parameters. This is done in every forward pass, so it is written for speed."""
@@ -401,8 +414,11 @@ class FusedStage(PyramidVisionTransformerStage):
                 part[:, :prefix] = self.cls_token + pos_embed[:, :prefix]
             embed = _norm(self.patch_embed.norm, packed.linears[self.patch_embed.proj](_patches(group, patch_size)))
             torch.add(embed, pos_embed[:, prefix:], out=part[:, prefix:])
-            for blk in self.blocks:
-                _block(blk, packed.linears, part, size)
+            for i, blk in enumerate(self.blocks):
+                last = i == len(self.blocks) - 1
+                _block(blk, packed.linears, part, size, last and self.class_token_only)
+        if self.class_token_only:
+            tokens = tokens[:, :1].contiguous()  # the others are not kept in memory
         if self.output_nchw:
             tokens = tokens[:, prefix:].unflatten(1, size).permute(0, 3, 1, 2)
         return tokens
@@ -415,28 +431,37 @@ class FusedStage(PyramidVisionTransformerStage):
             if torch.is_grad_enabled():
                 self.repack()
             if PyramidVisionTransformerStage.forward is not _plain:
-                return PyramidVisionTransformerStage.forward(self, x)
-        return self._plain_forward(x)
+                x = PyramidVisionTransformerStage.forward(self, x)
+                return x[:, :1] if self.class_token_only else x
+        x = self._plain_forward(x)
+        return x[:, :1] if self.class_token_only else x
 
 
-def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
+def fuse(model: nn.Module, inplace: bool = False, class_token_only: bool = False) -> nn.Module:
     """Return the model with PVT stages that have a fast path for inference on CPU.
 
     Args:
         model: A stage or any module with stages inside.
         inplace: Whether the stages of `model` itself are replaced, instead of those of a copy. If `model` is a stage,
             its fused form is a new object that shares the stage's parameters.
+        class_token_only: Whether the last block computes its result for the class token only, which is all that a
+            classifier needs. `forward` returns the same. `forward_features` returns the class token (B, 1, C) in place
+            of all tokens, and `forward_intermediates` is not possible.
 
     Returns:
         The model with fused stages. A stage of a derived class, or with another forward, is not changed.
 
     Raises:
         ValueError: There is no stage in the model. Scripted models and those made with `feature_cls='fx'` have none.
+            Or `class_token_only` is set and the model is not a PVT that pools its class token.
     """
     if not any(isinstance(module, PyramidVisionTransformerStage) for module in model.modules()):
         raise ValueError(
             f'Expected a model with PVT stages inside, got {type(model).__name__}, which has none: fuse a model before '
             "it is scripted or exported, and one with features by another feature_cls than 'fx'.")
+    if class_token_only and not (
+            isinstance(model, PyramidVisionTransformer) and model.num_prefix_tokens and model.global_pool == 'token'):
+        raise ValueError("Expected a PVT with global_pool 'token' for class_token_only, as others use more tokens")
     if not inplace:
         with torch.inference_mode(False):  # parameters that are copied in inference mode force the plain path
             model = copy.deepcopy(model)
@@ -449,4 +474,9 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
                 if child not in fused:
                     fused[child] = FusedStage.from_stage(child)
                 setattr(module, name, fused[child])
+    if class_token_only:
+        last: Any = model.stages[-1]
+        if not isinstance(last, FusedStage):
+            raise ValueError(f'Expected a last stage that can be fused for class_token_only, got {type(last).__name__}')
+        last.class_token_only = True
     return model

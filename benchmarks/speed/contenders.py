@@ -47,7 +47,7 @@ def has_bf16() -> bool:
 
 
 def has_amx() -> bool:
-    """Return whether the CPU has AMX and its use is not switched off: products in bfloat16 and int8 are fast with it."""
+    """Return whether the CPU has AMX, with which products in bfloat16 and int8 are fast, and it is not switched off."""
     emulates = os.environ.get('ONEDNN_MAX_CPU_ISA') == 'AVX2'
     return getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)() and not emulates
 

@@ -311,10 +311,14 @@ def choose_device(name: Optional[str], local_rank: int = 0) -> torch.device:
     return device
 
 
-def place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Move a model to a device and a dtype, and return the same object. On a CPU, its fast path is used (`fuse`)."""
+def place(model: Any, device: torch.device, dtype: torch.dtype, class_token_only: bool = False) -> Any:
+    """Move a model to a device and a dtype, and return the same object. On a CPU, its fast path is used (`fuse`).
+
+    Args:
+        class_token_only: Whether only the class token is needed, so that the fast path may leave out the other tokens.
+    """
     model = model.to(device=device, dtype=dtype).eval()
-    return fuse(model, inplace=True) if device.type == 'cpu' else model
+    return fuse(model, inplace=True, class_token_only=class_token_only) if device.type == 'cpu' else model
 
 
 def _cores() -> int:
@@ -351,9 +355,9 @@ class Stream:
         self._seconds = 0.
         self._first_error = ''
 
-    def place(self, model: Any) -> Any:
-        """Move a model to `device` and `dtype`, and return the same object."""
-        return place(model, self.device, self.dtype)
+    def place(self, model: Any, class_token_only: bool = False) -> Any:
+        """Move a model to `device` and `dtype`, and return the same object. See `place`."""
+        return place(model, self.device, self.dtype, class_token_only)
 
     def results(
             self, files: Sequence[ImageFile], channels: int, prepare: Prepare,

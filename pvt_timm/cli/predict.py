@@ -63,7 +63,7 @@ def _predict_all(args: argparse.Namespace, processes: Processes) -> None:
             command='predict', model=classifier.name, weights=fingerprint(classifier.model),
             model_settings=settings_of(classifier.model), multi_label=classifier.multi_label, dtype=args.dtype,
             preprocessing=classifier.data, labels=classifier.labels, topk=args.topk)
-    classifier.model = stream.place(classifier.model)
+    classifier.model = stream.place(classifier.model, class_token_only=classifier.model.global_pool == 'token')
 
     def compute(images: List[Loaded], pixels: torch.Tensor) -> List[Dict[str, Any]]:
         logits = classifier.model(normalise(pixels, classifier.data).to(stream.dtype))

@@ -101,6 +101,55 @@ def test_variants_and_configurations(fast_calls, name, kwargs):
 
 
 @needs_onednn
+@pytest.mark.parametrize('size', [(1, 32, 32), (5, 64, 96), (2, 75, 130)])
+@pytest.mark.parametrize('dtype, tolerance', [
+    (torch.float32, 1e-5), pytest.param(torch.bfloat16, 0.05, marks=needs_bf16)])
+@pytest.mark.parametrize('name', ['test_pvt', 'pvt_tiny'])
+def test_class_token_only(fast_calls, name, dtype, tolerance, size):
+    model, x = make_model(name).to(dtype), make_input(*size).to(dtype)
+    fused = fuse(model, class_token_only=True)
+    model.float()
+    with torch.no_grad():
+        assert_same(fused(x).float(), model(x.float()), tolerance)
+        token = fused.forward_features(x)
+        assert_same(token.float(), model.forward_features(x.float())[:, :1], tolerance)
+    assert token.is_contiguous() and len(fast_calls) == 8
+    assert [repr(stage).count('class token only') for stage in fused.stages] == [0, 0, 0, 1]
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('form', [
+    lambda fused: fused.requires_grad_(True),
+    copy.deepcopy,
+    lambda fused: pickle.loads(pickle.dumps(fused)),
+    torch.jit.script,
+    lambda fused: torch.compile(fused, fullgraph=True, backend='aot_eager'),
+], ids=['gradients', 'copy', 'pickle', 'script', 'compile'])
+def test_class_token_only_on_every_path(form):
+    model, x = make_model(), make_input(2, 32, 64)
+    fused = form(fuse(model, class_token_only=True))
+    assert_same(fused(x), model(x))
+
+
+@pytest.mark.parametrize('model', [
+    make_model(global_pool='avg'), make_model(class_token=False), make_model(features_only=True),
+    make_model().stages[3], nn.Sequential(make_model())], ids=['average', 'dense', 'features', 'stage', 'inside'])
+def test_class_token_only_needs_a_class_token_that_is_pooled(model):
+    with pytest.raises(ValueError, match="a PVT with global_pool 'token'"):
+        fuse(model, class_token_only=True)
+
+
+def test_class_token_only_needs_a_stage_that_can_be_fused():
+    class Stage(PyramidVisionTransformerStage):
+        pass
+
+    model = make_model()
+    model.stages[3].__class__ = Stage
+    with pytest.raises(ValueError, match='a last stage that can be fused .* got Stage'):
+        fuse(model, class_token_only=True)
+
+
+@needs_onednn
 @pytest.mark.parametrize('tokens', [1, 7, 100, 10 ** 6])
 @pytest.mark.parametrize('name', ['STAGE_TOKENS', 'SLICE_TOKENS'])
 def test_slices(monkeypatch, name, tokens):
