@@ -26,8 +26,8 @@ DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 
 TOLERANCE = {'fp32': 1e-4, 'tf32': 2e-2, 'bf16': 8e-2, 'fp16': 2e-2}
 CPU = ('original', 'transformers', 'eager', 'fused', 'onnxruntime', 'openvino')
 ENGINES = (
-    'original', 'eager', 'unfused_attention', 'fused', 'onnxruntime_export', 'onnxruntime_int8', 'openvino_original',
-    'openvino_export', 'openvino_any_size', 'openvino_int8')
+    'original', 'eager', 'unfused_attention', 'fused', 'fused_token', 'onnxruntime_export', 'onnxruntime_int8',
+    'openvino_original', 'openvino_export', 'openvino_any_size', 'openvino_int8')
 RUNTIMES = (
     'onnxruntime', 'onnxruntime_export', 'onnxruntime_int8', 'openvino', 'openvino_original', 'openvino_export',
     'openvino_any_size', 'openvino_int8')
@@ -248,8 +248,8 @@ def build(
         model = module(name, variant).requires_grad_(False).to(device=device, dtype=dtype)
     except ImportError as e:
         raise Skipped(f'{e.name or e}' + (' is not installed' if e.name else '')) from e
-    if name == 'fused':
-        return pvt_timm.fuse(model, inplace=True)
+    if name in ('fused', 'fused_token'):
+        return pvt_timm.fuse(model, inplace=True, class_token_only=name == 'fused_token')
     if name == 'channels_last':
         model = model.to(memory_format=torch.channels_last)
         return lambda x: model(x.to(memory_format=torch.channels_last))

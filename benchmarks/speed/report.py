@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List
 
 LABELS = dict(
     original='original code', transformers='transformers', eager='ours', fused='ours, fused',
+    fused_token='ours, fused, class token only',
     unfused_attention='ours, attention not fused', checkpointed='ours, checkpointing', compiled='ours, compiled',
     pvt_v2='timm pvt_v2 (like size)', resnet50='torchvision ResNet-50', onnxruntime='onnxruntime',
     onnxruntime_export='onnxruntime, our export', onnxruntime_int8='onnxruntime, our int8', openvino='OpenVINO',
@@ -20,7 +21,7 @@ COLOURS = dict(
     checkpointed='#0072b2', pvt_v2='#cc79a7', resnet50='#b8860b', onnxruntime='#009e73', openvino='#111111',
     onnxruntime_int8='#66c2a5', openvino_original='#777777', openvino_export='#333333', openvino_int8='#9467bd',
     openvino_any_size='#555555', onnxruntime_export='#009e73',
-    channels_last='#7f7fff', cuda_graph='#d62728', unfused_attention='#009e73',
+    fused_token='#ff9896', channels_last='#7f7fff', cuda_graph='#d62728', unfused_attention='#009e73',
     sdpa_flash='#2ca02c', sdpa_efficient='#98df8a', sdpa_math='#bcbd22')
 
 
@@ -60,8 +61,8 @@ TRAINING = (
 ENGINES = (
     ('openvino_export', 'openvino_original'), ('openvino_export', 'openvino_any_size'),
     ('openvino_int8', 'openvino_export'), ('onnxruntime_int8', 'onnxruntime_export'), ('fused', 'eager'),
-    ('eager', 'original'), ('unfused_attention', 'original'), ('fused', 'openvino_original'),
-    ('fused', 'openvino_export'))
+    ('fused_token', 'fused'), ('eager', 'original'), ('unfused_attention', 'original'),
+    ('fused', 'openvino_original'), ('fused_token', 'openvino_original'), ('fused', 'openvino_export'))
 MEMORY = (('fused', 'eager'), ('fused', 'original'), ('eager', 'original'), ('eager', 'pvt_v2'))
 PAIRS = dict(
     throughput=INFERENCE, latency=INFERENCE, engines=ENGINES, training=TRAINING, training_memory=TRAINING,

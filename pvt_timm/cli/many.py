@@ -3,6 +3,9 @@
 A command makes a `Stream` from its options. It iterates over `Stream.results`, or calls `Stream.write` to write the
 results to one file. An image that cannot be read ends the command. With `--skip-errors` such images are named and
 counted, and the command continues.
+
+timm's transforms prepare the images, and PyTorch's `DataLoader` reads them. timm's `create_loader` is made for images
+of one size with a class. It has no place for the name and the error of an image, and no images of several sizes.
 """
 import argparse
 import functools
