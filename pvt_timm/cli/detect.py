@@ -20,7 +20,7 @@ from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
 from .processes import Processes
 from .results import RECORD_SUFFIXES, Column, Table, fingerprint, settings_of
 
-__all__ = ['coco_results', 'run_detect', 'run_segment']
+__all__ = ['coco_results', 'published_detector', 'run_detect', 'run_segment']
 
 Rows = List[Dict[str, Any]]
 
@@ -193,14 +193,23 @@ _IMAGE = (
 
 def _load_detector(args: argparse.Namespace) -> Any:
     if args.checkpoint is None:
-        name = args.model.removesuffix('.retinanet_coco')
-        check_pretrained(f'{name}.retinanet_coco')
-        try:
-            return retinanet_coco(name)
-        except OSError as e:
-            cfg: Any = get_pretrained_cfg(f'{name}.retinanet_coco')
-            raise cannot_load(f'{name}.retinanet_coco', e, cfg.url) from e
+        return published_detector(args.model)
     return load_any(args.checkpoint, 'detector', args.prefix)
+
+
+def published_detector(model: str) -> Any:
+    """Return OpenMMLab's RetinaNet on a variant, which is given with or without the tag `retinanet_coco`.
+
+    Raises:
+        ValueError: There is none on this variant, or it cannot be downloaded. The message says what helps.
+    """
+    name = model.removesuffix('.retinanet_coco')
+    check_pretrained(f'{name}.retinanet_coco')
+    try:
+        return retinanet_coco(name)
+    except OSError as e:
+        cfg: Any = get_pretrained_cfg(f'{name}.retinanet_coco')
+        raise cannot_load(f'{name}.retinanet_coco', e, cfg.url) from e
 
 
 def _detect(model: Any, images: torch.Tensor, args: argparse.Namespace) -> List[Found]:

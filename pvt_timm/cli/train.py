@@ -21,7 +21,7 @@ from ..images import natural_key
 from ..labels import LABELS_FILE, labels_text
 from ..recipes import RECIPES
 from .errors import Parser, clean, one_line
-from .network import check_pretrained
+from .network import check_hub_model, check_pretrained
 
 __all__ = ['latest_checkpoint', 'machine_settings', 'run_run', 'run_train']
 
@@ -39,7 +39,10 @@ def run_run(args: argparse.Namespace) -> List[str]:
     model = _value_of(args.script_args, '--model', '-m')
     # validate.py loads pretrained weights whenever it has no others
     pretrained = '--pretrained' in args.script_args or Path(args.script).name == 'validate.py'
-    if model and pretrained and not _value_of(args.script_args, '--checkpoint', '--pretrained-path'):
+    pretrained = pretrained and not _value_of(args.script_args, '--checkpoint', '--pretrained-path')
+    if model:
+        check_hub_model(model, pretrained)
+    if model and pretrained:
         check_pretrained(model)
     return command
 
@@ -95,7 +98,10 @@ def run_train(args: argparse.Namespace) -> List[str]:
             _say(end)
             return []
         command += ['--resume', str(latest)]
-    elif now.get('pretrained') and not (now.get('pretrained_path') or now.get('initial_checkpoint')):
+    pretrained = latest is None and bool(now.get('pretrained')) and not (
+        now.get('pretrained_path') or now.get('initial_checkpoint'))
+    check_hub_model(now.get('model') or '', pretrained)
+    if pretrained:
         check_pretrained(now.get('model') or '', '--pretrained-path')
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(settings, sort_keys=False).encode()
