@@ -11,6 +11,7 @@ from PIL import Image
 from timm.models import get_pretrained_cfg
 
 from ..detection import coco_categories, retinanet_coco
+from ..files import check_folder
 from ..training.checkpoints import load_any
 from .classifiers import check_finite, check_in_chans, refusing_overflow
 from .errors import clean
@@ -87,7 +88,6 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
         for loaded, one in zip(images, found):
             if pictures:
                 picture = pictures[loaded.file.path]
-                picture.parent.mkdir(parents=True, exist_ok=True)
                 task.draw(as_image(loaded.pixels), one, model, picture)
             rows = one.rows if args.format == 'coco' else [_rounded(row) for row in one.rows]
             records.append(
@@ -139,13 +139,14 @@ def _split_outputs(outputs: Sequence[Path]) -> Tuple[Optional[Path], Optional[Pa
 def _pictures(
         files: Sequence[ImageFile], folder: Optional[Path], command: str, checkpoint: Optional[str],
 ) -> Dict[str, Path]:
-    """Return the picture to write for each image, by the image's path. The folder for pictures is created.
+    """Return the picture to write for each image, by the image's path. No folder is created.
 
     A picture is named after its image, without the image's extension. If the names of two images differ only in the
     extension, their pictures' names include it.
 
     Raises:
         ValueError: Two images would have the same picture, or a picture would replace an image or the checkpoint.
+        OSError: The folder cannot be created or written to.
     """
     if folder is None:
         return {}
@@ -158,7 +159,7 @@ def _pictures(
     if len(set(pictures.values())) < len(pictures):
         raise ValueError('Expected images of different names, as their pictures are called after them')
     refuse_inputs(pictures.values(), files, checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     return pictures
 
 
