@@ -20,6 +20,7 @@ from ..files import read_checkpoint, save_atomically
 from ..images import natural_key
 from ..labels import LABELS_FILE, labels_text
 from ..recipes import RECIPES
+from .datasets import read_as_seen
 from .errors import Parser, clean, one_line
 from .network import check_hub_model, check_pretrained
 
@@ -44,6 +45,7 @@ def run_run(args: argparse.Namespace) -> List[str]:
         check_hub_model(model, pretrained)
     if model and pretrained:
         check_pretrained(model)
+    read_as_seen()
     return command
 
 
@@ -107,6 +109,7 @@ def run_train(args: argparse.Namespace) -> List[str]:
     text = yaml.safe_dump(settings, sort_keys=False).encode()
     save_atomically(folder / 'settings.yaml', lambda f: f.write(text))
     command += ['--config', str(folder / 'settings.yaml')]  # train.py uses the last --config
+    read_as_seen()
     _keep_class_names(folder)
     _refuse_epochs_without_a_batch()
     if now.get('device') == 'cpu':
