@@ -214,6 +214,23 @@ def test_readers_of_such_images(started, tmp_path, caplog):
         data[0]
 
 
+@pytest.mark.parametrize('gpu, script, args, command', [
+    (None, 'validate.py', ['--model', 'test_pvt'], ['--device', 'cpu', '--model', 'test_pvt']),
+    ('mps', 'validate.py', ['data'], ['--device', 'mps', 'data']),
+    ('cuda', 'validate.py', ['data'], ['data']),
+    (None, 'validate.py', ['--device', 'cuda:1'], ['--device', 'cpu', '--device', 'cuda:1']),  # the last one counts
+    (None, 'benchmark.py', ['--model', 'test_pvt'], ['--model', 'test_pvt']),
+])
+def test_device_of_validate(start, tmp_path, monkeypatch, gpu, script, args, command):
+    started = []
+    monkeypatch.setattr('pvt_timm.cli.main.run_script', started.append)
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: gpu is not None)
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.device(gpu))
+    (tmp_path / script).touch()
+    assert main(['run', str(tmp_path / script), *args]) == 0
+    assert started == [[str(tmp_path / script), *command]]
+
+
 @pytest.mark.slow
 def test_trains_on_images_of_16_bits(python, train_py, tmp_path):
     """train.py and validate.py themselves: a trained model recognises digits of 16 bits, and goes on training."""
@@ -227,10 +244,9 @@ def test_trains_on_images_of_16_bits(python, train_py, tmp_path):
             assert Image.open(file).mode.startswith('I')
     for name in ('train.py', 'validate.py'):
         shutil.copy(train_py.with_name(name), tmp_path)  # there it uses the installed timm
-    options = ['--model', 'test_pvt', '--pretrained', '--data-dir', digits, '--workers', '1', '--batch-size', '16',
-               '--device', 'cpu']
-    done = python('-m', 'pvt_timm', 'train', 'train.py', *options, '--num-classes', '10', '--epochs', '1', '--lr', '1e-6',
-                  '--output', 'out', '--experiment', 'x', '--no-aug')
+    options = ['--model', 'test_pvt', '--pretrained', '--data-dir', digits, '--workers', '1', '--batch-size', '16']
+    done = python('-m', 'pvt_timm', 'train', 'train.py', *options, '--num-classes', '10', '--epochs', '1', '--lr',
+                  '1e-6', '--output', 'out', '--experiment', 'x', '--no-aug')
     assert done.returncode == 0, done.stderr
     row, = csv.DictReader((tmp_path / 'out' / 'x' / 'summary.csv').open(encoding='utf-8'))
     assert float(row['eval_top1']) >= 90 and float(row['train_loss']) < 1
