@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from .torch_files import UnknownName, check_plain, read_legacy, read_zip
 
 __all__ = [
-    'MAX_BYTES', 'CheckpointError', 'checkpoints_among', 'find_checkpoint', 'read_checkpoint', 'refuse_same_file',
-    'save_atomically']
+    'MAX_BYTES', 'CheckpointError', 'check_folder', 'checkpoints_among', 'find_checkpoint', 'read_checkpoint',
+    'refuse_same_file', 'save_atomically']
 
 PathLike = Union[str, 'os.PathLike[str]']
 
@@ -85,6 +85,22 @@ def refuse_same_file(output: PathLike, *inputs: Optional[PathLike]) -> None:
     for path in inputs:
         if path and os.path.isfile(path) and os.path.isfile(output) and os.path.samefile(path, output):
             raise ValueError(f'{output} is read and would be replaced: choose another name for the output.')
+
+
+def check_folder(folder: PathLike) -> None:
+    """Raise OSError if files cannot be written into a folder. A folder that does not exist is not created.
+
+    For output whose folder is created with the first file: an error on the way there leaves no empty folder behind.
+    """
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        number = errno.EEXIST if there == folder else errno.ENOTDIR
+    elif not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    else:
+        return
+    raise OSError(number, os.strerror(number), str(there))
 
 
 def read_checkpoint(path: PathLike, max_bytes: int = MAX_BYTES) -> Dict[str, Any]:

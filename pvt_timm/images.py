@@ -6,7 +6,7 @@ from typing import Any, Iterator, List, Tuple, Union
 from PIL import Image, ImageOps
 from timm.data import get_img_extensions
 
-__all__ = ['as_seen', 'image_files', 'natural_key']
+__all__ = ['as_seen', 'has_more_than_8_bits', 'image_files', 'natural_key']
 
 # Extensions of images that timm's list does not have
 _MORE_EXTENSIONS = {'.avif', '.bmp', '.gif', '.jp2', '.pbm', '.pgm', '.ppm', '.tif', '.tiff', '.webp'}
@@ -43,6 +43,11 @@ def image_files(folder: str) -> Iterator[str]:
             for name in files:
                 if os.path.splitext(name)[1].lower() in extensions and not name.startswith('.'):
                     yield os.path.join(root, name)
+
+
+def has_more_than_8_bits(image: Image.Image) -> bool:
+    """Return whether it is a grey image whose mode has more than 8 bits (such images in colour are read as 8 bits)."""
+    return image.mode in ('I', 'F') or image.mode.startswith('I;16')
 
 
 def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:

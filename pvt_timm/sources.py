@@ -9,7 +9,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
@@ -21,7 +21,7 @@ from .files import MAX_BYTES, PathLike, find_checkpoint
 from .formats.timm import CLASS_ROW_FILE
 from .labels import LABELS_FILE
 
-__all__ = ['NEIGHBOURS', 'SHA256', 'Source', 'open_source']
+__all__ = ['NEIGHBOURS', 'SHA256', 'Source', 'hub_parts', 'is_url', 'open_source', 'without_secrets']
 
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 NEIGHBOURS = ('config.json', 'preprocessor_config.json', CLASS_ROW_FILE)
@@ -79,26 +79,40 @@ def open_source(spec: PathLike, max_bytes: int = MAX_BYTES) -> Iterator[Source]:
     spec = os.fspath(spec)
     if not spec or '\0' in spec:
         raise ValueError('Expected a file, folder, url or hub repository, got an empty name or a zero byte.')
-    if re.match(r'https?://', spec, re.IGNORECASE):
-        parts = urlsplit(spec)
-        name = re.sub(r'[^\w.-]', '_', unquote(parts.path).rpartition('/')[2], flags=re.ASCII)[-80:].lstrip('.')
+    if is_url(spec):
+        path = unquote(urlsplit(spec).path)
+        name = re.sub(r'[^\w.-]', '_', path.rpartition('/')[2], flags=re.ASCII)[-80:].lstrip('.')
         with tempfile.TemporaryDirectory(prefix='pvt-convert-') as folder:
             file = Path(folder, name or 'checkpoint')
             bar = sys.stderr.isatty() and not are_progress_bars_disabled()  # as for the hub's own bar
             download(spec, file, max_bytes, progress=bar)
-            # user, password, query and fragment may be secrets
-            yield Source(urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', '')), file)
+            yield Source(without_secrets(spec), file)
     elif spec.startswith('hf-hub:'):
         yield _from_hub(spec)
     else:
         yield _with_neighbours(spec, find_checkpoint(spec))
 
 
-def _from_hub(spec: str) -> Source:
+def is_url(spec: str) -> bool:
+    return re.match(r'https?://', spec, re.IGNORECASE) is not None
+
+
+def without_secrets(url: str) -> str:
+    """Return a url without user, password, query and fragment, which may be secrets."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', ''))
+
+
+def hub_parts(spec: str) -> Tuple[str, Optional[str], Optional[str]]:
+    """Return repository, revision and file of 'hf-hub:owner/repo[@revision][:file]'."""
     m = re.fullmatch(r'hf-hub:([^@:]+)(?:@([^:]+))?(?::([^\\:]+))?', spec)
     if m is None or '..' in spec:
         raise ValueError(f'Expected hf-hub:owner/repo[@revision][:file], got {ascii(spec)}.')
-    repo, revision, wanted = m.groups()
+    return m[1], m[2], m[3]
+
+
+def _from_hub(spec: str) -> Source:
+    repo, revision, wanted = hub_parts(spec)
 
     def fetch(name: str) -> Optional[Path]:
         try:

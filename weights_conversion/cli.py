@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from pvt_timm.cli.errors import Parser, clean, run_command
+from pvt_timm.cli.network import check_source, check_upload
 from pvt_timm.files import MAX_BYTES
 from pvt_timm.weights import PARTS
 
@@ -130,6 +131,7 @@ def _add_publish_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
+    check_source(args['source'], 'SOURCE')
     report = inspect(**args)
     if as_json:
         print(json.dumps(vars(report), indent=2))
@@ -141,8 +143,11 @@ def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
     repo, private, dry_run = (args.pop(key) for key in ('push', 'private', 'dry_run'))
     if repo is not None:
         check_repo(repo)
+        if not dry_run:
+            check_upload(repo)
     elif private or dry_run:
         raise ValueError('Expected --push OWNER/REPO with --private or --dry-run.')
+    check_source(args['source'], 'SOURCE')
     if args.pop('whole'):
         _convert_whole(args, as_json, quiet)
         return

@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 from timm.models import get_pretrained_cfg
 
+from pvt_timm.cli.network import check_source, check_upload
 from pvt_timm.files import PathLike, save_atomically
 from pvt_timm.labels import LABELS_FILE
 from pvt_timm.sources import NEIGHBOURS, SHA256
@@ -137,8 +138,11 @@ def publish(
         raise ValueError(f'Expected names in {", ".join(SHA256)}, got {unknown[0]!r}.')
     check_repo(f'{owner}/x')
     accuracy = _read_measured(measured) if measured else {}
+    tags = list(only or SHA256)
+    if not dry_run:
+        check_upload(f'{owner}/{tags[0]}')
     results = []
-    for tag in only or SHA256:
+    for tag in tags:
         folder, repo = Path(output, tag), f'{owner}/{tag}'
         written = _finished(folder, tag)
         if written:
@@ -181,6 +185,7 @@ def _write(folder: Path, tag: str, repo: str) -> Dict[str, Any]:
     """Convert the public file of a tag. Returns the written files (see `_describe`), which `TAG.json` lists too."""
     cfg: Any = get_pretrained_cfg(tag)
     source = f'hf-hub:{cfg.hf_hub_id}:model.safetensors' if cfg.hf_hub_id else str(cfg.url)
+    check_source(source, '`pvt-convert FILE --push`')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{tag}-', dir=folder.parent) as hidden:
         new = Path(hidden, tag)

@@ -2,7 +2,6 @@
 import contextlib
 import logging
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
@@ -19,7 +18,7 @@ from ..pvt import PyramidVisionTransformer, PyramidVisionTransformerStage
 from ..variants import VARIANTS
 from ..weights import read_weights
 from .errors import EXPECTED, one_line
-from .network import cannot_load, check_hub, check_pretrained
+from .network import cannot_load, check_pretrained, check_source
 
 __all__ = [
     'DEFAULT_MODEL', 'Classifier', 'check_finite', 'check_in_chans', 'check_output', 'extract', 'load_model',
@@ -78,7 +77,7 @@ def load_model(
     if checkpoint is None:
         name, network = _load_published(model or DEFAULT_MODEL, kwargs)
     else:
-        _check_source(checkpoint)
+        check_source(checkpoint)
         with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
             if not kwargs and weights.problem_type == 'regression':
                 raise ValueError(f'Expected weights of a classifier, {Path(weights.source.name).name} predicts numbers')
@@ -148,18 +147,6 @@ def check_output(output: torch.Tensor, name: str) -> None:
     if output.dtype == torch.float16:
         raise ValueError(f'{name} computes numbers that are not finite in float16: try --dtype bfloat16 or float32')
     raise ValueError(f'{name} computes numbers that are not finite, its weights are too large or damaged')
-
-
-def _check_source(checkpoint: Union[str, Path]) -> None:
-    """Raise an error at once if the hub of a checkpoint cannot be reached. Files and folders are not checked."""
-    match = re.fullmatch(r'hf-hub:([^@:]+)(?:@([^:]+))?', str(checkpoint))
-    if match is None:
-        return
-    try:
-        check_hub(match[1], match[2])
-    except OSError as e:
-        raise ValueError(
-            f'Cannot load {checkpoint}: {one_line(e, 500)} (--checkpoint FILE takes a file of this machine)') from e
 
 
 def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:

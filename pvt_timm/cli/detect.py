@@ -11,6 +11,7 @@ from PIL import Image
 from timm.models import get_pretrained_cfg
 
 from ..detection import coco_categories, retinanet_coco
+from ..files import check_folder
 from ..training.checkpoints import load_any
 from .classifiers import check_finite, check_in_chans, refusing_overflow
 from .errors import clean
@@ -20,7 +21,7 @@ from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
 from .processes import Processes
 from .results import RECORD_SUFFIXES, Column, Table, fingerprint, settings_of
 
-__all__ = ['coco_results', 'run_detect', 'run_segment']
+__all__ = ['coco_results', 'published_detector', 'run_detect', 'run_segment']
 
 Rows = List[Dict[str, Any]]
 
@@ -87,7 +88,6 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
         for loaded, one in zip(images, found):
             if pictures:
                 picture = pictures[loaded.file.path]
-                picture.parent.mkdir(parents=True, exist_ok=True)
                 task.draw(as_image(loaded.pixels), one, model, picture)
             rows = one.rows if args.format == 'coco' else [_rounded(row) for row in one.rows]
             records.append(
@@ -139,13 +139,14 @@ def _split_outputs(outputs: Sequence[Path]) -> Tuple[Optional[Path], Optional[Pa
 def _pictures(
         files: Sequence[ImageFile], folder: Optional[Path], command: str, checkpoint: Optional[str],
 ) -> Dict[str, Path]:
-    """Return the picture to write for each image, by the image's path. The folder for pictures is created.
+    """Return the picture to write for each image, by the image's path. No folder is created.
 
     A picture is named after its image, without the image's extension. If the names of two images differ only in the
     extension, their pictures' names include it.
 
     Raises:
         ValueError: Two images would have the same picture, or a picture would replace an image or the checkpoint.
+        OSError: The folder cannot be created or written to.
     """
     if folder is None:
         return {}
@@ -158,7 +159,7 @@ def _pictures(
     if len(set(pictures.values())) < len(pictures):
         raise ValueError('Expected images of different names, as their pictures are called after them')
     refuse_inputs(pictures.values(), files, checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     return pictures
 
 
@@ -193,14 +194,23 @@ _IMAGE = (
 
 def _load_detector(args: argparse.Namespace) -> Any:
     if args.checkpoint is None:
-        name = args.model.removesuffix('.retinanet_coco')
-        check_pretrained(f'{name}.retinanet_coco')
-        try:
-            return retinanet_coco(name)
-        except OSError as e:
-            cfg: Any = get_pretrained_cfg(f'{name}.retinanet_coco')
-            raise cannot_load(f'{name}.retinanet_coco', e, cfg.url) from e
+        return published_detector(args.model)
     return load_any(args.checkpoint, 'detector', args.prefix)
+
+
+def published_detector(model: str) -> Any:
+    """Return OpenMMLab's RetinaNet on a variant, which is given with or without the tag `retinanet_coco`.
+
+    Raises:
+        ValueError: There is none on this variant, or it cannot be downloaded. The message says what helps.
+    """
+    name = model.removesuffix('.retinanet_coco')
+    check_pretrained(f'{name}.retinanet_coco')
+    try:
+        return retinanet_coco(name)
+    except OSError as e:
+        cfg: Any = get_pretrained_cfg(f'{name}.retinanet_coco')
+        raise cannot_load(f'{name}.retinanet_coco', e, cfg.url) from e
 
 
 def _detect(model: Any, images: torch.Tensor, args: argparse.Namespace) -> List[Found]:

@@ -7,7 +7,6 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from timm.data import create_transform
 
-from ..detection import retinanet_coco
 from ..export import TARGETS, Exported, export
 from ..int8 import CalibrationImages, Int8Change, find_images
 from ..files import checkpoints_among, refuse_same_file
@@ -15,6 +14,7 @@ from ..labels import read_labels
 from ..training.checkpoints import load_any
 from .errors import clean, filled
 from .classifiers import DEFAULT_MODEL, Classifier, check_finite, load_model, open_image
+from .detect import published_detector
 
 __all__ = ['add_export_options', 'run_export']
 
@@ -106,7 +106,7 @@ def _export_whole(args: argparse.Namespace) -> Tuple[str, Exported]:
         variant = (args.model or DEFAULT_MODEL).removesuffix('.retinanet_coco')
         if args.prefix is not None:
             raise ValueError('Expected --checkpoint with --prefix, the models of --model have one detector each')
-        name, model = f'RetinaNet on {variant}', retinanet_coco(variant)
+        name, model = f'RetinaNet on {variant}', published_detector(variant)
     else:
         if args.model is not None:
             raise ValueError(f'Expected no --model, the checkpoint says what its {_task(args)} is made of')

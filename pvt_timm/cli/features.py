@@ -7,7 +7,7 @@ from typing import Dict, List, Optional, Tuple
 import torch
 from safetensors.torch import save
 
-from ..files import save_atomically
+from ..files import check_folder, save_atomically
 from .classifiers import Classifier, check_output, load_model, open_image
 from .errors import clean, filled
 from .many import (
@@ -50,7 +50,7 @@ class _Targets:
             ValueError: Two images, or the picture and the features of one image, would be written to the same file. Or
                 the file for features has the extension of another format. Or there are several images and only a file
                 is given.
-            OSError: The folder of an output does not exist.
+            OSError: The folder of an output does not exist, or a folder cannot be created or written to.
         """
         alone = len(args.images) == 1 and not os.path.isdir(args.images[0])
         self.pictures = _outputs(args.output, files, '.png', alone)
@@ -78,6 +78,7 @@ def _outputs(option: Optional[str], files: List[ImageFile], suffix: str, alone: 
         return {files[0].path: Path(option)}
     if not is_folder and Path(option).suffix.lower() in _FILE_SUFFIXES:
         raise ValueError(f'Expected a folder for what is written of several images, got {option}')
+    check_folder(option)
     return {file.path: Path(option, file.name + suffix) for file in files}
 
 
@@ -140,6 +141,5 @@ def _draw(
         image = as_image(loaded.pixels)
     else:
         image = open_image(loaded.file.path, classifier.data['input_size'][0])
-    picture.parent.mkdir(parents=True, exist_ok=True)
     draw_pyramid(
         image, maps, size, picture, f'Features of {classifier.name}', Path(loaded.file.name).name)

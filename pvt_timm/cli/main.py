@@ -133,12 +133,15 @@ def _parser() -> Parser:
         description="Run timm's train.py with ARGS and the models registered. --config also takes the name of a recipe "
                     f'({", ".join(RECIPES)}). Device and mixed precision are chosen for the machine unless ARGS '
                     'set them. If the folder of the experiment holds a checkpoint, training continues after its last '
-                    'epoch (--resume FILE for another checkpoint). The names of the classes are saved in this folder.')
+                    'epoch (--resume FILE for another checkpoint). The names of the classes are saved in this folder. '
+                    'Grey images of 16 bits are read as by `predict`.')
     train.add_argument('script', metavar='SCRIPT', help="timm's train.py")
     run = add(
         'run', run_run, 'run a Python script with the models registered', usage='%(prog)s [-h] SCRIPT [ARGS ...]',
         description="Run a Python script, such as timm's validate.py, as `python SCRIPT ARGS ...` would, with the "
-                    'models registered. For several processes: torchrun --nproc-per-node=2 -m pvt_timm run SCRIPT')
+                    'models registered. Datasets of timm read grey images of 16 bits as `predict` does. validate.py '
+                    'runs on the device of the machine unless ARGS have --device. For several processes: '
+                    'torchrun --nproc-per-node=2 -m pvt_timm run SCRIPT')
     run.add_argument('script', metavar='SCRIPT', help='the script')
     return parser
 

@@ -36,8 +36,8 @@ from .results import Results, Table
 
 __all__ = [
     'ImageFile', 'Loaded', 'Stream', 'Transformed', 'UnreadableImage', 'Whole', 'add_device_options', 'add_images',
-    'add_many_options', 'add_output_options', 'as_image', 'as_pixels', 'checked_images', 'find_images', 'normalise',
-    'output_file', 'place', 'refuse_inputs', 'same_shapes', 'whole_number',
+    'add_many_options', 'add_output_options', 'as_image', 'as_pixels', 'checked_images', 'find_images',
+    'machine_device', 'normalise', 'output_file', 'place', 'refuse_inputs', 'same_shapes', 'whole_number',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -291,6 +291,12 @@ def same_shapes(batch: Sequence[Loaded]) -> Iterator[Tuple[List[Loaded], torch.T
 
 # ---- device ----------------------------------------------------------------------------------------------------------
 
+def machine_device() -> str:
+    """Return the type of the machine's accelerator (cuda, mps, xpu...), or cpu if it has none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else 'cpu'
+
+
 def choose_device(name: Optional[str], local_rank: int = 0) -> torch.device:
     """Return the device called `name`, by default the accelerator of the machine or its CPU.
 
@@ -300,8 +306,7 @@ def choose_device(name: Optional[str], local_rank: int = 0) -> torch.device:
         ValueError: The machine has no such device.
     """
     if name is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        name = accelerator.type if accelerator is not None else 'cpu'
+        name = machine_device()
     try:
         device = torch.device(name)
         if device.type in ('cuda', 'xpu') and device.index is None and local_rank:

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor
 
-from ..files import save_atomically
 from .errors import clean
-from .pictures import new_figure, picture_text
+from .pictures import new_figure, picture_text, save_picture
 
 __all__ = ['SMALLEST_SHARE', 'distinct_color', 'draw_detections', 'draw_segments']
 
@@ -66,12 +65,12 @@ class _Canvas:
 
     @classmethod
     def showing(cls, pixels: np.ndarray, interpolation: str) -> '_Canvas':
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
         h, w = pixels.shape[:2]
         inches = _INCHES / max(h, w)
         size = max(w * inches, _LEAST_INCHES), max(h * inches, _LEAST_INCHES)
-        figure = new_figure(figsize=size)
+        figure = new_figure(figsize=size)  # says what to install if matplotlib is missing
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
         part = w * inches / size[0], h * inches / size[1]
         axes = figure.add_axes(((1 - part[0]) / 2, (1 - part[1]) / 2, *part))
         axes.imshow(pixels, interpolation=interpolation, extent=(0, w, h, 0), aspect='auto')
@@ -110,7 +109,7 @@ class _Canvas:
         artist.set_position((x + (left - extent.x0) / self.width, y + (bottom - extent.y0) / self.height))
 
     def save(self, output: Path) -> None:
-        save_atomically(output, lambda f: self.figure.savefig(f, format='png'))
+        save_picture(output, lambda f: self.figure.savefig(f, format='png'))
 
 
 def _place_label(
@@ -271,7 +270,7 @@ def draw_segments(
         texts.append(f'and {len(classes) - len(shown)} more')
     canvas.axes.legend(
         handles, texts, loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=11, borderaxespad=0)
-    save_atomically(output, lambda f: canvas.figure.savefig(f, format='png', bbox_inches='tight', pad_inches=0.05))
+    save_picture(output, lambda f: canvas.figure.savefig(f, format='png', bbox_inches='tight', pad_inches=0.05))
 
 
 def _borders(labels: torch.Tensor) -> torch.Tensor:

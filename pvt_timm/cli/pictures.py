@@ -1,6 +1,6 @@
 """ Draw feature pyramids in false colours. Needs matplotlib (the `draw` extra). """
 from pathlib import Path
-from typing import Any, List, Sequence, Tuple, Union
+from typing import Any, Callable, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from PIL import Image
 from ..files import save_atomically
 from .errors import clean
 
-__all__ = ['draw_pyramid', 'false_colour', 'new_figure', 'pca', 'picture_text', 'with_gaps']
+__all__ = ['draw_pyramid', 'false_colour', 'new_figure', 'pca', 'picture_text', 'save_picture', 'with_gaps']
 
 # Arrangements of the image (I) and four levels (0 to 3), for images from the narrowest to the widest
 _MOSAICS = ('I0123', 'II01;II23', 'II;II;01;23', 'I;0;1;2;3')
@@ -32,6 +32,12 @@ def picture_text(text: Any, limit: int = 200) -> str:
     characters, because the memory for a picture grows with its longest line.
     """
     return clean(text, limit).replace('$', r'\$')
+
+
+def save_picture(output: Union[str, Path], write: Callable[[Any], Any]) -> None:
+    """Create a picture's folder, if it does not exist, and the picture, with what `write` writes into the open file."""
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    save_atomically(output, write)
 
 
 def pca(features: torch.Tensor) -> torch.Tensor:
@@ -124,4 +130,4 @@ def draw_pyramid(
     below = f'{picture_text(note)}\nColours: first three principal components of each level. Sizes: height × width.'
     figure.supxlabel(below.strip(), fontsize=9)
     # the format is given, because matplotlib cannot take it from the name of the temporary file
-    save_atomically(output, lambda f: figure.savefig(f, format=Path(output).suffix.lstrip('.').lower() or 'png'))
+    save_picture(output, lambda f: figure.savefig(f, format=Path(output).suffix.lstrip('.').lower() or 'png'))

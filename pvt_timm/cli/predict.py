@@ -13,6 +13,7 @@ from PIL import Image
 from timm.models import get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..files import check_folder
 from ..variants import TOP1, VARIANTS
 from .classifiers import (
     DEFAULT_MODEL, Classifier, check_output, extract, load_model, open_image, predict, probabilities)
@@ -110,7 +111,7 @@ def _record(
 # ---- demo and list ---------------------------------------------------------------------------------------------------
 
 def run_demo(args: argparse.Namespace) -> None:
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_folder(args.output)
     picture = args.output / 'pyramid.png'
     classifier = load_model('test_pvt')
     by_digit = {str(i): [open_image(file) for file in sorted(DIGITS.glob(f'{i}_*.png'))] for i in range(10)}

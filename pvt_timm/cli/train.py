@@ -20,8 +20,10 @@ from ..files import read_checkpoint, save_atomically
 from ..images import natural_key
 from ..labels import LABELS_FILE, labels_text
 from ..recipes import RECIPES
+from .datasets import read_as_seen
 from .errors import Parser, clean, one_line
-from .network import check_pretrained
+from .many import machine_device
+from .network import check_hub_model, check_pretrained
 
 __all__ = ['latest_checkpoint', 'machine_settings', 'run_run', 'run_train']
 
@@ -35,12 +37,23 @@ _SCHEDULE = {
 
 
 def run_run(args: argparse.Namespace) -> List[str]:
+    """Return the script's command line. validate.py gets the device of the machine, unless `--device` is given.
+
+    Its own default is cuda, on every machine.
+    """
     command = _script(args)
+    is_validate = Path(args.script).name == 'validate.py'
+    if is_validate and machine_device() != 'cuda':
+        command[1:1] = ['--device', machine_device()]  # in front: the last --device counts, also an abbreviated one
     model = _value_of(args.script_args, '--model', '-m')
     # validate.py loads pretrained weights whenever it has no others
-    pretrained = '--pretrained' in args.script_args or Path(args.script).name == 'validate.py'
-    if model and pretrained and not _value_of(args.script_args, '--checkpoint', '--pretrained-path'):
+    pretrained = '--pretrained' in args.script_args or is_validate
+    pretrained = pretrained and not _value_of(args.script_args, '--checkpoint', '--pretrained-path')
+    if model:
+        check_hub_model(model, pretrained)
+    if model and pretrained:
         check_pretrained(model)
+    read_as_seen()
     return command
 
 
@@ -95,12 +108,16 @@ def run_train(args: argparse.Namespace) -> List[str]:
             _say(end)
             return []
         command += ['--resume', str(latest)]
-    elif now.get('pretrained') and not (now.get('pretrained_path') or now.get('initial_checkpoint')):
+    pretrained = latest is None and bool(now.get('pretrained')) and not (
+        now.get('pretrained_path') or now.get('initial_checkpoint'))
+    check_hub_model(now.get('model') or '', pretrained)
+    if pretrained:
         check_pretrained(now.get('model') or '', '--pretrained-path')
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(settings, sort_keys=False).encode()
     save_atomically(folder / 'settings.yaml', lambda f: f.write(text))
     command += ['--config', str(folder / 'settings.yaml')]  # train.py uses the last --config
+    read_as_seen()
     _keep_class_names(folder)
     _refuse_epochs_without_a_batch()
     if now.get('device') == 'cpu':
@@ -169,8 +186,7 @@ def machine_settings(settings: Dict[str, Any], given: Dict[str, Any]) -> Dict[st
     machine: Dict[str, Any] = {}
     device = {**settings, **given}.get('device')
     if device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = accelerator.type if accelerator is not None else 'cpu'
+        device = machine_device()
         if device != 'cuda':  # train.py's default
             machine['device'] = device
     if settings.get('amp') and not given.keys() & {'amp', 'amp_dtype'}:

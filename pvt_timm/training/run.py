@@ -18,7 +18,7 @@ from timm.layers import to_2tuple
 
 from ..detection import retinanet_coco
 from ..detection.trained import KEY, describe_body, is_own, kind_of, widths_of
-from ..files import read_checkpoint, save_atomically
+from ..files import check_folder, read_checkpoint, save_atomically
 from ..labels import read_labels
 from ..segmentation import ade20k_classes
 from ..variants import VARIANTS
@@ -146,10 +146,11 @@ def validate(settings: AnySettings, predictions: Optional[Path] = None) -> Valid
             channels)
         module = SegmenterModule(model, settings)
     if predictions is not None:
-        predictions.mkdir(parents=True, exist_ok=True)
+        check_folder(predictions)
     with _quiet():
         trainer.validate(module.eval(), datamodule=Batches(held_out, workers=settings.workers), verbose=False)
     if predictions is not None and trainer.is_global_zero:
+        predictions.mkdir(parents=True, exist_ok=True)
         for kind, name in (('box', 'boxes.json'), ('mask', 'masks.json')):
             if kind in module.evaluation.kinds:
                 _write_json(predictions / name, module.evaluation.results(kind))

@@ -329,6 +329,9 @@ def test_no_matplotlib(cli, monkeypatch, tmp_path):
     for name in [m for m in sys.modules if m.split('.')[0] == 'matplotlib'] + ['matplotlib']:
         monkeypatch.setitem(sys.modules, name, None)
     assert '`draw` extra' in cli('features', DIGIT, *TEST_PVT, '--output', tmp_path / 'a.png', fails=True)
+    assert '`draw` extra' in cli('features', DIGIT, DIGIT, *TEST_PVT, '--output', tmp_path / 'a', fails=True)
+    assert '`draw` extra' in cli('demo', '--output', tmp_path / 'a')
+    assert not list(tmp_path.iterdir())
 
 
 # processes ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """`pvt-timm detect` and `pvt-timm segment`."""
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -337,6 +339,35 @@ def test_wrong_input(cli, folder, monkeypatch, args, message):
     (folder / 'sub').mkdir(exist_ok=True)
     (folder / 'sub' / 'a.png').write_bytes((folder / 'a.png').read_bytes())
     assert message in cli(*args, fails=True)
+
+
+@pytest.mark.parametrize('args, message', [
+    (['detect', 'a.png', '--checkpoint', 'none.pth'], 'none.pth'),
+    (['segment', 'a.png', '--checkpoint', 'mask_rcnn.pth'], 'Expected a Semantic FPN'),
+    (['detect', 'a.png', '--model', 'pvt_large'], 'pvt_medium'),
+    (['detect', 'mask_rcnn.pth', '--checkpoint', 'mask_rcnn.pth'], 'Cannot read the image'),
+    (['detect', 'a.png', '--checkpoint', 'mask_rcnn.pth', '--threshold', '0'], '`draw` extra'),
+    (['segment', 'a.png', '--checkpoint', 'segmenter.pth'], '`draw` extra'),
+])
+def test_an_error_leaves_no_folder(cli, folder, tmp_path, monkeypatch, args, message):
+    """The folder for pictures is created with the first picture. Its parents are too."""
+    monkeypatch.chdir(folder)
+    for name in [m for m in sys.modules if m.split('.')[0] == 'matplotlib'] + ['matplotlib']:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert message in cli(*args, '--output', tmp_path / 'a' / 'b', fails=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('args', [
+    ['detect', '{photo}', '--checkpoint', 'none.pth'], ['features', '{folder}', '--checkpoint', 'none.pth'], ['demo']])
+def test_a_folder_that_cannot_be_made_is_refused_first(cli, folder, tmp_path, args):
+    (tmp_path / 'file').touch()
+    args = [arg.format(photo=folder / 'a.png', folder=tmp_path) for arg in args]
+    Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
+    for output in ('file', 'file/a/b'):
+        error = cli(*args, '--output', tmp_path / output, fails=True)
+        assert f'{tmp_path}{os.sep}file' in error and 'none.pth' not in error
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['file', 'x.png']
 
 
 def test_pictures_do_not_replace_images(cli, folder, tmp_path):

@@ -29,6 +29,7 @@ from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.images import natural_key
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
 from tests.support.systems import symlink
+from weights_conversion.cli import main as convert_main
 
 TEST_PVT = ['--model', 'test_pvt']
 SIZES = [(60, 80), (60, 80), (90, 70), (60, 80), (40, 100), (40, 100), (64, 64)]  # heights and widths
@@ -396,6 +397,9 @@ NEED_WEIGHTS = [
      'pvt_small.retinanet_coco', '--checkpoint'),
     (['export', '--model', 'pvt_tiny', '--to', 'torch', '--output', '{tmp}/x.pt2'], 'pvt_tiny.in1k', '--checkpoint'),
     (['detect', '{image}'], 'pvt_small.retinanet_coco', '--checkpoint'),
+    (['export', '--detector', '--model', 'pvt_tiny', '--to', 'onnx', '--output', '{tmp}/x.onnx'],
+     'pvt_tiny.retinanet_coco', '--checkpoint'),
+    (['export', '--detector', '--to', 'onnx', '--output', '{tmp}/x.onnx'], 'pvt_small.retinanet_coco', '--checkpoint'),
     (['train', '{tmp}/train.py', '--config', 'finetune', '--experiment', 'x', '--model', 'pvt_tiny'],
      'pvt_tiny.in1k', '--pretrained-path'),
     (['train', '{tmp}/train.py', '--pretrained', '--experiment', 'x', '--model', 'pvt_medium'],
@@ -419,27 +423,90 @@ def scripts(tmp_path):
         (tmp_path / name).write_text(ANY_SCRIPT)
 
 
-@pytest.mark.parametrize('how', ['no name', 'no answer'])
-@pytest.mark.parametrize('argv, model, option', NEED_WEIGHTS)
-def test_no_network(cli, photos, tmp_path, monkeypatch, scripts, argv, model, option, how):
-    """Without network, a command fails within seconds, names an option that helps, and leaves no files."""
+@pytest.fixture(params=['no name', 'no answer'])
+def cut_off(request, monkeypatch):
+    """Cut off the network in one of two ways. Return what the error says of it."""
     def no_name(request, timeout):
         raise urllib.error.URLError(socket.gaierror(-3, 'Temporary failure in name resolution'))
 
     def no_answer(request, timeout):
         time.sleep(60)
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(urllib.request, 'urlopen', no_name if how == 'no name' else no_answer)
+    monkeypatch.setattr(urllib.request, 'urlopen', no_name if request.param == 'no name' else no_answer)
     monkeypatch.setattr(network, '_SECONDS', 0.1)
+    return 'Temporary failure in name resolution' if request.param == 'no name' else 'no answer within'
+
+
+@pytest.mark.parametrize('argv, model, option', NEED_WEIGHTS)
+def test_no_network(cli, photos, tmp_path, monkeypatch, scripts, cut_off, argv, model, option):
+    """Without network, a command fails within seconds, names an option that helps, and leaves no files."""
+    monkeypatch.chdir(tmp_path)
     start = time.monotonic()
     error = cli(*[arg.format(image=photos / '0.png', tmp=tmp_path) for arg in argv], fails=True)
     assert time.monotonic() - start < 30  # it was 59; a busy machine takes seconds to get here
-    assert f'Cannot load {model}: no network to ' in error
-    assert ('Temporary failure in name resolution' if how == 'no name' else 'no answer within') in error
+    assert f'Cannot load {model}: no network to ' in error and cut_off in error
     url = timm.models.get_pretrained_cfg(model).url
     assert f'({option} FILE takes a download of {url}, `pvt-timm demo` and --model test_pvt need none)' in error
     assert sorted(file.name for file in tmp_path.iterdir()) == ['train.py', 'validate.py']
+
+
+URL = 'https://user:secret@example.com/x.pth?token=secret'
+NEED_SOURCES = [
+    (['predict', '{image}', '--checkpoint', URL], 'https://example.com/x.pth', '--checkpoint FILE'),
+    (['predict', '{image}', '--model', 'hf-hub:some/pvt'], 'hf-hub:some/pvt', '--checkpoint FILE'),
+    (['features', '{image}', '--checkpoint', 'hf-hub:some/pvt@old', '--save', '{tmp}/x'], 'hf-hub:some/pvt@old',
+     '--checkpoint FILE'),
+    (['embed', '{image}', '--checkpoint', 'hf-hub:some/pvt:sub/x.pth', '--output', '{tmp}/x.npz'],
+     'hf-hub:some/pvt:sub/x.pth', '--checkpoint FILE'),
+    (['export', '--checkpoint', 'HTTPS://example.com/x', '--to', 'torch', '--output', '{tmp}/x.pt2'],
+     'https://example.com/x', '--checkpoint FILE'),
+    (['train', '{tmp}/train.py', '--model', 'hf-hub:some/pvt', '--experiment', 'x'], 'hf-hub:some/pvt',
+     '--model local-dir:FOLDER'),
+    (['run', '{tmp}/train.py', '--model', 'hf_hub:some/pvt@old'], 'hf_hub:some/pvt@old', '--model local-dir:FOLDER'),
+    (['pvt-convert', URL, '--output', '{tmp}/out'], 'https://example.com/x.pth', 'SOURCE'),
+    (['pvt-convert', 'hf-hub:some/pvt', '--output', '{tmp}/out'], 'hf-hub:some/pvt', 'SOURCE'),
+    (['pvt-convert', 'hf-hub:some/pvt', '--output', '{tmp}/out', '--to', 'mmdet', '--whole'], 'hf-hub:some/pvt',
+     'SOURCE'),
+    (['pvt-convert', 'inspect', 'hf-hub:some/pvt:x.pth'], 'hf-hub:some/pvt:x.pth', 'SOURCE'),
+    (['pvt-convert', 'inspect', URL], 'https://example.com/x.pth', 'SOURCE'),
+    (['pvt-convert', 'publish', '--to', 'me', '--dry-run', '-o', '{tmp}/out'],
+     'hf-hub:Zetatech/pvt-tiny-224:model.safetensors', '`pvt-convert FILE --push`'),
+]
+
+
+@pytest.fixture
+def either(cli, capsys):
+    """Return a function that runs `pvt-timm`, or `pvt-convert` if it is the first word, which fails with one line."""
+    def run(argv):
+        if argv[0] != 'pvt-convert':
+            return cli(*argv, fails=True)
+        assert convert_main(argv[1:]) == 2
+        out, err = capsys.readouterr()
+        assert err.count('\n') == 1 and err.startswith('pvt-convert: error: '), err
+        return err
+    return run
+
+
+@pytest.mark.parametrize('argv, source, option', NEED_SOURCES)
+def test_no_network_to_a_source(either, photos, tmp_path, monkeypatch, scripts, cut_off, argv, source, option):
+    """The same holds for a url and a repository of a hub, in all commands that take them. Secrets are not shown."""
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    error = either([arg.format(image=photos / '0.png', tmp=tmp_path) for arg in argv])
+    assert time.monotonic() - start < 30
+    assert f'Cannot load {source}: no network to ' in error and cut_off in error
+    assert f'({option} takes a {"folder" if "local-dir" in option else "file"} of this machine)' in error
+    assert 'secret' not in error
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['train.py', 'validate.py']
+
+
+@pytest.mark.parametrize('argv', [
+    ['pvt-convert', 'x.pth', '--output', '{tmp}/out', '--push', 'me/pvt'],
+    ['pvt-convert', 'publish', '--to', 'me', '--output', '{tmp}/out', '--only', 'pvt_tiny.in1k']])
+def test_no_network_for_an_upload(either, tmp_path, cut_off, argv):
+    error = either([arg.format(tmp=tmp_path) for arg in argv])
+    assert 'Cannot upload to me/pvt' in error and 'no network to ' in error and cut_off in error
+    assert '(--dry-run uploads nothing)' in error and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('argv', [
@@ -462,7 +529,8 @@ def test_scripts_that_need_no_network(scripts, argv, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr('pvt_timm.cli.main.run_script', started.append)
     assert main(argv) == 0
-    assert started[0][:len(argv) - 1] == argv[1:]
+    start = started[0].index(argv[2])
+    assert started[0][0] == argv[1] and started[0][start:start + len(argv) - 2] == argv[2:]
 
 
 def test_weights_in_the_cache_need_no_network(cli, hub, photos, monkeypatch):
@@ -475,6 +543,42 @@ def test_weights_in_the_cache_need_no_network(cli, hub, photos, monkeypatch):
     first = cli(*argv)
     monkeypatch.setattr(network, '_reach', lambda url: pytest.fail('the network was asked for'))
     assert cli(*argv) == first
+
+
+@pytest.mark.parametrize('offline', [False, True])
+def test_sources_in_the_cache_need_no_network(hub, photos, tmp_path, monkeypatch, scripts, capsys, offline):
+    """A repository that was downloaded before is used without network, also with HF_HUB_OFFLINE."""
+    from safetensors.torch import save
+    config = json.dumps({'architecture': 'test_pvt', 'num_classes': 10})
+    content = save(timm.create_model('test_pvt', pretrained=True).state_dict())
+    hub.add_repo('some/pvt', {'model.safetensors': content, 'config.json': config, 'sub/x.safetensors': content})
+    monkeypatch.setattr('pvt_timm.cli.main.run_script', lambda argv: None)
+    commands = [
+        (main, 'predict', str(photos / '0.png'), '--model', 'hf-hub:some/pvt'),
+        (main, 'predict', str(photos / '0.png'), '--checkpoint', 'hf-hub:some/pvt:sub/x.safetensors'),
+        (convert_main, 'inspect', 'hf-hub:some/pvt'),
+        (main, 'run', str(tmp_path / 'train.py'), '--model', 'hf-hub:some/pvt', '--pretrained'),
+    ]
+    for command, *argv in commands:
+        assert command(argv) == 0
+    hub.clear()
+    hub.fail(500)
+    monkeypatch.setattr(network, '_reach', lambda url: pytest.fail('the network was asked for'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', offline)
+    monkeypatch.setattr('time.sleep', lambda seconds: None)  # between attempts of the hub's client
+    for command, *argv in commands:
+        assert command(argv) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize('argv', [['predict', '{image}', '--checkpoint'], ['pvt-convert', 'inspect']])
+def test_a_url_is_asked_for_before_it_is_opened(either, photos, argv, hub, monkeypatch):
+    """A host that is there costs one short request more. Its error is that of the download."""
+    error = either([arg.format(image=photos / '0.png') for arg in argv] + [f'{hub.url}/none.pth'])
+    assert '404' in error and 'no network' not in error
+    assert hub.requests == [('HEAD', '/'), ('GET', '/none.pth')]
+    hub.fail('drop')  # it is there, but gives no valid answer
+    error = either([arg.format(image=photos / '0.png') for arg in argv] + [f'{hub.url}/none.pth'])
+    assert 'no network' not in error and hub.count('GET', 'none') == 2
 
 
 def test_a_host_that_answers_with_an_error_is_there(hub):

@@ -152,7 +152,7 @@ def run_training(argv, scripts, env):
     """
     i = script_of(argv)
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2'] if argv[0] == 'torchrun' else []
-    small = SMALL if argv[i] == 'train' else ['--batch-size', '4', '--workers', '0', '--device', 'cpu']
+    small = SMALL if argv[i] == 'train' else ['--batch-size', '4', '--workers', '0']
     done = subprocess.run(
         [sys.executable, *launcher, '-m', 'pvt_timm', argv[i], scripts / Path(argv[i + 1]).name, *argv[i + 2:], *small],
         env=dict(env, OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)

@@ -1,9 +1,14 @@
 """ `pvt-timm train`: settings for the machine, recovery, names of classes. A stand-in replaces timm's script. """
 import argparse
+import csv
 import json
+import multiprocessing
 import os
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm.data
 import torch
@@ -11,6 +16,8 @@ import yaml
 from PIL import Image
 
 from pvt_timm.cli.main import main
+from pvt_timm.cli.predict import open_image
+from pvt_timm.digits import write_digits
 from pvt_timm.labels import LABELS_FILE, labels_beside
 from pvt_timm.recipes import RECIPES
 
@@ -155,6 +162,97 @@ def test_keeps_odd_class_names(start, folder, tmp_path, dataset):
     class_to_idx = getattr(data, 'reader', data).class_to_idx
     assert {name: i for i, name in enumerate(labels_beside(folder / 'last.pth.tar'))} == class_to_idx
     assert sorted(class_to_idx) == sorted(names)
+
+
+RAMP = np.linspace(0, 1, 32 * 48).reshape(48, 32)
+DEEP = {  # grey images of more than 8 bits, by the ending of their file
+    'png': (RAMP * 65535).astype(np.uint16), 'pgm': (RAMP * 65535).astype(np.int32), 'tif': RAMP.astype(np.float32)}
+
+
+@pytest.fixture(params=['train', 'run'])
+def started(request, start, script):
+    """Start a script, by both commands: it then has what they change in timm."""
+    assert (start() if request.param == 'train' else (main(['run', str(script)]), 0, 0))[0] == 0
+
+
+@pytest.mark.parametrize('suffix, context', [
+    *((suffix, None) for suffix in DEEP), *(('png', method) for method in multiprocessing.get_all_start_methods())])
+@pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
+def test_images_of_16_bits_are_read_as_by_predict(started, tmp_path, dataset, suffix, context):
+    """Also in worker processes. Pillow's conversion would make them white, or black if they have values from 0 to 1."""
+    cat = tmp_path / 'data' / 'train' / 'cat'
+    cat.mkdir(parents=True)
+    Image.fromarray(DEEP[suffix]).save(cat / f'0.{suffix}')
+    Image.fromarray((RAMP * 255).astype(np.uint8)).convert('RGB').save(cat / '1.png')
+    before = timm.data.get_img_extensions()
+    timm.data.add_img_extensions(f'.{suffix}')
+    data = timm.data.create_dataset(
+        dataset, root=str(tmp_path / 'data'), split='train', is_training=True, class_map=None)
+    timm.data.set_img_extensions(before)
+    data.transform = np.asarray
+    loader = torch.utils.data.DataLoader(
+        data, num_workers=1 if context else 0, multiprocessing_context=context, collate_fn=list)
+    (deep, target), (plain, _) = (batch[0] for batch in loader)
+    assert target == 0 and np.array_equal(deep, np.array(open_image(cat / f'0.{suffix}')))
+    assert np.abs(deep[..., 0] - RAMP * 255).max() <= 1
+    assert np.array_equal(plain, np.array(Image.open(cat / '1.png')))
+
+
+def test_readers_of_such_images(started, tmp_path, caplog):
+    """Grey levels are given to a model with one channel. Names, classes and damaged images are timm's matter."""
+    for i, name in enumerate(('cat', 'dog')):
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        Image.fromarray(DEEP['png']).save(tmp_path / 'data' / name / f'{i}.png')
+    data = timm.data.create_dataset('', root=str(tmp_path / 'data'), split='x', input_img_mode='L')
+    assert np.array_equal(np.array(data[0][0]), np.array(open_image(tmp_path / 'data' / 'cat' / '0.png', 1)))
+    assert data.filenames(basename=True) == ['0.png', '1.png'] and data.filename(1) == os.path.join('dog', '1.png')
+    assert data.reader.class_to_idx == dict(cat=0, dog=1) and len(data) == 2
+    (tmp_path / 'data' / 'cat' / '0.png').write_bytes(b'damaged')
+    assert data[0][1] == 1 and 'Skipped sample (index 0)' in caplog.text
+    Image.fromarray(np.full((9, 9), -1, np.int32)).save(tmp_path / 'data' / 'cat' / '0.png', 'tiff')
+    with pytest.raises(ValueError, match='Cannot read the image .*0.png: its values are from -1 to -1'):
+        data[0]
+
+
+@pytest.mark.parametrize('gpu, script, args, command', [
+    (None, 'validate.py', ['--model', 'test_pvt'], ['--device', 'cpu', '--model', 'test_pvt']),
+    ('mps', 'validate.py', ['data'], ['--device', 'mps', 'data']),
+    ('cuda', 'validate.py', ['data'], ['data']),
+    (None, 'validate.py', ['--device', 'cuda:1'], ['--device', 'cpu', '--device', 'cuda:1']),  # the last one counts
+    (None, 'benchmark.py', ['--model', 'test_pvt'], ['--model', 'test_pvt']),
+])
+def test_device_of_validate(start, tmp_path, monkeypatch, gpu, script, args, command):
+    started = []
+    monkeypatch.setattr('pvt_timm.cli.main.run_script', started.append)
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: gpu is not None)
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.device(gpu))
+    (tmp_path / script).touch()
+    assert main(['run', str(tmp_path / script), *args]) == 0
+    assert started == [[str(tmp_path / script), *command]]
+
+
+@pytest.mark.slow
+def test_trains_on_images_of_16_bits(python, train_py, tmp_path):
+    """train.py and validate.py themselves: a trained model recognises digits of 16 bits, and goes on training."""
+    pytest.importorskip('sklearn')
+    digits = write_digits(tmp_path / 'digits')
+    for file in digits.rglob('*.png'):
+        if int(re.findall('[0-9]+', file.stem)[-1]) % 4:  # some are enough
+            file.unlink()
+        else:
+            Image.fromarray(np.array(Image.open(file).convert('L')).astype(np.uint16) * 257).save(file)
+            assert Image.open(file).mode.startswith('I')
+    for name in ('train.py', 'validate.py'):
+        shutil.copy(train_py.with_name(name), tmp_path)  # there it uses the installed timm
+    options = ['--model', 'test_pvt', '--pretrained', '--data-dir', digits, '--workers', '1', '--batch-size', '16']
+    done = python('-m', 'pvt_timm', 'train', 'train.py', *options, '--num-classes', '10', '--epochs', '1', '--lr',
+                  '1e-6', '--output', 'out', '--experiment', 'x', '--no-aug')
+    assert done.returncode == 0, done.stderr
+    row, = csv.DictReader((tmp_path / 'out' / 'x' / 'summary.csv').open(encoding='utf-8'))
+    assert float(row['eval_top1']) >= 90 and float(row['train_loss']) < 1
+    done = python('-m', 'pvt_timm', 'run', 'validate.py', *options)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search('"top1": ([0-9.]+)', done.stdout)[1]) >= 90
 
 
 def test_refuses_fewer_images_than_a_batch(start, tmp_path, capsys):

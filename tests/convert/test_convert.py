@@ -523,7 +523,7 @@ def test_bar_of_a_download(hidden, hub, original, monkeypatch):
 @pytest.mark.parametrize('kind', [500, 'drop', 'truncate', 'short', 'garbage'])
 def test_broken_downloads(kind, hub, no_waits, original, refused, tmp_path):
     url = hub.add_file('v2/pvt.pth', original)
-    hub.fail(kind, times=1)
+    hub.fail(kind, 'v2/', times=1)
     refused(url)
     convert(url, tmp_path / 'out')
     hub.fail(kind)

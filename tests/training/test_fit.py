@@ -392,6 +392,23 @@ def test_a_loss_that_is_no_number_ends_it(cli, shapes_folder, tmp_path):
     assert not (tmp_path / 'out' / 'last.ckpt').exists()
 
 
+def test_a_failed_validation_leaves_no_folder(cli, shapes_folder, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=dict(img_size=64))
+    meta = dict(CLASSES=('disc', 'box', 'triangle'), cfg="test_pipeline = [dict(type='Resize', scale=(128, 64))]")
+    torch.save(dict(state_dict=detector_to_mmdet(model), meta=meta), tmp_path / 'x.pth')
+    argv = ['detector', 'validate', '--config', 'finetune_detector', '--weights', tmp_path / 'x.pth', '--data',
+            shapes_folder, '--workers', '0', '--accelerator', 'cpu', '--predictions']
+    assert 'x.pth' in cli(*argv, tmp_path / 'x.pth' / 'in', code=2)  # a file, which is seen before images are read
+
+    def fail(*args, **kwargs):
+        raise ValueError('the disk is gone')
+
+    monkeypatch.setattr('pytorch_lightning.Trainer.validate', fail)
+    assert 'the disk is gone' in cli(*argv, tmp_path / 'out', code=2)
+    assert [file.name for file in tmp_path.iterdir()] == ['x.pth']
+
+
 def test_published_figures_decide_on_the_exit_code(cli, shapes_folder, tmp_path, monkeypatch):
     torch.manual_seed(0)
     detector = pvt_retinanet('test_pvt', 3, out_channels=16, model_args=dict(img_size=64))
