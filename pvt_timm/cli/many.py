@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -108,9 +109,9 @@ def add_many_options(parser: argparse.ArgumentParser, batch_size: Optional[int] 
             help=f'images that go through the model together (default {batch_size}){how}')
     parser.add_argument(
         '--workers', type=functools.partial(whole_number, smallest=0), metavar='N',
-        help='processes that read images while the model computes '
-        f'(default: one for every four cores, or one per core if the model is on an accelerator, {_MOST_WORKERS} at '
-        'most; none for a few images)')
+        help='processes that read images while the model computes (default: one per core if the model is on an '
+        f'accelerator, {_MOST_WORKERS} at most; none on a CPU, and for a few images). With 0, threads read each batch '
+        'before the model computes it. On a CPU this is faster, unless the images are on a slow disk')
     parser.add_argument(
         '--skip-errors', action='store_true', help='continue after an image that cannot be read. Such images are '
         'named, and counted at the end (default: the first one ends the command)')
@@ -386,13 +387,10 @@ class Stream:
             UnreadableImage: An image cannot be read, and errors are not skipped.
         """
         start = time.perf_counter()
-        loader: Any = DataLoader(
-            _Images(files, channels, prepare), batch_size=self._batch_size, num_workers=self._worker_count(len(files)),
-            collate_fn=list)
         hidden = not sys.stderr.isatty() or not self.processes.is_first or (prints and sys.stdout.isatty())
         text = f'{self._command} on {self.device}'
         with tqdm(total=len(files), desc=text, unit='image', disable=hidden, leave=False, file=sys.stderr) as bar:
-            for batch in loader:
+            for batch in self._batches(_Images(files, channels, prepare)):
                 readable = list(self._readable(batch, bar))
                 for images, pixels in same_shapes(readable):
                     with torch.inference_mode():
@@ -405,6 +403,18 @@ class Stream:
                     raise UnreadableImage(error)
                 bar.update(len(batch))
         self._seconds += time.perf_counter() - start
+
+    def _batches(self, images: '_Images') -> Iterator[List[Loaded]]:
+        """Yield images in batches, read by worker processes, or by threads of this process if there are none."""
+        workers = self._worker_count(len(images))
+        if workers:
+            loader: Any = DataLoader(images, batch_size=self._batch_size, num_workers=workers, collate_fn=list)
+            yield from loader
+            return
+        with ThreadPoolExecutor(_cores() // self.processes.local_count or 1) as pool:
+            for start in range(0, len(images), self._batch_size):
+                numbers = range(start, min(start + self._batch_size, len(images)))
+                yield list(pool.map(images.__getitem__, numbers))
 
     def write(
             self, files: Sequence[ImageFile], channels: int, prepare: Prepare,
@@ -476,13 +486,12 @@ class Stream:
     def _worker_count(self, images: int) -> int:
         if self._workers is not None:
             return self._workers
+        if self.device.type == 'cpu':  # workers would take cores from the model, which then waits for its slowest core
+            return 0
         batches = math.ceil(images / self._batch_size)
         if batches < 3:  # starting processes would take longer than reading the images
             return 0
-        cores = _cores() // self.processes.local_count
-        if self.device.type == 'cpu':  # leave most cores to the model: reading an image takes far less time
-            cores //= 4
-        return max(1, min(_MOST_WORKERS, batches, cores))
+        return max(1, min(_MOST_WORKERS, batches, _cores() // self.processes.local_count))
 
     def refuse_none(self) -> None:
         """Raise an error if no image could be read. All processes call this, and their images are counted together.
