@@ -306,7 +306,7 @@ def _load_segmenter(args: argparse.Namespace) -> Any:
 
 def _segment(model: Any, images: torch.Tensor, args: argparse.Namespace) -> List[Found]:
     """Return the regions of images (B, C, H, W) with values from 0 to 1."""
-    return [_regions(model, model.segment(image).cpu()) for image in images]
+    return [_regions(model, labels) for labels in model.segment(images).cpu()]
 
 
 def _regions(model: Any, labels: torch.Tensor) -> Found:

@@ -90,19 +90,17 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         '(default float32). The other types are less exact, and faster on GPUs and on CPUs that support them')
 
 
-def add_many_options(parser: argparse.ArgumentParser, batch_size: Optional[int] = BATCH_SIZE, how: str = '') -> None:
+def add_many_options(parser: argparse.ArgumentParser, batch_size: int = BATCH_SIZE, how: str = '') -> None:
     """Add the options of commands that take many images.
 
     Args:
-        batch_size: Default of `--batch-size`. None: there is no such option, and images go through the model one by
-            one.
+        batch_size: Default of `--batch-size`.
         how: End of the help of `--batch-size`.
     """
     add_device_options(parser)
-    if batch_size is not None:
-        parser.add_argument(
-            '--batch-size', type=whole_number, default=batch_size, metavar='N',
-            help=f'images that go through the model together (default {batch_size}){how}')
+    parser.add_argument(
+        '--batch-size', type=whole_number, default=batch_size, metavar='N',
+        help=f'images that go through the model together (default {batch_size}){how}')
     parser.add_argument(
         '--workers', type=functools.partial(whole_number, smallest=0), metavar='N',
         help='processes that read images while the model computes '
@@ -345,7 +343,7 @@ class Stream:
         self.dtype = DTYPES[args.dtype]
         self.done = self.skipped = 0
         self._command: str = args.command
-        self._batch_size: int = getattr(args, 'batch_size', 1)
+        self._batch_size: int = args.batch_size
         self._workers: Optional[int] = args.workers
         self._skip_errors: bool = args.skip_errors
         self._seconds = 0.

@@ -1,6 +1,7 @@
 """Many images: folders, batches, devices, results as a file, images that cannot be read, no network."""
 import argparse
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -27,7 +28,7 @@ from pvt_timm.cli.many import (
 from pvt_timm.cli.predict import PREDICTIONS
 from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.images import natural_key
-from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
+from pvt_timm.segmentation import SemanticFpn, segmenter_to_mmseg, semantic_fpn
 from tests.support.systems import symlink
 
 TEST_PVT = ['--model', 'test_pvt']
@@ -224,6 +225,35 @@ def test_detections_do_not_depend_on_the_batch(cli, photos, weights, tmp_path, n
             assert a.get('mask') == b.get('mask')
     cli(*argv, '--output', tmp_path / 'x.jsonl')
     assert lines_of(tmp_path / 'x.jsonl') == alone
+
+
+def test_segments_do_not_depend_on_the_batch(cli, photos, weights, tmp_path, monkeypatch):
+    """Segments are the same one by one and in batches, where only images of one size go together."""
+    seen, segment = [], SemanticFpn.segment
+
+    def noted(self, images):
+        seen.append(segment(self, images))
+        return seen[-1]
+
+    monkeypatch.setattr(SemanticFpn, 'segment', noted)
+    argv = ['segment', photos, '--checkpoint', weights / 'segmenter.pth']
+    alone = json.loads(cli(*argv, '--json'))['images']
+    maps, seen[:] = list(seen), []
+    together = json.loads(cli(*argv, '--json', '--batch-size', 7))['images']
+    sizes = [(record['height'], record['width']) for record in alone]
+    assert [tuple(batch.shape) for batch in maps] == [(1, *size) for size in sizes]
+    assert [tuple(batch.shape) for batch in seen] == [
+        (len(list(group)), *size) for size, group in itertools.groupby(sizes)] and len(seen) < len(maps)
+    maps, in_batches = ([labels for batch in batches for labels in batch] for batches in (maps, seen))
+    for one, other in zip(maps, in_batches, strict=True):  # a pixel may have two classes of almost the same logits
+        assert len(one.unique()) > 1 and (one == other).float().mean() > 0.998
+    for one, other in zip(alone, together, strict=True):
+        assert (one['image'], one['width'], one['height']) == (other['image'], other['width'], other['height'])
+        shares = [{row['label']: row['share'] for row in record['classes']} for record in (one, other)]
+        for label in {*shares[0], *shares[1]}:
+            assert shares[0].get(label, 0) == pytest.approx(shares[1].get(label, 0), abs=0.002)
+    cli(*argv, '--output', tmp_path / 'x.jsonl', '--batch-size', 7)
+    assert lines_of(tmp_path / 'x.jsonl') == together
 
 
 def test_pictures_and_results_together(cli, photos, weights, tmp_path):
