@@ -65,7 +65,9 @@ def _parser() -> Parser:
 
     images = Parser(add_help=False)
     add_images(images)
-    images.add_argument('--json', action='store_true', help='print one JSON document at the end')
+    images.add_argument(
+        '--json', action='store_true', help='print the results as one JSON document. Each of its images is printed as '
+        'soon as it is computed. After an error the document has no end, and the exit code is 2')
     model = Parser(add_help=False)
     model.add_argument(
         '--model', type=filled, help='name of a model, with or without tag (see `list`), or hf-hub:OWNER/REPO '

@@ -1,12 +1,13 @@
 """ Run many images through a model, on any device. Images are found in folders, read by worker processes and batched.
 
-A command makes a `Stream` from its options. It iterates over `Stream.results`, or calls `Stream.write` to write the
-results to one file. An image that cannot be read ends the command. With `--skip-errors` such images are named and
-counted, and the command continues.
+A command makes a `Stream` from its options. It iterates over `Stream.results` or `Stream.records`, or calls
+`Stream.write` to write the results to one file. `print_json` prints results as JSON. An image that cannot be read ends
+the command. With `--skip-errors` such images are named and counted, and the command continues.
 """
 import argparse
 import functools
 import itertools
+import json
 import logging
 import math
 import os
@@ -34,7 +35,7 @@ from .results import Results, Table
 __all__ = [
     'ImageFile', 'Loaded', 'Stream', 'Transformed', 'UnreadableImage', 'Whole', 'add_device_options', 'add_images',
     'add_many_options', 'add_output_options', 'as_image', 'as_pixels', 'checked_images', 'find_images', 'normalise',
-    'output_file', 'place', 'refuse_inputs', 'same_shapes', 'whole_number',
+    'output_file', 'place', 'print_json', 'refuse_inputs', 'same_shapes', 'whole_number',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -195,6 +196,33 @@ def refuse_inputs(outputs: Iterable[Path], files: Sequence[ImageFile], checkpoin
         refuse_same_file(path, checkpoint)
         if os.path.realpath(path) in images:
             raise ValueError(f'{path} is read and would be replaced: choose another name for the output.')
+
+
+def print_json(elements: Iterable[Any], name: Optional[str] = None, **others: Any) -> None:
+    """Print a JSON document that is a list, or holds a list. Each element is printed as soon as it is there.
+
+    The text is that of `json.dumps` with an indent of 2. If an error comes before the first element, nothing is
+    printed. After a later error the document has no end.
+
+    Args:
+        elements: The elements of the list.
+        name: Name of the list in the document. If None, the document is the list.
+        others: The other values of the document, which come before the list.
+    """
+    document = [] if name is None else {**others, name: []}
+    start, end = json.dumps(document, indent=2, allow_nan=False).rsplit(']', 1)
+    margin = '' if name is None else '  '
+    count = 0
+    try:
+        for element in elements:
+            text = json.dumps(element, indent=2, allow_nan=False).replace('\n', f'\n{margin}  ')
+            print(f'{"," if count else start}\n{margin}  {text}', end='', flush=True)
+            count += 1
+    except BaseException:
+        if count:
+            print()  # the message of the error begins a new line on a terminal
+        raise
+    print(f'\n{margin}]{end}' if count else f'{start}]{end}')
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -391,6 +419,19 @@ class Stream:
                     raise UnreadableImage(error)
                 bar.update(len(batch))
         self._seconds += time.perf_counter() - start
+
+    def records(
+            self, files: Sequence[ImageFile], channels: int, prepare: Prepare,
+            compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]]) -> Iterator[Any]:
+        """Yield the results as `results` does, to be printed at once.
+
+        Raises:
+            UnreadableImage: An image cannot be read, and errors are not skipped.
+            ValueError: None of the images could be read.
+        """
+        for _, record in self.results(files, channels, prepare, compute, prints=True):
+            yield record
+        self.refuse_none()
 
     def write(
             self, files: Sequence[ImageFile], channels: int, prepare: Prepare,

@@ -246,8 +246,8 @@ def test_results_are_cocos(cli, folder, tmp_path, capsys):
     assert {row['image_id'] for row in named} == {1, 2}
 
     results = [dict(image='x/7.png', objects=[dict(label=i, box=[0, 0, 1, 1], score=1.) for i in (0, 15, 79)])]
-    assert [x['category_id'] for x in coco_results(results, list(coco_categories().values()))] == [1, 17, 90]
-    assert [x['category_id'] for x in coco_results(results, [])] == [1, 16, 80]
+    assert [x['category_id'] for x in coco_results(results, list(coco_categories().values()), True)] == [1, 17, 90]
+    assert [x['category_id'] for x in coco_results(results, [], True)] == [1, 16, 80]
 
 
 def test_grey_images(cli, tmp_path):

@@ -11,6 +11,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from pvt_timm.cli import results as results_module
 from pvt_timm.cli.classifiers import check_output, load_model, open_image, predict, whole_size
 from pvt_timm.cli.main import main
 from pvt_timm.cli.many import (
-    Stream, Transformed, Whole, as_pixels, choose_device, find_images, normalise, output_file)
+    Stream, Transformed, Whole, as_pixels, choose_device, find_images, normalise, output_file, print_json)
 from pvt_timm.cli.predict import PREDICTIONS
 from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.images import natural_key
@@ -413,6 +414,107 @@ def test_processes_do_not_print_at_once(tmp_path):
     args = argparse.Namespace(output=None, json=True, overwrite=False)
     with pytest.raises(ValueError, match='Expected --output FILE with several processes'):
         output_file(args, PREDICTIONS, two)
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    'predict': TEST_PVT,
+    'detect': ['--checkpoint', '{weights}/mask_rcnn.pth', '--threshold', '0.01'],
+    'detect coco': ['--checkpoint', '{weights}/mask_rcnn.pth', '--threshold', '0.01', '--format', 'coco'],
+    'segment': ['--checkpoint', '{weights}/segmenter.pth'],
+}
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """Return a function that runs a command with --json.
+
+    It returns the exit code, and what stdout held after each result and at the end.
+    """
+    results = Stream.results
+
+    def run(*argv):
+        held = []
+
+        def noted(self, *args, **kwargs):
+            for result in results(self, *args, **kwargs):
+                yield result
+                held.append((tmp_path / 'stdout').read_text())
+
+        with open(tmp_path / 'stdout', 'w') as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, 'stdout', stdout)
+            patch.setattr(Stream, 'results', noted)
+            code = main([*map(str, argv), '--json'])
+        return code, held, (tmp_path / 'stdout').read_text()
+    return run
+
+
+def ended(text, command):
+    """Return the list in an unfinished JSON document, whose end is added."""
+    found = json.loads(text + (']' if 'coco' in command else ']}'))
+    return found if 'coco' in command else found['images']
+
+
+@pytest.mark.parametrize('batch_size', [1, 3])
+@pytest.mark.parametrize('command', MODELS)
+def test_json_is_printed_as_results_come(watched, photos, weights, command, batch_size):
+    """Each image is printed before the next one is computed. At the end there is one document."""
+    model = [arg.format(weights=weights) for arg in MODELS[command]]
+    code, held, out = watched(command.split()[0], photos, *model, '--batch-size', batch_size)
+    document = json.loads(out)
+    assert code == 0 and out == json.dumps(document, indent=2) + '\n'
+    if command == 'detect coco':
+        ids = [int(Path(file.path).stem) for file in find_images([str(photos)])]
+        assert ids[-1] == document[-1]['image_id'] and len(held) == len(SIZES)
+        for i, text in enumerate(held, start=1):
+            assert ended(text, command) == [row for row in document if row['image_id'] in ids[:i]]
+        return
+    assert list(document)[-1] == 'images' and len(document['images']) == len(held) == len(SIZES)
+    for i, text in enumerate(held, start=1):
+        assert ended(text, command) == document['images'][:i]
+
+
+@pytest.mark.parametrize('command', MODELS)
+def test_json_has_no_end_after_an_error(cli, watched, photos, weights, tmp_path, command, capsys):
+    """After an error there are the results from before it. If there are none, nothing is printed."""
+    model = [arg.format(weights=weights) for arg in MODELS[command]]
+    command = [command.split()[0], *model]
+    broken = tmp_path / '99.png'
+    broken.write_text('no image')
+    images = [photos / '0.png', photos / '3.png']
+    whole = watched(*command, *images)[2]
+    capsys.readouterr()
+    code, held, out = watched(*command, *images, broken)
+    err = capsys.readouterr().err
+    assert code == 2 and err.count('\n') == 1 and f'Cannot read the image {broken}' in err
+    assert len(held) == 2 and out == held[-1] + '\n' and whole.startswith(held[-1])
+    assert whole[len(held[-1]):] in ('\n]\n', '\n  ]\n}\n')
+    with pytest.raises(ValueError):
+        json.loads(out)
+    assert '99.png' in cli(*command, broken, *images, '--json', fails=True)
+
+
+def test_json_without_results_has_an_empty_list(capsys):
+    for others in (dict(), dict(name='images'), dict(name='images', model='x]')):
+        print_json(iter([]), **others)
+        expected = {'model': 'x]', 'images': []} if 'model' in others else {'images': []} if others else []
+        assert capsys.readouterr().out == json.dumps(expected, indent=2) + '\n'
+
+
+def test_coco_ids_of_the_images_that_can_be_read(watched, photos, weights, tmp_path):
+    """Without the image that cannot be read, all names are numbers. So the numbers are the ids of the images."""
+    model = [arg.format(weights=weights) for arg in MODELS['detect coco']]
+    folder = tmp_path / 'some'
+    folder.mkdir()
+    for name in ('139.png', '42.png'):
+        (folder / name).write_bytes((photos / '0.png').read_bytes())
+    (folder / 'x.png').write_text('no image')
+    code, held, out = watched('detect', folder, *model, '--skip-errors')
+    assert code == 0 and {row['image_id'] for row in json.loads(out)} == {42, 139}
+    (folder / 'x.png').write_bytes((photos / '0.png').read_bytes())
+    code, held, out = watched('detect', folder, *model)
+    assert code == 0 and {row['image_id'] for row in json.loads(out)} == {1, 2, 3} and held[0]
 
 
 # no network -----------------------------------------------------------------------------------------------------------
