@@ -35,7 +35,8 @@ def add_features_options(command: argparse.ArgumentParser) -> None:
         'replaced')
     command.add_argument(
         '--crop', action='store_true', help="use only the image's centre, as `predict` does. By default the whole "
-        'image is resized to sides that are multiples of 32, the shorter side as long as in training, or to --img-size')
+        'image is resized to sides that are multiples of 32, the shorter side as long as in training. With --img-size '
+        'the whole image is resized to that size without keeping its proportions')
     add_many_options(
         command, _MAPS_OF_A_BATCH, '. Images of different sizes go one by one, unless --crop or --img-size gives them '
         'the same')

@@ -293,6 +293,23 @@ def test_features_of_many_images(cli, photos, tmp_path, batch_size):
     assert len(list((tmp_path / 'maps').rglob('*.*'))) == 7
 
 
+def test_features_at_a_size_lose_the_proportions(cli, photos, tmp_path, capsys):
+    """With --img-size the whole image is resized to that size, and the help of --crop says so."""
+    image = photos / 'in' / '4.png'  # 40x100
+    cli('features', image, *TEST_PVT, '--img-size', 64, 96, '--save', tmp_path / 'x.safetensors')
+    model = timm.create_model('test_pvt', pretrained=True, features_only=True, img_size=(64, 96)).eval()
+    data = dict(timm.data.resolve_model_data_config(model), input_size=(3, 64, 96), crop_pct=1., crop_mode='squash')
+    x = timm.data.create_transform(**data, is_training=False)(open_image(image))
+    with torch.inference_mode():
+        expected = model(x[None])
+    for saved, level in zip(load_file(tmp_path / 'x.safetensors').values(), expected, strict=True):
+        torch.testing.assert_close(saved, level[0], rtol=0, atol=2e-5)
+    with pytest.raises(SystemExit):
+        main(['features', '--help'])
+    assert 'With --img-size the whole image is resized to that size without keeping its proportions' in ' '.join(
+        capsys.readouterr().out.split())
+
+
 def test_centre_crop(cli, photos, tmp_path):
     image = str(photos / '0.png')
     out = cli('features', image, *TEST_PVT, '--crop', '--save', tmp_path / 'x.safetensors', '--output',
