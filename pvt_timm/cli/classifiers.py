@@ -64,7 +64,7 @@ def load_model(
     if checkpoint is None and model is not None and model.startswith('hf-hub:'):
         model, checkpoint = None, model
     if prefix is not None and checkpoint is None:
-        raise ValueError('Expected --checkpoint with --prefix, the published weights hold one model each')
+        raise ValueError('Expected --checkpoint with --prefix: published weights hold only one model')
     variant = split_model_name_tag(model)[0] if model else None
     if variant not in (None, *VARIANTS):
         raise ValueError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
@@ -81,7 +81,8 @@ def load_model(
         _check_source(checkpoint)
         with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
             if not kwargs and weights.problem_type == 'regression':
-                raise ValueError(f'Expected weights of a classifier, {Path(weights.source.name).name} predicts numbers')
+                raise ValueError(
+                    f'Expected weights of a classifier, {Path(weights.source.name).name} predicts numbers (regression)')
             network = weights.create_model(**kwargs)
             name, notes = f'{weights.variant} with weights from {Path(weights.source.name).name}', weights.notes
             multi_label = weights.multi_label
@@ -159,7 +160,8 @@ def _check_source(checkpoint: Union[str, Path]) -> None:
         check_hub(match[1], match[2])
     except OSError as e:
         raise ValueError(
-            f'Cannot load {checkpoint}: {one_line(e, 500)} (--checkpoint FILE takes a file of this machine)') from e
+            f'Cannot load {checkpoint}: {one_line(e, 500)} (without a network, give a local file as --checkpoint)'
+        ) from e
 
 
 def _load_published(name: str, kwargs: Dict[str, Any]) -> Tuple[str, Any]:

@@ -44,7 +44,7 @@ class Task:
 
 def run_detect(args: argparse.Namespace) -> None:
     if args.prefix is not None and not args.checkpoint:
-        raise ValueError('Expected --checkpoint with --prefix, the models of --model have one detector each')
+        raise ValueError('Expected --checkpoint with --prefix: published weights hold only one detector')
     if args.format == 'coco' and not args.json:
         raise ValueError('Expected --json with --format coco')
     with Processes() as processes:
@@ -131,8 +131,8 @@ def _split_outputs(outputs: Sequence[Path]) -> Tuple[Optional[Path], Optional[Pa
     for folder in folders:
         if folder.suffix and not folder.is_dir():  # meant as a file of an unsupported format, such as results.json
             raise ValueError(
-                f'Expected an --output that ends in {", ".join(RECORD_SUFFIXES)}, or a folder for pictures, whose name '
-                f'has a dot only if it is there already, got {folder}')
+                f'Expected an --output that ends in {", ".join(RECORD_SUFFIXES)}, or a folder for pictures (the name '
+                f'of a new folder must not have a dot), got {folder}')
     return folders[0] if folders else None, files[0] if files else None
 
 
@@ -156,7 +156,7 @@ def _pictures(
         start = name.stem if without_extension[name.with_suffix('')] == 1 else name.name
         pictures[path] = folder / name.parent / f'{start}_{command}.png'
     if len(set(pictures.values())) < len(pictures):
-        raise ValueError('Expected images of different names, as their pictures are called after them')
+        raise ValueError('Expected images of different names, because each picture is named after its image')
     refuse_inputs(pictures.values(), files, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     return pictures

@@ -166,12 +166,13 @@ def output_file(args: argparse.Namespace, table: Table, processes: Processes) ->
     """
     if args.output is None:
         if args.overwrite:
-            raise ValueError('Expected --output FILE for results with --overwrite. Pictures are replaced without it')
+            raise ValueError('Expected --output FILE for results with --overwrite. Pictures are always replaced')
         if processes.count > 1:
-            raise ValueError('Expected --output FILE with several processes, each of them has a part of the images')
+            raise ValueError(
+                'Expected --output FILE with several processes, because each of them computes only some of the images')
         return None
     if args.json:
-        raise ValueError('Expected --json or --output FILE, which holds the same: FILE.jsonl')
+        raise ValueError('Expected --json or --output FILE, not both (--output FILE.jsonl writes the same results)')
     return Results(args.output, table, args.overwrite)
 
 
@@ -454,7 +455,7 @@ class Stream:
             unreadable = sum(self.processes.gather(self.skipped))
             return self.processes.from_first(lambda: results.finish(list(by_path), info, unreadable))
         except ProcessEnded as e:
-            raise ProcessEnded(f'{e}: the same command goes on from {results.folder}') from e
+            raise ProcessEnded(f'{e}: run the same command again, it continues from {results.folder}') from e
         finally:
             results.close()
 
@@ -475,8 +476,8 @@ class Stream:
             results.flush()
         except UnreadableImage as e:
             results.close_early(alone)
-            kept = f', from {results.folder}' if results.folder.is_dir() else ''
-            raise UnreadableImage(f'{e} (--skip-errors goes on without such images{kept})') from e
+            kept = f' and continue from {results.folder}' if results.folder.is_dir() else ''
+            raise UnreadableImage(f'{e} (add --skip-errors to leave out such images{kept})') from e
         except BaseException:
             results.close_early(alone)
             raise

@@ -176,14 +176,16 @@ class Results:
         if not self.output.absolute().parent.is_dir():
             raise FileNotFoundError(f'No such folder: {self.output.absolute().parent}')
         if self.output.exists() and not self.output.is_file():
-            raise ValueError(f'Expected a file as --output, {self.output} is none')
+            raise ValueError(f'Expected a file as --output, {self.output} is a folder or a device')
         self._refuse_replacing()
         if suffix == '.parquet':
             import_extra('pyarrow', 'embed')
 
     def _refuse_replacing(self) -> None:
         if self.output.is_file() and not self.overwrite:
-            raise ValueError(f'{self.output} is there already: --overwrite replaces it, once all results are there')
+            raise ValueError(
+                f'{self.output} already exists: choose another --output, or add --overwrite, which replaces the file '
+                f'once all results are there')
 
     def prepare(self, files: Sequence[str], settings: Dict[str, Any]) -> List[str]:
         """Create the folder of the parts, or continue from it. Returns the `files` without a result, each once.
@@ -199,7 +201,9 @@ class Results:
         """
         files = list(dict.fromkeys(files))
         if self.output.suffix.lower() == '.safetensors' and _length_in_header(files) > _LARGEST_HEADER:
-            raise ValueError(f'{len(files)} names are too many for the header of a safetensors file: write .parquet')
+            raise ValueError(
+                f'{len(files)} names of images are too many for the header of a safetensors file: choose an --output '
+                f'that ends in .parquet or .npz')
         if not all(os.path.isabs(file) for file in files):  # in another folder, the same paths name other images
             settings = dict(settings, working_directory=os.getcwd())
         settings = json.loads(json.dumps(dict(settings, format=1, version=__version__)))  # as JSON returns them
@@ -219,8 +223,8 @@ class Results:
             raise ValueError(f'{marker} is damaged, remove {self.folder} to start anew') from e
         if differing:
             raise ValueError(
-                f'{self.folder} holds results of a run with another {clean(", ".join(differing))}: remove it to start '
-                f'anew, or choose another --output')
+                f'{self.folder} holds results of a run with other settings ({clean(", ".join(differing))}): remove it '
+                f'to start anew, or choose another --output')
         index = self._index()
         done = index.rows
         given = set(files)
@@ -238,7 +242,7 @@ class Results:
             return
         for path in self.folder.iterdir():
             if path.name != 'lock' and not _UNFINISHED.fullmatch(path.name):
-                raise ValueError(f'{self.folder} holds something else than results: choose another --output')
+                raise ValueError(f'{self.folder} holds files that are not results: choose another --output')
 
     def _take_lock(self) -> None:
         """Keep other runs out of the folder until `close`, or until this process ends in any way."""
@@ -318,8 +322,8 @@ class Results:
         missing = len(files) - len(order)
         if missing != unreadable:
             raise ValueError(
-                f'Expected results of all but {unreadable} images in {self.folder}, {missing} are missing: the same '
-                f'command goes on from there')
+                f'{self.folder} lacks the results of {missing} images, and only {unreadable} images could not be read: '
+                f'run the same command again to compute the missing ones')
         self._refuse_replacing()
         if not order:
             self._remove(index.parts)

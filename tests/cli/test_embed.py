@@ -167,10 +167,10 @@ def test_goes_on_and_computes_nothing_twice(cli, images, expected, small_parts, 
 
 
 @pytest.mark.parametrize('change, says', [
-    (['--layer', 'patches'], 'of a run with another layer'),
-    (['--dtype', 'bfloat16'], 'of a run with another dtype'),
-    (['--img-size', '64'], 'of a run with another preprocessing'),
-    (['--checkpoint', '{tmp}/w.pth'], 'of a run with another model, weights'),
+    (['--layer', 'patches'], 'of a run with other settings (layer)'),
+    (['--dtype', 'bfloat16'], 'of a run with other settings (dtype)'),
+    (['--img-size', '64'], 'of a run with other settings (preprocessing)'),
+    (['--checkpoint', '{tmp}/w.pth'], 'of a run with other settings (model, weights)'),
     (None, 'results of 7 images that are not given now'),
 ])
 def test_does_not_go_on_with_something_else(cli, images, small_parts, tmp_path, monkeypatch, change, says):
@@ -192,10 +192,10 @@ def test_nothing_of_others_is_touched(cli, images, expected, tmp_path):
     """If the output exists, or FILE.parts holds other files, the command refuses and changes nothing."""
     (tmp_path / 'x.npz').write_text('mine')
     argv = ['embed', images, *TEST_PVT, '--output', tmp_path / 'x.npz']
-    assert '--overwrite replaces it' in cli(*argv, fails=True)
+    assert 'add --overwrite, which replaces the file' in cli(*argv, fails=True)
     (tmp_path / 'x.npz.parts').mkdir()
     (tmp_path / 'x.npz.parts' / 'notes').write_text('mine')
-    assert 'holds something else' in cli(*argv, '--overwrite', fails=True)
+    assert 'holds files that are not results' in cli(*argv, '--overwrite', fails=True)
     assert (tmp_path / 'x.npz').read_text() == (tmp_path / 'x.npz.parts' / 'notes').read_text() == 'mine'
     (tmp_path / 'x.npz.parts' / 'notes').unlink()
     cli(*argv, '--overwrite')
@@ -437,7 +437,7 @@ def start_results(output, files, count, settings=None):
 def test_missing_results_are_no_unreadable_images(tmp_path):
     files = ['a', 'b', 'c']
     results = start_results(tmp_path / 'x.npz', files, 2)
-    with pytest.raises(ValueError, match='1 are missing: the same command goes on'):
+    with pytest.raises(ValueError, match='lacks the results of 1 images, and only 0 .* run the same command again'):
         results.finish(files, {})
     assert not (tmp_path / 'x.npz').exists() and len(results._part_files()) == 1
     assert results.finish(files, {}, unreadable=1) == 2
@@ -455,7 +455,7 @@ def test_a_part_that_was_deleted_meanwhile(cli, images, expected, small_parts, t
     argv = ['embed', images, *TEST_PVT, '--output', tmp_path / 'x.npz']
     with monkeypatch.context() as patch:
         patch.setattr(Results, 'finish', finish_without_a_part)
-        assert 'are missing' in cli(*argv, fails=True)
+        assert 'lacks the results of' in cli(*argv, fails=True)
     assert not (tmp_path / 'x.npz').exists()
     cli(*argv)
     check(tmp_path / 'x.npz', expected)
@@ -479,7 +479,7 @@ def test_several_processes_leave_the_folder(tmp_path):
 def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
     results = start_results(tmp_path / 'x.npz', ['a'], 1)
     (tmp_path / 'x.npz').write_text('mine')
-    with pytest.raises(ValueError, match='--overwrite replaces it'):
+    with pytest.raises(ValueError, match='add --overwrite, which replaces the file'):
         results.finish(['a'], {})
     assert (tmp_path / 'x.npz').read_text() == 'mine' and len(results._part_files()) == 1
 
@@ -505,7 +505,7 @@ def test_only_one_run_at_a_time(client_env, tmp_path, monkeypatch):
 def test_the_same_relative_paths_elsewhere_are_other_images(tmp_path, monkeypatch):
     start_results(tmp_path / 'x.npz', ['a'], 1).close()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match='of a run with another working_directory'):
+    with pytest.raises(ValueError, match=r'of a run with other settings \(working_directory\)'):
         Results(tmp_path / 'x.npz').prepare(['a'], {})
 
 
@@ -571,7 +571,7 @@ def test_settings_of_a_detector_beside_its_weights():
 def test_another_version_does_not_go_on(tmp_path, monkeypatch):
     start_results(tmp_path / 'x.npz', ['a'], 1).close()
     monkeypatch.setattr(results_module, '__version__', '99')
-    with pytest.raises(ValueError, match='of a run with another version'):
+    with pytest.raises(ValueError, match=r'of a run with other settings \(version\)'):
         Results(tmp_path / 'x.npz').prepare(['a'], {})
 
 

@@ -269,7 +269,7 @@ def test_pictures_and_results_together(cli, photos, weights, tmp_path):
         shares = [float(row['share']) for row in rows if row['image'] == file.path]
         assert sum(shares) == pytest.approx(1, abs=1e-4)
     assert 'at most' in cli(*argv, '--output', tmp_path / 'more', fails=True)
-    assert '--json or --output' in cli(*argv, '--json', '--output', tmp_path / 'y.csv', fails=True)
+    assert '--json or --output FILE, not both' in cli(*argv, '--json', '--output', tmp_path / 'y.csv', fails=True)
 
 
 # features -------------------------------------------------------------------------------------------------------------
@@ -330,9 +330,9 @@ def test_pictures_of_many_images(cli, photos, tmp_path):
 
 
 @pytest.mark.parametrize('argv, says', [
-    (['{photos}', '--save', '{tmp}/x.safetensors'], 'Expected a folder'),
+    (['{photos}', '--save', '{tmp}/x.safetensors'], 'Expected a folder for the output files of several images'),
     (['{photos}/0.png', '{photos}/in/1.png', '--output', '{tmp}/x.png'], 'Expected a folder'),
-    (['{photos}/0.png', '{tmp}/0.png', '--save', '{tmp}/maps'], 'Expected images of different names'),
+    (['{photos}/0.png', '{tmp}/0.png', '--save', '{tmp}/maps'], 'because each output file is named after its image'),
     (['{tmp}/0', '{tmp}/0.png', '--output', '{tmp}'], '0.png is read and would be replaced'),
     (['{photos}/0.png', '--save', '{tmp}/maps.npz'], 'Expected a file that ends in .safetensors as --save'),
     (['{photos}/0.png', '--save', '{tmp}/x', '--output', '{tmp}/../{name}/x'], 'Expected two files'),
@@ -587,7 +587,7 @@ def test_no_network(cli, photos, tmp_path, monkeypatch, scripts, argv, model, op
     assert f'Cannot load {model}: no network to ' in error
     assert ('Temporary failure in name resolution' if how == 'no name' else 'no answer within') in error
     url = timm.models.get_pretrained_cfg(model).url
-    assert f'({option} FILE takes a download of {url}, `pvt-timm demo` and --model test_pvt need none)' in error
+    assert f'(download {url} elsewhere and give the file as {option} FILE; `pvt-timm demo` and --model' in error
     assert sorted(file.name for file in tmp_path.iterdir()) == ['train.py', 'validate.py']
 
 
@@ -647,7 +647,7 @@ def test_pictures_in_another_folder_are_other_settings(cli, photos, weights, tmp
     with monkeypatch.context() as patch:
         patch.setattr(results_module.Results, 'add', add_and_end)
         assert main([str(arg) for arg in (*argv, tmp_path / 'one')]) == 130
-    assert 'of a run with another pictures' in cli(*argv, tmp_path / 'two', fails=True)
+    assert 'of a run with other settings (pictures)' in cli(*argv, tmp_path / 'two', fails=True)
     monkeypatch.chdir(tmp_path)
     cli(*argv, 'one')  # the same folder by another name
     assert len(list((tmp_path / 'one').rglob('*.png'))) == len(SIZES)
