@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -30,7 +30,7 @@ from ..images import image_files, natural_key
 from .classifiers import open_image, whole_image, whole_size
 from .errors import clean, filled, one_line
 from .processes import ProcessEnded, Processes
-from .results import Results, Table
+from .results import Results, State, Table, file_state
 
 __all__ = [
     'ImageFile', 'Loaded', 'Stream', 'Transformed', 'UnreadableImage', 'Whole', 'add_device_options', 'add_images',
@@ -73,8 +73,8 @@ def add_output_options(
     parser.add_argument(
         '--output', type=_path, metavar=metavar, help=f'{what}: {formats}, as its extension says. '
         'FILE is written as a whole at the end. Until then the results are in the folder FILE.parts. After a crash the '
-        'same command continues from this folder, also with torchrun. The images must not change in between'
-        f'{more}', **kwargs)
+        'same command continues from this folder, also with torchrun. It is refused if an image has another size or '
+        f'time of change than before{more}', **kwargs)
     parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
 
 
@@ -284,6 +284,7 @@ class Loaded:
     width: int = 0  # of the upright image
     height: int = 0
     error: str = ''
+    state: State = field(default_factory=list)  # of the file before it was read
 
 
 class _Images(Dataset):
@@ -295,6 +296,7 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> Loaded:
         file = self.files[index]
+        state = file_state(file.path)
         try:
             image = open_image(file.path, self.channels)
             try:
@@ -303,7 +305,7 @@ class _Images(Dataset):
                 raise ValueError(f'Cannot read the image {file.path}: {one_line(e)}') from e
         except ValueError as e:
             return Loaded(file, np.empty(0, np.uint8), error=str(e))
-        return Loaded(file, pixels, image.width, image.height)
+        return Loaded(file, pixels, image.width, image.height, state=state)
 
 
 def same_shapes(batch: Sequence[Loaded]) -> Iterator[Tuple[List[Loaded], torch.Tensor]]:
@@ -472,7 +474,7 @@ class Stream:
         try:
             share = [by_path[path] for path in self.processes.share(todo)]
             for loaded, result in self.results(share, channels, prepare, compute):
-                results.add(loaded.file.path, result)
+                results.add(loaded.file.path, result, loaded.state)
             results.flush()
         except UnreadableImage as e:
             results.close_early(alone)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pvt_timm.cli import many
 from pvt_timm.cli import results as results_module
 from pvt_timm.cli.main import main
+from pvt_timm.cli.predict import PREDICTIONS
 from pvt_timm.cli.processes import ProcessEnded, Processes
-from pvt_timm.cli.results import Results
+from pvt_timm.cli.results import Results, file_state
 from pvt_timm.detection import pvt_retinanet
 from tests.support.systems import needs_fcntl, needs_kill, needs_resource, needs_utf8_names
 
@@ -143,11 +146,11 @@ def interrupt_after(monkeypatch, count):
     add = Results.add
     kept = []
 
-    def adding(self, file, row):
+    def adding(self, file, row, state):
         if len(kept) == count:
             raise KeyboardInterrupt
         kept.append(file)
-        add(self, file, row)
+        add(self, file, row, state)
 
     monkeypatch.setattr(Results, 'add', adding)
     return kept
@@ -303,7 +306,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path, suffix):
         pytest.importorskip('pyarrow')
     small = Results(tmp_path / f'small{suffix}')  # what libraries import when they first write is not counted
     small.prepare(['a.png'], {})
-    small.add('a.png', np.zeros(512, np.float32))
+    small.add('a.png', np.zeros(512, np.float32), [])
     small.flush()
     small.finish(['a.png'], {})
     results = Results(tmp_path / f'x{suffix}')
@@ -312,7 +315,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path, suffix):
     tracemalloc.start()
     row = np.zeros(512, np.float32)
     for i, file in enumerate(files):
-        results.add(file, row + i)
+        results.add(file, row + i, [10 ** 7, 10 ** 18 + i])
     results.flush()
     assert results.finish(files, {}) == 20000
     peak = tracemalloc.get_traced_memory()[1]
@@ -424,12 +427,12 @@ def test_full_disk(python, images, tmp_path):
 
 # results --------------------------------------------------------------------------------------------------------------
 
-def start_results(output, files, count, settings=None):
+def start_results(output, files, count, settings=None, table=None):
     """Write the results of the first `count` images as a part, and return the `Results`."""
-    results = Results(output)
+    results = Results(output, table)
     results.prepare(files, settings or {})
     for file in files[:count]:
-        results.add(file, np.ones(3, np.float32))
+        results.add(file, np.ones(3, np.float32) if table is None else {}, file_state(file))
     results.flush()
     return results
 
@@ -509,16 +512,48 @@ def test_the_same_relative_paths_elsewhere_are_other_images(tmp_path, monkeypatc
         Results(tmp_path / 'x.npz').prepare(['a'], {})
 
 
-def test_an_image_that_was_changed_is_refused(tmp_path):
+@pytest.mark.parametrize('output', ['x.npz', 'x.jsonl'])
+@pytest.mark.parametrize('change', ['later', 'earlier', 'size', 'gone'])
+def test_an_image_that_was_changed_is_refused(tmp_path, output, change):
+    """An image that was replaced is refused, also by an older file as with `cp -p`, or by one with the same time."""
+    files = [str(tmp_path / 'a.png'), str(tmp_path / 'b.png')]
+    for file in files:
+        Path(file).write_text('before')
+    table = None if output == 'x.npz' else PREDICTIONS
+    start_results(tmp_path / output, files, 2, table=table).close()
+    again = Results(tmp_path / output, table)
+    assert again.prepare(files, {}) == []
+    again.close()
+    changed = os.stat(files[1]).st_mtime_ns + {'later': 5 * 10 ** 9, 'earlier': -10 ** 12}.get(change, 0)
+    if change == 'size':
+        Path(files[1]).write_text('longer than before')
+    os.utime(files[1], ns=(changed, changed))
+    if change == 'gone':
+        os.unlink(files[1])
+    with pytest.raises(ValueError, match='b.png was changed after its result was computed'):
+        Results(tmp_path / output, table).prepare(files, {})
+
+
+def test_an_image_that_is_changed_while_it_is_computed_is_refused(cli, images, tmp_path, monkeypatch):
+    """An image counts as it was before it was read. So a change between then and the end of its part is noticed."""
     file = tmp_path / 'a.png'
-    file.write_text('before')
-    results = start_results(tmp_path / 'x.npz', [str(file)], 1)
-    results.close()
-    assert Results(tmp_path / 'x.npz').prepare([str(file)], {}) == []
-    later = results._part_files()[0].stat().st_mtime + 5
-    os.utime(file, (later, later))
-    with pytest.raises(ValueError, match='a.png was changed after its result was computed'):
-        Results(tmp_path / 'x.npz').prepare([str(file)], {})
+    file.write_bytes(next(images.rglob('*.png')).read_bytes())
+    opened = many.open_image
+
+    def open_and_change(path, *args):
+        image = opened(path, *args)
+        os.utime(path, (1, 1))
+        return image
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    argv = ['embed', file, *TEST_PVT, '--output', tmp_path / 'x.npz']
+    with monkeypatch.context() as patch:
+        patch.setattr(many, 'open_image', open_and_change)
+        patch.setattr(Results, 'finish', interrupted)
+        assert main(list(map(str, argv))) == 130
+    assert 'a.png was changed after its result was computed' in cli(*argv, fails=True)
 
 
 def test_files_of_others_are_no_parts(tmp_path):

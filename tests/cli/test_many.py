@@ -640,8 +640,8 @@ def test_pictures_in_another_folder_are_other_settings(cli, photos, weights, tmp
     argv = ['detect', photos, '--checkpoint', weights / 'retinanet.pth', '--output', tmp_path / 'x.jsonl', '--output']
     add = results_module.Results.add
 
-    def add_and_end(self, file, row):
-        add(self, file, row)
+    def add_and_end(self, file, row, state):
+        add(self, file, row, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
