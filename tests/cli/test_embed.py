@@ -603,6 +603,16 @@ def test_settings_of_a_detector_beside_its_weights():
     assert len({settings(**change) for change in (*different, {})}) == 5
 
 
+def test_parts_of_another_format_are_refused(tmp_path):
+    """Parts in the format 1 do not say which size and time of change an image had."""
+    results = start_results(tmp_path / 'x.npz', ['a'], 1)
+    results.close()
+    marker = results.folder / 'settings.json'
+    marker.write_text(json.dumps(dict(json.loads(marker.read_text()), format=1)))
+    with pytest.raises(ValueError, match=r'of a run with other settings \(format\): remove it to start anew'):
+        Results(tmp_path / 'x.npz').prepare(['a'], {})
+
+
 def test_another_version_does_not_go_on(tmp_path, monkeypatch):
     start_results(tmp_path / 'x.npz', ['a'], 1).close()
     monkeypatch.setattr(results_module, '__version__', '99')
