@@ -124,6 +124,8 @@ class SemanticFpn(nn.Module):
     def segment(self, image: torch.Tensor) -> torch.Tensor:
         """Return the classes (H, W) of an image (C, H, W) with values from 0 to 1. Evaluation mode is used meanwhile.
 
+        Several images of one size (B, C, H, W) go through the model together. Their classes are (B, H, W).
+
         The image is resized twice, as by the original's AlignResize and mmsegmentation's ResizeToMultiple. First the
         shorter side becomes `min_size`, or less if the longer side would be above `max_size`. Then both sides are
         enlarged to multiples of 32. Unlike in these two, values are not rounded to bytes in between.
@@ -131,10 +133,12 @@ class SemanticFpn(nn.Module):
         Raises:
             ValueError: The image has another number of channels, no floating point numbers, or values up to 255.
         """
-        check_image(image, self.in_chans)
-        h, w = image.shape[1:]
+        images = image if image.ndim == 4 else image[None]
+        for one in images:
+            check_image(one, self.in_chans)
+        h, w = image.shape[-2:]
         width, height = resized(w, h, self.min_size, self.max_size)
-        x = normalize(image, self.mean, self.std)[None]
+        x = normalize(images, self.mean, self.std)
         for size in ((height, width), (math.ceil(height / 32) * 32, math.ceil(width / 32) * 32)):
             x = F.interpolate(x, size=size, mode='bilinear', align_corners=False)
         modes = [(module, module.training) for module in self.modules()]
@@ -144,7 +148,10 @@ class SemanticFpn(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
-        return F.interpolate(logits, size=(h, w), mode='bilinear', align_corners=False)[0].argmax(dim=0)
+        classes = [  # one by one: the logits of a large image take gigabytes
+            F.interpolate(one[None], size=(h, w), mode='bilinear', align_corners=False)[0].argmax(dim=0)
+            for one in logits]
+        return torch.stack(classes) if image.ndim == 4 else classes[0]
 
 
 def semantic_fpn(

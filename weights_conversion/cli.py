@@ -167,7 +167,7 @@ def _convert_whole(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
     usual = vars(_parser().parse_args(['convert', args['source'], '--output', args['output']]))
     others = [name for name, value in args.items() if name not in taken and value != usual[name]]
     if others:
-        raise ValueError(f'Expected none of --{others[0].replace("_", "-")} and the like with --whole.')
+        raise ValueError(f'Expected no --{others[0].replace("_", "-")} with --whole, which does not support it.')
     report = convert_whole(**{name: args[name] for name in taken})
     if as_json:
         print(json.dumps(report, indent=2))

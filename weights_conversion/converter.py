@@ -123,7 +123,7 @@ def _read(source: PathLike, **options: Any) -> Iterator[Weights]:
     with read_weights(source, **options) as weights:
         heads = describe_heads(heads_of(weights.converted)) if weights.converted.beside else None
         if heads:
-            note = f'beside the backbone is the rest of a {heads[0]} for {heads[1]} classes'
+            note = f'besides the backbone, the file holds the rest of a {heads[0]} for {heads[1]} classes'
             weights = replace(weights, notes=[note, *weights.notes])
         yield weights
 
@@ -135,7 +135,8 @@ def _target(
     fmt, info = FORMATS[to], weights.info
     for part in ('class_token', 'norm'):
         if part in drop and info.num_classes and 'head' not in drop:
-            raise ValueError(f'The head was trained on what the {part} gives: leave out both with --drop {part} head.')
+            raise ValueError(
+                f'The head was trained on the output of the {part}: leave out both, with --drop {part} head.')
     notes = [*weights.notes, *fmt.check_parts(weights, drop)]
     if size is None:
         size = fmt.required_size(weights)

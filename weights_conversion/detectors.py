@@ -107,8 +107,9 @@ def _check(file: Path, model: Any, task: str) -> None:
     meant = model.state_dict()
     wrong = [name for name, value in again.state_dict().items() if not torch.equal(value, meant[name])]
     if wrong or list(again.categories) != list(model.categories):
-        raise ValueError(f'The written file differs from what was meant in {wrong[0] if wrong else "its classes"}.')
+        raise ValueError(f'The file was not written correctly: {wrong[0] if wrong else "its classes"} changed.')
     args, read = (describe_model(m)['model_args'] for m in (model, again))
     lost = [name for name in args if args[name] != read.get(name) and name != 'embed_norm_eps']  # see formats/openmmlab
     if lost:
-        raise ValueError(f'Expected a PVT as published, got {lost[0]}={args[lost[0]]!r}, which the file cannot say.')
+        raise ValueError(
+            f'Expected a PVT with the published settings, got {lost[0]}={args[lost[0]]!r}, which the file cannot hold.')

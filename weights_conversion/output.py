@@ -32,7 +32,7 @@ def check_output(path: PathLike, force: bool) -> Path:
         raise ValueError('Expected a folder for the output, got an empty name.')
     path = Path(path).resolve()
     if not path.name or os.path.lexists(path) and not path.is_dir():
-        raise ValueError(f'Expected a folder for the output, {path} is {"a file" if path.name else "none"}.')
+        raise ValueError(f'Expected a folder for the output, {path} is {"a file" if path.name else "the root folder"}.')
     if path.is_dir() and not force:
         inside = [p.name for p in path.iterdir()]
         aside = [name for name in inside if name.startswith('.') and name.endswith(_ASIDE)]
@@ -103,11 +103,12 @@ def _check_names(path: Path, new: Path, sources: Sequence[Path]) -> None:
         there = path / name
         if there.parent != path and os.path.lexists(there.parent) and (
                 there.parent.is_symlink() or not there.parent.is_dir()):
-            raise ValueError(f'Expected a folder {there.parent}, or none: it is something else.')
+            raise ValueError(f'Expected {there.parent} to be a folder, or not to exist: it is a file or a link.')
         if not os.path.lexists(there):
             continue
         if not there.is_symlink() and not there.is_file():
-            raise ValueError(f'Expected a file {there}, or none: it is something else, and is not replaced.')
+            raise ValueError(
+                f'Expected {there} to be a file, or not to exist: it is something else, and is not replaced.')
         if any(os.path.samefile(there, source) for source in sources if there.exists()):
             raise ValueError(f'{there} is being converted and would be replaced: choose another folder.')
 
@@ -117,8 +118,8 @@ def _check_names(path: Path, new: Path, sources: Sequence[Path]) -> None:
     if found != [weights]:
         rivals = ', '.join(name for name in found if name != weights)
         raise ValueError(
-            f'The output folder {path} also holds {rivals}: nobody could tell which weights are meant. Choose another '
-            f'folder.')
+            f'The output folder {path} also holds {rivals}, so it would not be clear which weights to load. Choose '
+            f'another folder.')
     for name in (*NEIGHBOURS, LABELS_FILE):
         if name in others:
             raise ValueError(

@@ -71,8 +71,8 @@ def push(
         others = [name for name in there if not _WRITTEN.fullmatch(name)]
         if others:
             raise ValueError(
-                f'Expected nothing but what a conversion writes in {folder}, it holds {ascii(others[0])}. Name the '
-                f'files to upload.')
+                f'Expected only files that a conversion writes in {folder}, but it also holds {ascii(others[0])}. Give '
+                f'the names of the files to upload.')
         files = list(there)
     missing = [name for name in files if name not in there]
     if not files or missing:

@@ -135,4 +135,4 @@ def _check_equal(found: StateDict, meant: StateDict) -> None:
         if found[key].dtype != meant[key].dtype or not torch.equal(a, b):
             wrong.add(key)
     if wrong:
-        raise ValueError(f'The written file differs from what was meant in {min(wrong)}.')
+        raise ValueError(f'The file was not written correctly: {min(wrong)} changed.')

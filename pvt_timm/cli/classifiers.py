@@ -63,7 +63,7 @@ def load_model(
     if checkpoint is None and model is not None and model.startswith('hf-hub:'):
         model, checkpoint = None, model
     if prefix is not None and checkpoint is None:
-        raise ValueError('Expected --checkpoint with --prefix, the published weights hold one model each')
+        raise ValueError('Expected --checkpoint with --prefix: published weights hold only one model')
     variant = split_model_name_tag(model)[0] if model else None
     if variant not in (None, *VARIANTS):
         raise ValueError(f"Unknown model '{model}', expected one of {', '.join(VARIANTS)} (see `list`)")
@@ -80,7 +80,8 @@ def load_model(
         check_source(checkpoint)
         with read_weights(checkpoint, model=variant, prefix=prefix, labels=labels, img_size=img_size) as weights:
             if not kwargs and weights.problem_type == 'regression':
-                raise ValueError(f'Expected weights of a classifier, {Path(weights.source.name).name} predicts numbers')
+                raise ValueError(
+                    f'Expected weights of a classifier, {Path(weights.source.name).name} predicts numbers (regression)')
             network = weights.create_model(**kwargs)
             name, notes = f'{weights.variant} with weights from {Path(weights.source.name).name}', weights.notes
             multi_label = weights.multi_label

@@ -1,10 +1,9 @@
 """ The commands `detect` and `segment`: find objects or regions in images, and print, save or draw them. """
 import argparse
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -15,13 +14,14 @@ from ..files import check_folder
 from ..training.checkpoints import load_any
 from .classifiers import check_finite, check_in_chans, refusing_overflow
 from .errors import clean
-from .many import ImageFile, Loaded, Stream, as_image, as_pixels, checked_images, output_file, refuse_inputs
+from .many import (
+    ImageFile, Loaded, Stream, as_image, as_pixels, checked_images, output_file, print_json, refuse_inputs)
 from .network import cannot_load, check_pretrained
 from .overlays import SMALLEST_SHARE, draw_detections, draw_segments
 from .processes import Processes
 from .results import RECORD_SUFFIXES, Column, Table, fingerprint, settings_of
 
-__all__ = ['coco_results', 'published_detector', 'run_detect', 'run_segment']
+__all__ = ['coco_results', 'have_numbers', 'published_detector', 'run_detect', 'run_segment']
 
 Rows = List[Dict[str, Any]]
 
@@ -45,7 +45,7 @@ class Task:
 
 def run_detect(args: argparse.Namespace) -> None:
     if args.prefix is not None and not args.checkpoint:
-        raise ValueError('Expected --checkpoint with --prefix, the models of --model have one detector each')
+        raise ValueError('Expected --checkpoint with --prefix: published weights hold only one detector')
     if args.format == 'coco' and not args.json:
         raise ValueError('Expected --json with --format coco')
     with Processes() as processes:
@@ -101,18 +101,18 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
             print(f'{clean(args.output, 4096)}: {task.key} of {count:,} images')
         stream.say()
         return
-    records = []
-    for loaded, record in stream.results(files, model.in_chans, as_pixels, compute, prints=not args.json):
-        if args.json:
-            records.append(record)
-        else:
-            _print(loaded.file.path, record[task.key], task.key, pictures)
-    stream.refuse_none()
-    if args.json:
-        out: Any = dict(model=type(model).__name__.removeprefix('Pvt'), images=records)
-        if args.format == 'coco':
-            out = coco_results(records, model.categories)
-        print(json.dumps(out, indent=2, allow_nan=False))
+    records: Iterable[Dict[str, Any]] = stream.records(files, model.in_chans, as_pixels, compute)
+    if args.format == 'coco':
+        numbered = have_numbers(file.path for file in files)
+        if args.skip_errors and not numbered:  # the images that can be read, known at the end, may be numbered
+            records = list(records)
+            numbered = have_numbers(record['image'] for record in records)
+        print_json(coco_results(records, model.categories, numbered))
+    elif args.json:
+        print_json(records, 'images', model=type(model).__name__.removeprefix('Pvt'))
+    else:
+        for record in records:
+            _print(record['image'], record[task.key], task.key, pictures)
     stream.say()
 
 
@@ -131,8 +131,8 @@ def _split_outputs(outputs: Sequence[Path]) -> Tuple[Optional[Path], Optional[Pa
     for folder in folders:
         if folder.suffix and not folder.is_dir():  # meant as a file of an unsupported format, such as results.json
             raise ValueError(
-                f'Expected an --output that ends in {", ".join(RECORD_SUFFIXES)}, or a folder for pictures, whose name '
-                f'has a dot only if it is there already, got {folder}')
+                f'Expected an --output that ends in {", ".join(RECORD_SUFFIXES)}, or a folder for pictures (the name '
+                f'of a new folder must not have a dot), got {folder}')
     return folders[0] if folders else None, files[0] if files else None
 
 
@@ -157,7 +157,7 @@ def _pictures(
         start = name.stem if without_extension[name.with_suffix('')] == 1 else name.name
         pictures[path] = folder / name.parent / f'{start}_{command}.png'
     if len(set(pictures.values())) < len(pictures):
-        raise ValueError('Expected images of different names, as their pictures are called after them')
+        raise ValueError('Expected images of different names, because each picture is named after its image')
     refuse_inputs(pictures.values(), files, checkpoint)
     check_folder(folder)
     return pictures
@@ -275,27 +275,31 @@ def compressed(counts: Sequence[int]) -> str:
     return ''.join(text)
 
 
-def coco_results(results: Sequence[Dict[str, Any]], categories: Sequence[str]) -> Rows:
-    """Return objects in COCO's results format, which pycocotools' `loadRes` and COCO's servers read.
+def have_numbers(paths: Iterable[str]) -> bool:
+    """Return whether the file name of each image is a different number, as in COCO (000000000139.jpg)."""
+    stems = [Path(path).stem for path in paths]
+    return all(stem.isascii() and stem.isdigit() for stem in stems) and len(set(map(int, stems))) == len(stems)
+
+
+def coco_results(
+        results: Iterable[Dict[str, Any]], categories: Sequence[str], numbered: bool) -> Iterator[Dict[str, Any]]:
+    """Yield objects in COCO's results format, which pycocotools' `loadRes` and COCO's servers read.
 
     Args:
         results: A dict per image: 'image' (its path) and 'objects', whose boxes are x1, y1, x2, y2.
         categories: Names of the classes.
+        numbered: Whether the number in an image's file name is its id (000000000139.jpg has the id 139), see
+            `have_numbers`. Otherwise the ids are 1, 2, 3... in the order of `results`.
 
-    Returns:
+    Yields:
         A dict per object: 'image_id', 'category_id', 'bbox' (x, y, width, height), 'score' and, if there are masks,
-        'segmentation'. If each image's file name is a different number, as in COCO, this number is the image's id
-        (000000000139.jpg has the id 139). Otherwise the ids are 1, 2, 3... in the order of `results`. If the classes
-        have the names of COCO's 80 classes, in COCO's order, the ids of categories are COCO's. Otherwise the first
-        class has the id 1, the second has 2...
+        'segmentation'. If the classes have the names of COCO's 80 classes, in COCO's order, the ids of categories are
+        COCO's. Otherwise the first class has the id 1, the second has 2...
     """
-    stems = [Path(result['image']).stem for result in results]
-    by_name = all(stem.isascii() and stem.isdigit() for stem in stems) and len(set(map(int, stems))) == len(stems)
-    image_ids = [int(stem) for stem in stems] if by_name else range(1, len(stems) + 1)
     coco = coco_categories()
     category_ids = list(coco) if list(categories) == list(coco.values()) else None
-    rows: Rows = []
-    for image_id, result in zip(image_ids, results):
+    for number, result in enumerate(results, start=1):
+        image_id = int(Path(result['image']).stem) if numbered else number
         for found in result['objects']:
             x1, y1, x2, y2 = found['box']
             label = found['label']
@@ -304,8 +308,7 @@ def coco_results(results: Sequence[Dict[str, Any]], categories: Sequence[str]) -
                 bbox=[x1, y1, x2 - x1, y2 - y1], score=found['score'])
             if 'mask' in found:
                 row['segmentation'] = dict(size=found['mask']['size'], counts=compressed(found['mask']['counts']))
-            rows.append(row)
-    return rows
+            yield row
 
 
 # ---- segment ---------------------------------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ def _load_segmenter(args: argparse.Namespace) -> Any:
 
 def _segment(model: Any, images: torch.Tensor, args: argparse.Namespace) -> List[Found]:
     """Return the regions of images (B, C, H, W) with values from 0 to 1."""
-    return [_regions(model, model.segment(image).cpu()) for image in images]
+    return [_regions(model, labels) for labels in model.segment(images).cpu()]
 
 
 def _regions(model: Any, labels: torch.Tensor) -> Found:

@@ -102,14 +102,14 @@ def _export_whole(args: argparse.Namespace) -> Tuple[str, Exported]:
     """Export a detector or segmenter. Returns the name of the model and the result."""
     if args.checkpoint is None:
         if args.segmenter:
-            raise ValueError('Expected --checkpoint with --segmenter, none are published at a fixed address')
+            raise ValueError('Expected --checkpoint with --segmenter: this command cannot download a segmenter')
         variant = (args.model or DEFAULT_MODEL).removesuffix('.retinanet_coco')
         if args.prefix is not None:
-            raise ValueError('Expected --checkpoint with --prefix, the models of --model have one detector each')
+            raise ValueError('Expected --checkpoint with --prefix: published weights hold only one detector')
         name, model = f'RetinaNet on {variant}', published_detector(variant)
     else:
         if args.model is not None:
-            raise ValueError(f'Expected no --model, the checkpoint says what its {_task(args)} is made of')
+            raise ValueError(f'Expected no --model: the checkpoint says on which PVT its {_task(args)} is built')
         model = load_any(args.checkpoint, _task(args), args.prefix)
         name = f'{type(model).__name__.removeprefix("Pvt")} with weights from {Path(args.checkpoint).name}'
     check_finite(model, name)
@@ -144,7 +144,7 @@ def _int8_lines(change: Int8Change) -> Any:
     if change.same_first is not None:
         yield f'the most likely class stays the same for {change.same_first:.1%}'
     if change.right_before is not None:
-        yield f'right before {change.right_before:.2%}, after {change.right_after:.2%}'
+        yield f'accuracy before {change.right_before:.2%}, after {change.right_after:.2%}'
 
 
 def _as_json(name: str, done: Exported) -> Dict[str, Any]:

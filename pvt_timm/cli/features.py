@@ -35,7 +35,8 @@ def add_features_options(command: argparse.ArgumentParser) -> None:
         'replaced')
     command.add_argument(
         '--crop', action='store_true', help="use only the image's centre, as `predict` does. By default the whole "
-        'image is resized to sides that are multiples of 32, the shorter side as long as in training, or to --img-size')
+        'image is resized to sides that are multiples of 32, the shorter side as long as in training. With --img-size '
+        'the whole image is resized to that size without keeping its proportions')
     add_many_options(
         command, _MAPS_OF_A_BATCH, '. Images of different sizes go one by one, unless --crop or --img-size gives them '
         'the same')
@@ -57,8 +58,9 @@ class _Targets:
         self.features = _outputs(args.save, files, '.safetensors', alone)
         for paths in (self.pictures, self.features):
             if len(set(paths.values())) < len(paths):
-                raise ValueError('Expected images of different names, or the folder that they are in: what is written '
-                                 'is called after them')
+                raise ValueError(
+                    'Expected images of different names, because each output file is named after its image. Images in '
+                    'different subfolders may have the same name if the folder above them is given in their place')
         for path in self.features.values():
             if path.suffix.lower() not in ('', '.safetensors'):
                 raise ValueError(f'Expected a file that ends in .safetensors as --save, got {path}')
@@ -77,7 +79,7 @@ def _outputs(option: Optional[str], files: List[ImageFile], suffix: str, alone: 
         os.stat(Path(option).absolute().parent)
         return {files[0].path: Path(option)}
     if not is_folder and Path(option).suffix.lower() in _FILE_SUFFIXES:
-        raise ValueError(f'Expected a folder for what is written of several images, got {option}')
+        raise ValueError(f'Expected a folder for the output files of several images, got the file name {option}')
     check_folder(option)
     return {file.path: Path(option, file.name + suffix) for file in files}
 

@@ -65,7 +65,9 @@ def _parser() -> Parser:
 
     images = Parser(add_help=False)
     add_images(images)
-    images.add_argument('--json', action='store_true', help='print one JSON document at the end')
+    images.add_argument(
+        '--json', action='store_true', help='print the results as one JSON document. Each of its images is printed as '
+        'soon as it is computed. After an error the document has no end, and the exit code is 2')
     model = Parser(add_help=False)
     model.add_argument(
         '--model', type=filled, help='name of a model, with or without tag (see `list`), or hf-hub:OWNER/REPO '
@@ -121,12 +123,11 @@ def _parser() -> Parser:
     detect.add_argument(
         '--threshold', type=score, default=0.5, help='lowest score of an object, 0 to 1 (default 0.5)')
     segment = add(
-        'segment', run_segment, 'assign a class to every pixel of images', parents=[images, drawn],
-        description='Assign a class to every pixel of images. They go through the model one by one.')
+        'segment', run_segment, 'assign a class to every pixel of images', parents=[images, drawn])
     segment.add_argument(
         '--checkpoint', type=filled, required=True, metavar='FILE',
         help='a Semantic FPN, from `segmenter fit`, from mmsegmentation or from the original code')
-    add_many_options(segment, batch_size=None)
+    add_many_options(segment, 1, '. Images of different sizes always go one by one')
     add_training(subparsers)
     train = add(
         'train', run_train, "run timm's train.py, with recovery", usage='%(prog)s [-h] SCRIPT [ARGS ...]',

@@ -1,8 +1,8 @@
 """ Run many images through a model, on any device. Images are found in folders, read by worker processes and batched.
 
-A command makes a `Stream` from its options. It iterates over `Stream.results`, or calls `Stream.write` to write the
-results to one file. An image that cannot be read ends the command. With `--skip-errors` such images are named and
-counted, and the command continues.
+A command makes a `Stream` from its options. It iterates over `Stream.results` or `Stream.records`, or calls
+`Stream.write` to write the results to one file. `print_json` prints results as JSON. An image that cannot be read ends
+the command. With `--skip-errors` such images are named and counted, and the command continues.
 
 timm's transforms prepare the images, and PyTorch's `DataLoader` reads them. timm's `create_loader` is made for images
 of one size with a class. It has no place for the name and the error of an image, and no images of several sizes.
@@ -10,13 +10,14 @@ of one size with a class. It has no place for the name and the error of an image
 import argparse
 import functools
 import itertools
+import json
 import logging
 import math
 import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -33,12 +34,12 @@ from ..images import image_files, natural_key
 from .classifiers import open_image, whole_image, whole_size
 from .errors import clean, filled, one_line
 from .processes import ProcessEnded, Processes
-from .results import Results, Table
+from .results import Results, State, Table, file_state
 
 __all__ = [
     'ImageFile', 'Loaded', 'Stream', 'Transformed', 'UnreadableImage', 'Whole', 'add_device_options', 'add_images',
     'add_many_options', 'add_output_options', 'as_image', 'as_pixels', 'checked_images', 'find_images',
-    'machine_device', 'normalise', 'output_file', 'place', 'refuse_inputs', 'same_shapes', 'whole_number',
+    'machine_device', 'normalise', 'output_file', 'place', 'print_json', 'refuse_inputs', 'same_shapes', 'whole_number',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -76,8 +77,8 @@ def add_output_options(
     parser.add_argument(
         '--output', type=_path, metavar=metavar, help=f'{what}: {formats}, as its extension says. '
         'FILE is written as a whole at the end. Until then the results are in the folder FILE.parts. After a crash the '
-        'same command continues from this folder, also with torchrun. The images must not change in between'
-        f'{more}', **kwargs)
+        'same command continues from this folder, also with torchrun. It is refused if an image has another size or '
+        f'time of change than before{more}', **kwargs)
     parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
 
 
@@ -94,19 +95,17 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         '(default float32). The other types are less exact, and faster on GPUs and on CPUs that support them')
 
 
-def add_many_options(parser: argparse.ArgumentParser, batch_size: Optional[int] = BATCH_SIZE, how: str = '') -> None:
+def add_many_options(parser: argparse.ArgumentParser, batch_size: int = BATCH_SIZE, how: str = '') -> None:
     """Add the options of commands that take many images.
 
     Args:
-        batch_size: Default of `--batch-size`. None: there is no such option, and images go through the model one by
-            one.
+        batch_size: Default of `--batch-size`.
         how: End of the help of `--batch-size`.
     """
     add_device_options(parser)
-    if batch_size is not None:
-        parser.add_argument(
-            '--batch-size', type=whole_number, default=batch_size, metavar='N',
-            help=f'images that go through the model together (default {batch_size}){how}')
+    parser.add_argument(
+        '--batch-size', type=whole_number, default=batch_size, metavar='N',
+        help=f'images that go through the model together (default {batch_size}){how}')
     parser.add_argument(
         '--workers', type=functools.partial(whole_number, smallest=0), metavar='N',
         help='processes that read images while the model computes (default: one per core if the model is on an '
@@ -171,12 +170,13 @@ def output_file(args: argparse.Namespace, table: Table, processes: Processes) ->
     """
     if args.output is None:
         if args.overwrite:
-            raise ValueError('Expected --output FILE for results with --overwrite. Pictures are replaced without it')
+            raise ValueError('Expected --output FILE for results with --overwrite. Pictures are always replaced')
         if processes.count > 1:
-            raise ValueError('Expected --output FILE with several processes, each of them has a part of the images')
+            raise ValueError(
+                'Expected --output FILE with several processes, because each of them computes only some of the images')
         return None
     if args.json:
-        raise ValueError('Expected --json or --output FILE, which holds the same: FILE.jsonl')
+        raise ValueError('Expected --json or --output FILE, not both (--output FILE.jsonl writes the same results)')
     return Results(args.output, table, args.overwrite)
 
 
@@ -201,6 +201,33 @@ def refuse_inputs(outputs: Iterable[Path], files: Sequence[ImageFile], checkpoin
         refuse_same_file(path, checkpoint)
         if os.path.realpath(path) in images:
             raise ValueError(f'{path} is read and would be replaced: choose another name for the output.')
+
+
+def print_json(elements: Iterable[Any], name: Optional[str] = None, **others: Any) -> None:
+    """Print a JSON document that is a list, or holds a list. Each element is printed as soon as it is there.
+
+    The text is that of `json.dumps` with an indent of 2. If an error comes before the first element, nothing is
+    printed. After a later error the document has no end.
+
+    Args:
+        elements: The elements of the list.
+        name: Name of the list in the document. If None, the document is the list.
+        others: The other values of the document, which come before the list.
+    """
+    document = [] if name is None else {**others, name: []}
+    start, end = json.dumps(document, indent=2, allow_nan=False).rsplit(']', 1)
+    margin = '' if name is None else '  '
+    count = 0
+    try:
+        for element in elements:
+            text = json.dumps(element, indent=2, allow_nan=False).replace('\n', f'\n{margin}  ')
+            print(f'{"," if count else start}\n{margin}  {text}', end='', flush=True)
+            count += 1
+    except BaseException:
+        if count:
+            print()  # the message of the error begins a new line on a terminal
+        raise
+    print(f'\n{margin}]{end}' if count else f'{start}]{end}')
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -261,6 +288,7 @@ class Loaded:
     width: int = 0  # of the upright image
     height: int = 0
     error: str = ''
+    state: State = field(default_factory=list)  # of the file before it was read
 
 
 class _Images(Dataset):
@@ -272,6 +300,7 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> Loaded:
         file = self.files[index]
+        state = file_state(file.path)
         try:
             image = open_image(file.path, self.channels)
             try:
@@ -280,7 +309,7 @@ class _Images(Dataset):
                 raise ValueError(f'Cannot read the image {file.path}: {one_line(e)}') from e
         except ValueError as e:
             return Loaded(file, np.empty(0, np.uint8), error=str(e))
-        return Loaded(file, pixels, image.width, image.height)
+        return Loaded(file, pixels, image.width, image.height, state=state)
 
 
 def same_shapes(batch: Sequence[Loaded]) -> Iterator[Tuple[List[Loaded], torch.Tensor]]:
@@ -358,7 +387,7 @@ class Stream:
         self.dtype = DTYPES[args.dtype]
         self.done = self.skipped = 0
         self._command: str = args.command
-        self._batch_size: int = getattr(args, 'batch_size', 1)
+        self._batch_size: int = args.batch_size
         self._workers: Optional[int] = args.workers
         self._skip_errors: bool = args.skip_errors
         self._seconds = 0.
@@ -416,6 +445,19 @@ class Stream:
                 numbers = range(start, min(start + self._batch_size, len(images)))
                 yield list(pool.map(images.__getitem__, numbers))
 
+    def records(
+            self, files: Sequence[ImageFile], channels: int, prepare: Prepare,
+            compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]]) -> Iterator[Any]:
+        """Yield the results as `results` does, to be printed at once.
+
+        Raises:
+            UnreadableImage: An image cannot be read, and errors are not skipped.
+            ValueError: None of the images could be read.
+        """
+        for _, record in self.results(files, channels, prepare, compute, prints=True):
+            yield record
+        self.refuse_none()
+
     def write(
             self, files: Sequence[ImageFile], channels: int, prepare: Prepare,
             compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]],
@@ -437,7 +479,7 @@ class Stream:
             unreadable = sum(self.processes.gather(self.skipped))
             return self.processes.from_first(lambda: results.finish(list(by_path), info, unreadable))
         except ProcessEnded as e:
-            raise ProcessEnded(f'{e}: the same command goes on from {results.folder}') from e
+            raise ProcessEnded(f'{e}: run the same command again, it continues from {results.folder}') from e
         finally:
             results.close()
 
@@ -454,12 +496,12 @@ class Stream:
         try:
             share = [by_path[path] for path in self.processes.share(todo)]
             for loaded, result in self.results(share, channels, prepare, compute):
-                results.add(loaded.file.path, result)
+                results.add(loaded.file.path, result, loaded.state)
             results.flush()
         except UnreadableImage as e:
             results.close_early(alone)
-            kept = f', from {results.folder}' if results.folder.is_dir() else ''
-            raise UnreadableImage(f'{e} (--skip-errors goes on without such images{kept})') from e
+            kept = f' and continue from {results.folder}' if results.folder.is_dir() else ''
+            raise UnreadableImage(f'{e} (add --skip-errors to leave out such images{kept})') from e
         except BaseException:
             results.close_early(alone)
             raise

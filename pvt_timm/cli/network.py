@@ -38,7 +38,10 @@ def cannot_load(name: str, error: BaseException, url: Optional[str], option: str
         url: Address where the weights can be downloaded by hand.
         option: Option of the command that takes weights from a file.
     """
-    cure = f' ({option} FILE takes a download of {url}, `pvt-timm demo` and --model test_pvt need none)' if url else ''
+    cure = ''
+    if url:
+        cure = (f' (download {url} elsewhere and give the file as {option} FILE; `pvt-timm demo` and --model test_pvt '
+                f'need no network)')
     return ValueError(f'Cannot load {name}: {one_line(error, 500)}{cure}')
 
 

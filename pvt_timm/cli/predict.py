@@ -1,7 +1,6 @@
 """ The commands `predict`, `demo` and `list`. """
 import argparse
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 from urllib.parse import urlsplit
@@ -18,7 +17,7 @@ from ..variants import TOP1, VARIANTS
 from .classifiers import (
     DEFAULT_MODEL, Classifier, check_output, extract, load_model, open_image, predict, probabilities)
 from .errors import clean
-from .many import Loaded, Stream, Transformed, checked_images, normalise, output_file
+from .many import Loaded, Stream, Transformed, checked_images, normalise, output_file, print_json
 from .pictures import draw_pyramid
 from .processes import Processes
 from .results import Column, Table, fingerprint, settings_of
@@ -83,19 +82,14 @@ def _predict_all(args: argparse.Namespace, processes: Processes) -> None:
             print(f'{clean(args.output, 4096)}: predictions of {count:,} images')
         stream.say()
         return
-    records = []
-    for loaded, record in stream.results(files, channels, prepare, compute, prints=not args.json):
-        if args.json:
-            records.append(record)
-            continue
-        print(clean(loaded.file.path, 4096))
-        for item in record['predictions']:
-            print(f'  {item["probability"]:7.2%}  {clean(item["label"])}', flush=True)
-    stream.refuse_none()
+    records = stream.records(files, channels, prepare, compute)
     if args.json:
-        print(json.dumps(dict(
-            model=classifier.name, img_size=classifier.data['input_size'][1:], images=records),
-            indent=2, allow_nan=False))
+        print_json(records, 'images', model=classifier.name, img_size=classifier.data['input_size'][1:])
+    else:
+        for record in records:
+            print(clean(record['image'], 4096))
+            for item in record['predictions']:
+                print(f'  {item["probability"]:7.2%}  {clean(item["label"])}', flush=True)
     stream.say()
 
 

@@ -5,7 +5,9 @@ files with the results of some hundred images each, and settings.json, which say
 At the end the parts are merged into FILE, in the order of the images, and the folder is removed.
 
 If a run was killed, the same command continues from the folder. A command with other settings is refused, and so is a
-second run at the same time. Memory holds the names of all images, and the results of only a few parts.
+second run at the same time. The parts say which size and time of change each image had when it was read. If an image
+has another size or time now, older or newer, the command is refused. A change that keeps both is not noticed. Memory
+holds the names of all images, and the results of only a few parts.
 """
 import csv
 import hashlib
@@ -39,7 +41,8 @@ else:
     import fcntl
 
 __all__ = [
-    'RECORD_SUFFIXES', 'VECTOR_SUFFIXES', 'Column', 'Results', 'Table', 'as_text', 'fingerprint', 'settings_of']
+    'RECORD_SUFFIXES', 'VECTOR_SUFFIXES', 'Column', 'Results', 'State', 'Table', 'as_text', 'file_state', 'fingerprint',
+    'settings_of']
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +56,9 @@ _OPEN_PARTS = 16  # parts that are in memory while merging
 _LARGEST_HEADER = 90 * 10 ** 6  # bytes; safetensors reads headers up to 100 MB
 _PART = re.compile(r'[0-9a-f]{32}')  # name of a part, without its suffix
 _UNFINISHED = re.compile(r'\.([0-9a-f]{32}\.\w+|settings\.json)-[0-9a-f]{32}')  # temporary files of `save_atomically`
+
+
+State = List[int]  # size of a file in bytes and the time of its last change in nanoseconds, see `file_state`
 
 
 @dataclass(frozen=True)
@@ -98,34 +104,56 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def file_state(path: str) -> State:
+    """Return the size of a file and the time of its last change, by which another content of the file is noticed.
+
+    The list is empty if there is no such file.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 class _RecordParts:
-    """Reads and writes parts with one record per image, as JSON lines."""
+    """Reads and writes parts with one record per image, as JSON lines: file, record and state of the file."""
     suffix = '.jsonl'
 
-    def content(self, files: Sequence[str], rows: Sequence[Any]) -> bytes:
-        return b''.join(json.dumps([file, row], allow_nan=False).encode() + b'\n' for file, row in zip(files, rows))
+    def content(self, files: Sequence[str], rows: Sequence[Any], states: Sequence[State]) -> bytes:
+        lines = (json.dumps(line, allow_nan=False) for line in zip(files, rows, states))
+        return b''.join(line.encode() + b'\n' for line in lines)
 
     def files_in(self, path: Path) -> List[str]:
-        with open(path, encoding='ascii') as f:
-            return [json.loads(line)[0] for line in f]
+        return self._column(path, 0)
 
     def rows_in(self, path: Path) -> List[Any]:
+        return self._column(path, 1)
+
+    def states_in(self, path: Path) -> List[State]:
+        return self._column(path, 2)
+
+    def _column(self, path: Path, index: int) -> List[Any]:
         with open(path, encoding='ascii') as f:
-            return [json.loads(line)[1] for line in f]
+            return [json.loads(line)[index] for line in f]
 
 
 class _VectorParts:
-    """Reads and writes parts with one float32 vector per image, as safetensors. Its metadata has the files' names."""
+    """Reads and writes parts with one float32 vector per image, as safetensors. Metadata: names and states of files."""
     suffix = '.safetensors'
 
-    def content(self, files: Sequence[str], rows: Sequence[Any]) -> bytes:
-        return save({'embedding': np.stack(rows)}, metadata={'file': json.dumps(files)})
+    def content(self, files: Sequence[str], rows: Sequence[Any], states: Sequence[State]) -> bytes:
+        return save({'embedding': np.stack(rows)}, metadata={'file': json.dumps(files), 'state': json.dumps(states)})
 
     def files_in(self, path: Path) -> List[str]:
         with safe_open(path, 'numpy') as f:
             return json.loads(f.metadata()['file'])
+
+    def states_in(self, path: Path) -> List[State]:
+        with safe_open(path, 'numpy') as f:
+            return json.loads(f.metadata()['state'])
 
     def rows_in(self, path: Path) -> List[Any]:
         with safe_open(path, 'numpy') as f:
@@ -156,7 +184,7 @@ class Results:
         self.output, self.table, self.overwrite = output, table, overwrite
         self.folder = output.with_name(output.name + '.parts')
         self._kind: Any = _VectorParts() if table is None else _RecordParts()
-        self._added: List[Tuple[str, Any]] = []  # images and their results that are not yet written
+        self._added: List[Tuple[str, Any, State]] = []  # images, results and states that are not yet written
         self._lock: Optional[BinaryIO] = None
         self._since = time.monotonic()
 
@@ -176,14 +204,16 @@ class Results:
         if not self.output.absolute().parent.is_dir():
             raise FileNotFoundError(f'No such folder: {self.output.absolute().parent}')
         if self.output.exists() and not self.output.is_file():
-            raise ValueError(f'Expected a file as --output, {self.output} is none')
+            raise ValueError(f'Expected a file as --output, {self.output} is a folder or a device')
         self._refuse_replacing()
         if suffix == '.parquet':
             import_extra('pyarrow', 'embed')
 
     def _refuse_replacing(self) -> None:
         if self.output.is_file() and not self.overwrite:
-            raise ValueError(f'{self.output} is there already: --overwrite replaces it, once all results are there')
+            raise ValueError(
+                f'{self.output} already exists: choose another --output, or add --overwrite, which replaces the file '
+                f'once all results are there')
 
     def prepare(self, files: Sequence[str], settings: Dict[str, Any]) -> List[str]:
         """Create the folder of the parts, or continue from it. Returns the `files` without a result, each once.
@@ -199,10 +229,12 @@ class Results:
         """
         files = list(dict.fromkeys(files))
         if self.output.suffix.lower() == '.safetensors' and _length_in_header(files) > _LARGEST_HEADER:
-            raise ValueError(f'{len(files)} names are too many for the header of a safetensors file: write .parquet')
+            raise ValueError(
+                f'{len(files)} names of images are too many for the header of a safetensors file: choose an --output '
+                f'that ends in .parquet or .npz')
         if not all(os.path.isabs(file) for file in files):  # in another folder, the same paths name other images
             settings = dict(settings, working_directory=os.getcwd())
-        settings = json.loads(json.dumps(dict(settings, format=1, version=__version__)))  # as JSON returns them
+        settings = json.loads(json.dumps(dict(settings, format=2, version=__version__)))  # as JSON returns them
         marker = self.folder / 'settings.json'
         self.folder.mkdir(exist_ok=True)
         self._refuse_other_content(marker)  # before the lock file is created in it
@@ -219,8 +251,8 @@ class Results:
             raise ValueError(f'{marker} is damaged, remove {self.folder} to start anew') from e
         if differing:
             raise ValueError(
-                f'{self.folder} holds results of a run with another {clean(", ".join(differing))}: remove it to start '
-                f'anew, or choose another --output')
+                f'{self.folder} holds results of a run with other settings ({clean(", ".join(differing))}): remove it '
+                f'to start anew, or choose another --output')
         index = self._index()
         done = index.rows
         given = set(files)
@@ -238,7 +270,7 @@ class Results:
             return
         for path in self.folder.iterdir():
             if path.name != 'lock' and not _UNFINISHED.fullmatch(path.name):
-                raise ValueError(f'{self.folder} holds something else than results: choose another --output')
+                raise ValueError(f'{self.folder} holds files that are not results: choose another --output')
 
     def _take_lock(self) -> None:
         """Keep other runs out of the folder until `close`, or until this process ends in any way."""
@@ -254,13 +286,13 @@ class Results:
             _logger.warning(f'{self.folder} cannot be locked, do not run this command twice at once: {one_line(e)}')
 
     def _refuse_changed(self, index: _Index) -> None:
-        """Refuse results of images that were changed after their part was written."""
-        written = [path.stat().st_mtime for path in index.parts]
-        for file, (part, _) in index.rows.items():
-            if os.path.exists(file) and os.stat(file).st_mtime > written[part]:
+        """Refuse results of images that are other files now: of another size or time of change, older or newer."""
+        states = [self._read(self._kind.states_in, path) for path in index.parts]
+        for file, (part, row) in index.rows.items():
+            if file_state(file) != states[part][row]:
                 raise ValueError(
-                    f'{clean(file, 4096)} was changed after its result was computed: remove {self.folder} to start '
-                    f'anew, or choose another --output')
+                    f'{clean(file, 4096)} was changed after its result was computed (it has another size or time of '
+                    f'change): remove {self.folder} to start anew, or choose another --output')
 
     def close(self) -> None:
         """Release the lock, so that other runs can use the folder."""
@@ -268,20 +300,26 @@ class Results:
             self._lock.close()
             self._lock = None
 
-    def add(self, file: str, row: Any) -> None:
+    def add(self, file: str, row: Any, state: State) -> None:
         """Add the result of an image. Results are kept in memory until there are enough for a part.
 
         A part is written once there are 512 results, or when a result is added more than 10 seconds after the last
         part.
+
+        Args:
+            file: Path of the image.
+            row: The result.
+            state: What `file_state` said before the image was read.
         """
-        self._added.append((file, row))
+        self._added.append((file, row, state))
         if len(self._added) >= _PART_IMAGES or time.monotonic() - self._since > _PART_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Write the results in memory as a part."""
         if self._added:
-            content = self._kind.content([file for file, _ in self._added], [row for _, row in self._added])
+            files, rows, states = zip(*self._added)
+            content = self._kind.content(files, rows, states)
             path = self.folder / f'{uuid.uuid4().hex}{self._kind.suffix}'
             save_atomically(path, lambda f: f.write(content))
             self._added = []
@@ -318,8 +356,8 @@ class Results:
         missing = len(files) - len(order)
         if missing != unreadable:
             raise ValueError(
-                f'Expected results of all but {unreadable} images in {self.folder}, {missing} are missing: the same '
-                f'command goes on from there')
+                f'{self.folder} lacks the results of {missing} images, and only {unreadable} images could not be read: '
+                f'run the same command again to compute the missing ones')
         self._refuse_replacing()
         if not order:
             self._remove(index.parts)

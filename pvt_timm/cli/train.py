@@ -97,7 +97,7 @@ def run_train(args: argparse.Namespace) -> List[str]:
     settings.update(machine)
     now = {**settings, **given}
     if not now.get('experiment'):
-        raise ValueError('Expected --experiment NAME (and --output DIR), the folder to go on from after a crash')
+        raise ValueError('Expected --experiment NAME (and --output DIR): a crashed training is continued from DIR/NAME')
     folder = Path(now.get('output') or './output/train', now['experiment'])
     if machine:
         lines.append('on this machine ' + ', '.join(f'{name}: {value}' for name, value in machine.items()))
@@ -219,18 +219,18 @@ def latest_checkpoint(
         try:
             state = read_checkpoint(file)
             if not {'epoch', 'optimizer'} <= state.keys():
-                raise ValueError('it holds no epoch and optimizer')
+                raise ValueError('it does not hold the epoch and the state of the optimizer')
         except (ValueError, OSError) as e:
             broken.append(f'{file}: {one_line(e)}')
             continue
         _check_same_model(file, state.get('args'), settings or {})
         for line in broken:
-            say(f'passing over {line}')
+            say(f'this checkpoint cannot be read and is not used: {line}')
         say(f'going on after epoch {clean(state["epoch"], 20)} from {file}: weights, optimizer, learning rate and '
-            f'weight decay are those in it, others are without effect')
+            f'weight decay are taken from this file, other values for them in the options or the config have no effect')
         return file
     if broken:
-        raise ValueError(f'Cannot go on from {broken[0]} (--experiment NAME or an empty folder to start anew)')
+        raise ValueError(f'Cannot go on from {broken[0]} (to start anew, give another --experiment)')
     return None
 
 
@@ -251,7 +251,7 @@ def _check_same_model(file: Path, trained: Any, settings: Dict[str, Any]) -> Non
             option = name.replace('_', '-')
             raise ValueError(
                 f'Cannot go on from {file}: it was trained with --{option} {clean(before[name], 60)}, now it is '
-                f'{clean(now[name], 60)} (--experiment NAME to start anew)')
+                f'{clean(now[name], 60)} (to start anew, give another --experiment)')
 
 
 def _finished(latest: Path, now: Dict[str, Any]) -> Optional[str]:
@@ -279,7 +279,7 @@ def _finished(latest: Path, now: Dict[str, Any]) -> Optional[str]:
         return None
     best = latest.with_name('model_best.pth.tar')
     weights = f'{best} (best epoch), {latest}' if best.is_file() else str(latest)
-    return f'the run is finished, all {epochs} epochs are done: {weights}. --epochs N with a larger N goes on'
+    return f'the run is finished, all {epochs} epochs are done: {weights}. To train for longer, give a larger --epochs'
 
 
 def _model_settings(said: Dict[str, Any]) -> Dict[str, Any]:
@@ -328,7 +328,8 @@ def _refuse_epochs_without_a_batch() -> None:
             count = torch.distributed.get_world_size() if kwargs.get('distributed') else 1
             # the script is running, outside of `run_command`: its errors would have a traceback
             _say(f'error: Expected at least {count * kwargs["batch_size"]} images to train on, one batch in each '
-                 f'process, got {len(dataset)}: give a smaller --batch-size, and --lr, which otherwise shrinks with it')
+                 f'process, got {len(dataset)}: give a smaller --batch-size, and also --lr, because timm otherwise '
+                 f'lowers the learning rate with the batch size')
             raise SystemExit(2)
         return loader
 

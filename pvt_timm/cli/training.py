@@ -26,8 +26,8 @@ def add_training(subparsers: Any) -> None:
         modes = command.add_subparsers(dest='mode', metavar='MODE', title='modes')
         recipes = ', '.join(kind.recipes)
         for mode, func, about in (
-                ('fit', run_fit, 'Train. The same command goes on after a crash.'),
-                ('validate', run_validate, 'Evaluate. Exit code 1 if the figures are not the published ones.')):
+                ('fit', run_fit, 'Train. After a crash, run the same command again to continue.'),
+                ('validate', run_validate, 'Evaluate. Exit code 1 if the figures differ from the published ones.')):
             parser: Parser = modes.add_parser(mode, help=about, description=about)
             parser.set_defaults(func=func, settings_class=kind)
             parser.add_argument('--config', metavar='NAME|FILE', help=f'recipe ({recipes}) or YAML file')

@@ -67,7 +67,7 @@ class LabelMapDataset(Dataset):
             wrong = labels[(classes != IGNORED) & (classes >= self.num_classes)]
             raise DataError(
                 f'Expected the values {first} to {self.num_classes - 1 + first} for the {self.num_classes} classes '
-                f'and {IGNORED} for none{", and 0 likewise" if first else ""}, got {int(wrong[0])}: {file}')
+                f'and {"0 or " if first else ""}{IGNORED} for no class, got {int(wrong[0])}: {file}')
         return tv_tensors.Image(image), tv_tensors.Mask(classes)
 
 

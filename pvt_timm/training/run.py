@@ -80,16 +80,16 @@ def fit(settings: AnySettings) -> Dict[str, float]:
     model, train, held_out, module_args = parts
     if before is not None and before[KEY]['categories'] != list(model.categories):
         raise ValueError(
-            f'Expected the classes {_few(before[KEY]["categories"])} that training in {output} was begun with, got '
-            f'{_few(model.categories)}')
+            f'Expected the same classes as at the start of the training in {output}, '
+            f'{_few(before[KEY]["categories"])}, got {_few(model.categories)}')
     steps_per_epoch, epochs = _epochs(settings, len(train))
     trainer.fit_loop.max_epochs = epochs
     if settings.epochs is not None:
         trainer.check_val_every_n_epoch = settings.eval_every
     total_steps = steps_per_epoch * epochs
     if 2 * settings.warmup_steps > total_steps:
-        _say(f'the learning rate rises in the first {settings.warmup_steps} steps, and this training has '
-             f'{total_steps}: give fewer --warmup-steps, or train for longer')
+        _say(f'the learning rate rises during the first {settings.warmup_steps} steps, and the whole training has '
+             f'{total_steps} steps: give fewer --warmup-steps, or train for longer')
     module_args.update(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     module: Any
     if isinstance(settings, DetectorSettings):
@@ -109,7 +109,7 @@ def fit(settings: AnySettings) -> Dict[str, float]:
     if before is not None:
         done = before['epoch'] + 1
         if done >= epochs:
-            _say(f'{output / LAST} is that of the last epoch, there is nothing left to train')
+            _say(f'the training is finished: {output / LAST} is from its last epoch')
             return dict(before[KEY]['figures'])
         _say(f'going on after epoch {done} of {epochs} from {output / LAST}')
     with _quiet():
@@ -128,7 +128,7 @@ def validate(settings: AnySettings, predictions: Optional[Path] = None) -> Valid
         ValueError: Settings, data or weights are wrong. The message says what.
     """
     if not settings.weights:
-        raise ValueError('Expected --weights, what to validate, such as best.ckpt of fit')
+        raise ValueError('Expected --weights FILE, the model to validate, such as the best.ckpt that fit writes')
     root = _folder(settings, 'data')
     trainer = _trainer(settings, [])
     model, own = _source(settings)
@@ -193,7 +193,7 @@ def _check(settings: AnySettings) -> None:
     if settings.steps is not None and settings.steps % settings.eval_every:
         raise ValueError(f'Expected steps to be a multiple of eval_every ({settings.eval_every}), got {settings.steps}')
     if settings.weights and settings.backbone_weights:
-        raise ValueError('Expected either weights or backbone_weights, as whole weights have a backbone')
+        raise ValueError('Expected weights or backbone_weights, not both: weights include those of the backbone')
 
 
 def _passes(settings: Settings, processes: int) -> Tuple[int, int]:
@@ -218,13 +218,13 @@ def _epochs(settings: Settings, images: int) -> Tuple[int, int]:
 def _check_same(before: Dict[str, Any], settings: Settings, output: Path) -> None:
     """Refuse to continue a training with other settings than it was begun with."""
     if KEY not in before or 'loops' not in before:
-        raise ValueError(f'Expected a checkpoint of fit, {output / LAST} is none')
+        raise ValueError(f'Expected a checkpoint that fit has written, {output / LAST} is not one')
     then, now = before[KEY]['settings'], dataclasses.asdict(settings)
     for name in sorted(then.keys() | now.keys()):
         if name not in _MAY_DIFFER and then.get(name) != now.get(name):
             raise ValueError(
-                f'Training in {output} was begun with {name}={then.get(name)!r}, now it is {now.get(name)!r}: take '
-                'another --output, or the settings of before')
+                f'The training in {output} was started with {name}={then.get(name)!r}, now it is {now.get(name)!r}: '
+                'choose another --output, or give the same settings as before')
 
 
 # ---- models and data -------------------------------------------------------------------------------------------------
@@ -254,8 +254,9 @@ def _build(settings: AnySettings, num_classes: int, categories: Sequence[str], *
         name, seen = describe_body(source.state_dict())
         seen['img_size'] = tuple(seen['img_size'])
         if to_2tuple(settings.model_args.get('img_size', seen['img_size'])) != seen['img_size']:
-            raise ValueError(f'Expected img_size {seen["img_size"]} in model_args, which {settings.weights} is for, or '
-                             f'none, got {settings.model_args["img_size"]}')
+            raise ValueError(
+                f'Expected no img_size in model_args, or {seen["img_size"]} as in {settings.weights}, got '
+                f'{settings.model_args["img_size"]}')
         model_args = {**source.backbone.model_args, **model_args, **seen}
         widths = widths_of(source.state_dict())
     elif settings.backbone_weights:
@@ -282,7 +283,7 @@ def _build(settings: AnySettings, num_classes: int, categories: Sequence[str], *
         _take_normalisation(model, source, but=settings.head_args)
         new = copy_weights(model, source)
         if new:
-            _say(f'the classes differ from those of {settings.weights}, new are {", ".join(new)}')
+            _say(f'the classes differ from those of {settings.weights}, so these weights are new: {", ".join(new)}')
     return model
 
 
@@ -370,7 +371,7 @@ def _classes(classes: Any, root: Path) -> Tuple[List[str], List[Tuple[int, ...]]
         raise ValueError(f'Expected classes of different names, got {_few(sorted(names))}')
     if len(names) < 2:
         raise ValueError(
-            f'Expected two classes or more (such as a background), got {len(names)}: with one every pixel is of it')
+            f'Expected two classes or more, got {len(names)}. The background may be one of them')
     return names, palette
 
 
@@ -381,8 +382,8 @@ def _labels(model: Any, annotations: CocoAnnotations) -> Dict[int, int]:
         only_here = [name for name in names if name not in model.categories]
         only_there = [name for name in model.categories if name not in names]
         raise ValueError(
-            f'Expected the categories of the model in {annotations.file}: {_few(only_here)} are not among its '
-            f'classes, {_few(only_there)} not among the categories')
+            f'Expected the same classes in the model and in {annotations.file}. Only the file has '
+            f'{_few(only_here)}, only the model has {_few(only_there)}')
     if len(names) != model.num_classes:
         raise ValueError(f'Expected {model.num_classes} categories in {annotations.file}, got {len(names)}')
     order = list(model.categories) or names

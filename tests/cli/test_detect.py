@@ -248,8 +248,8 @@ def test_results_are_cocos(cli, folder, tmp_path, capsys):
     assert {row['image_id'] for row in named} == {1, 2}
 
     results = [dict(image='x/7.png', objects=[dict(label=i, box=[0, 0, 1, 1], score=1.) for i in (0, 15, 79)])]
-    assert [x['category_id'] for x in coco_results(results, list(coco_categories().values()))] == [1, 17, 90]
-    assert [x['category_id'] for x in coco_results(results, [])] == [1, 16, 80]
+    assert [x['category_id'] for x in coco_results(results, list(coco_categories().values()), True)] == [1, 17, 90]
+    assert [x['category_id'] for x in coco_results(results, [], True)] == [1, 16, 80]
 
 
 def test_grey_images(cli, tmp_path):
@@ -301,7 +301,7 @@ def test_weights_that_give_no_numbers_are_refused(cli, folder, tmp_path, file, v
 def test_small_classes_are_counted_on_the_terminal(cli, folder, monkeypatch):
     labels = torch.zeros(100, 100, dtype=torch.int64)
     labels[0, :60], labels[1, :40], labels[2, :10] = 1, 2, 3
-    monkeypatch.setattr('pvt_timm.segmentation.SemanticFpn.segment', lambda self, image: labels)
+    monkeypatch.setattr('pvt_timm.segmentation.SemanticFpn.segment', lambda self, images: labels[None])
     args = ['segment', folder / 'a.png', '--checkpoint', folder / 'segmenter.pth']
     assert cli(*args).splitlines()[1:] == ['   98.9%  wall', '    0.6%  building', '  and 2 below 0.5%']
     shares = [x['share'] for x in json.loads(cli(*args, '--json'))['images'][0]['classes']]

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pvt_timm.cli import many
 from pvt_timm.cli import results as results_module
 from pvt_timm.cli.main import main
+from pvt_timm.cli.predict import PREDICTIONS
 from pvt_timm.cli.processes import ProcessEnded, Processes
-from pvt_timm.cli.results import Results
+from pvt_timm.cli.results import Results, file_state
 from pvt_timm.detection import pvt_retinanet
 from tests.support.systems import needs_fcntl, needs_kill, needs_resource, needs_utf8_names
 
@@ -143,11 +146,11 @@ def interrupt_after(monkeypatch, count):
     add = Results.add
     kept = []
 
-    def adding(self, file, row):
+    def adding(self, file, row, state):
         if len(kept) == count:
             raise KeyboardInterrupt
         kept.append(file)
-        add(self, file, row)
+        add(self, file, row, state)
 
     monkeypatch.setattr(Results, 'add', adding)
     return kept
@@ -167,10 +170,10 @@ def test_goes_on_and_computes_nothing_twice(cli, images, expected, small_parts, 
 
 
 @pytest.mark.parametrize('change, says', [
-    (['--layer', 'patches'], 'of a run with another layer'),
-    (['--dtype', 'bfloat16'], 'of a run with another dtype'),
-    (['--img-size', '64'], 'of a run with another preprocessing'),
-    (['--checkpoint', '{tmp}/w.pth'], 'of a run with another model, weights'),
+    (['--layer', 'patches'], 'of a run with other settings (layer)'),
+    (['--dtype', 'bfloat16'], 'of a run with other settings (dtype)'),
+    (['--img-size', '64'], 'of a run with other settings (preprocessing)'),
+    (['--checkpoint', '{tmp}/w.pth'], 'of a run with other settings (model, weights)'),
     (None, 'results of 7 images that are not given now'),
 ])
 def test_does_not_go_on_with_something_else(cli, images, small_parts, tmp_path, monkeypatch, change, says):
@@ -192,10 +195,10 @@ def test_nothing_of_others_is_touched(cli, images, expected, tmp_path):
     """If the output exists, or FILE.parts holds other files, the command refuses and changes nothing."""
     (tmp_path / 'x.npz').write_text('mine')
     argv = ['embed', images, *TEST_PVT, '--output', tmp_path / 'x.npz']
-    assert '--overwrite replaces it' in cli(*argv, fails=True)
+    assert 'add --overwrite, which replaces the file' in cli(*argv, fails=True)
     (tmp_path / 'x.npz.parts').mkdir()
     (tmp_path / 'x.npz.parts' / 'notes').write_text('mine')
-    assert 'holds something else' in cli(*argv, '--overwrite', fails=True)
+    assert 'holds files that are not results' in cli(*argv, '--overwrite', fails=True)
     assert (tmp_path / 'x.npz').read_text() == (tmp_path / 'x.npz.parts' / 'notes').read_text() == 'mine'
     (tmp_path / 'x.npz.parts' / 'notes').unlink()
     cli(*argv, '--overwrite')
@@ -303,7 +306,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path, suffix):
         pytest.importorskip('pyarrow')
     small = Results(tmp_path / f'small{suffix}')  # what libraries import when they first write is not counted
     small.prepare(['a.png'], {})
-    small.add('a.png', np.zeros(512, np.float32))
+    small.add('a.png', np.zeros(512, np.float32), [])
     small.flush()
     small.finish(['a.png'], {})
     results = Results(tmp_path / f'x{suffix}')
@@ -312,7 +315,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path, suffix):
     tracemalloc.start()
     row = np.zeros(512, np.float32)
     for i, file in enumerate(files):
-        results.add(file, row + i)
+        results.add(file, row + i, [10 ** 7, 10 ** 18 + i])
     results.flush()
     assert results.finish(files, {}) == 20000
     peak = tracemalloc.get_traced_memory()[1]
@@ -424,12 +427,12 @@ def test_full_disk(python, images, tmp_path):
 
 # results --------------------------------------------------------------------------------------------------------------
 
-def start_results(output, files, count, settings=None):
+def start_results(output, files, count, settings=None, table=None):
     """Write the results of the first `count` images as a part, and return the `Results`."""
-    results = Results(output)
+    results = Results(output, table)
     results.prepare(files, settings or {})
     for file in files[:count]:
-        results.add(file, np.ones(3, np.float32))
+        results.add(file, np.ones(3, np.float32) if table is None else {}, file_state(file))
     results.flush()
     return results
 
@@ -437,7 +440,7 @@ def start_results(output, files, count, settings=None):
 def test_missing_results_are_no_unreadable_images(tmp_path):
     files = ['a', 'b', 'c']
     results = start_results(tmp_path / 'x.npz', files, 2)
-    with pytest.raises(ValueError, match='1 are missing: the same command goes on'):
+    with pytest.raises(ValueError, match='lacks the results of 1 images, and only 0 .* run the same command again'):
         results.finish(files, {})
     assert not (tmp_path / 'x.npz').exists() and len(results._part_files()) == 1
     assert results.finish(files, {}, unreadable=1) == 2
@@ -455,7 +458,7 @@ def test_a_part_that_was_deleted_meanwhile(cli, images, expected, small_parts, t
     argv = ['embed', images, *TEST_PVT, '--output', tmp_path / 'x.npz']
     with monkeypatch.context() as patch:
         patch.setattr(Results, 'finish', finish_without_a_part)
-        assert 'are missing' in cli(*argv, fails=True)
+        assert 'lacks the results of' in cli(*argv, fails=True)
     assert not (tmp_path / 'x.npz').exists()
     cli(*argv)
     check(tmp_path / 'x.npz', expected)
@@ -479,7 +482,7 @@ def test_several_processes_leave_the_folder(tmp_path):
 def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
     results = start_results(tmp_path / 'x.npz', ['a'], 1)
     (tmp_path / 'x.npz').write_text('mine')
-    with pytest.raises(ValueError, match='--overwrite replaces it'):
+    with pytest.raises(ValueError, match='add --overwrite, which replaces the file'):
         results.finish(['a'], {})
     assert (tmp_path / 'x.npz').read_text() == 'mine' and len(results._part_files()) == 1
 
@@ -505,20 +508,52 @@ def test_only_one_run_at_a_time(client_env, tmp_path, monkeypatch):
 def test_the_same_relative_paths_elsewhere_are_other_images(tmp_path, monkeypatch):
     start_results(tmp_path / 'x.npz', ['a'], 1).close()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match='of a run with another working_directory'):
+    with pytest.raises(ValueError, match=r'of a run with other settings \(working_directory\)'):
         Results(tmp_path / 'x.npz').prepare(['a'], {})
 
 
-def test_an_image_that_was_changed_is_refused(tmp_path):
+@pytest.mark.parametrize('output', ['x.npz', 'x.jsonl'])
+@pytest.mark.parametrize('change', ['later', 'earlier', 'size', 'gone'])
+def test_an_image_that_was_changed_is_refused(tmp_path, output, change):
+    """An image that was replaced is refused, also by an older file as with `cp -p`, or by one with the same time."""
+    files = [str(tmp_path / 'a.png'), str(tmp_path / 'b.png')]
+    for file in files:
+        Path(file).write_text('before')
+    table = None if output == 'x.npz' else PREDICTIONS
+    start_results(tmp_path / output, files, 2, table=table).close()
+    again = Results(tmp_path / output, table)
+    assert again.prepare(files, {}) == []
+    again.close()
+    changed = os.stat(files[1]).st_mtime_ns + {'later': 5 * 10 ** 9, 'earlier': -10 ** 12}.get(change, 0)
+    if change == 'size':
+        Path(files[1]).write_text('longer than before')
+    os.utime(files[1], ns=(changed, changed))
+    if change == 'gone':
+        os.unlink(files[1])
+    with pytest.raises(ValueError, match='b.png was changed after its result was computed'):
+        Results(tmp_path / output, table).prepare(files, {})
+
+
+def test_an_image_that_is_changed_while_it_is_computed_is_refused(cli, images, tmp_path, monkeypatch):
+    """An image counts as it was before it was read. So a change between then and the end of its part is noticed."""
     file = tmp_path / 'a.png'
-    file.write_text('before')
-    results = start_results(tmp_path / 'x.npz', [str(file)], 1)
-    results.close()
-    assert Results(tmp_path / 'x.npz').prepare([str(file)], {}) == []
-    later = results._part_files()[0].stat().st_mtime + 5
-    os.utime(file, (later, later))
-    with pytest.raises(ValueError, match='a.png was changed after its result was computed'):
-        Results(tmp_path / 'x.npz').prepare([str(file)], {})
+    file.write_bytes(next(images.rglob('*.png')).read_bytes())
+    opened = many.open_image
+
+    def open_and_change(path, *args):
+        image = opened(path, *args)
+        os.utime(path, (1, 1))
+        return image
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    argv = ['embed', file, *TEST_PVT, '--output', tmp_path / 'x.npz']
+    with monkeypatch.context() as patch:
+        patch.setattr(many, 'open_image', open_and_change)
+        patch.setattr(Results, 'finish', interrupted)
+        assert main(list(map(str, argv))) == 130
+    assert 'a.png was changed after its result was computed' in cli(*argv, fails=True)
 
 
 def test_files_of_others_are_no_parts(tmp_path):
@@ -568,10 +603,20 @@ def test_settings_of_a_detector_beside_its_weights():
     assert len({settings(**change) for change in (*different, {})}) == 5
 
 
+def test_parts_of_another_format_are_refused(tmp_path):
+    """Parts in the format 1 do not say which size and time of change an image had."""
+    results = start_results(tmp_path / 'x.npz', ['a'], 1)
+    results.close()
+    marker = results.folder / 'settings.json'
+    marker.write_text(json.dumps(dict(json.loads(marker.read_text()), format=1)))
+    with pytest.raises(ValueError, match=r'of a run with other settings \(format\): remove it to start anew'):
+        Results(tmp_path / 'x.npz').prepare(['a'], {})
+
+
 def test_another_version_does_not_go_on(tmp_path, monkeypatch):
     start_results(tmp_path / 'x.npz', ['a'], 1).close()
     monkeypatch.setattr(results_module, '__version__', '99')
-    with pytest.raises(ValueError, match='of a run with another version'):
+    with pytest.raises(ValueError, match=r'of a run with other settings \(version\)'):
         Results(tmp_path / 'x.npz').prepare(['a'], {})
 
 

@@ -1,6 +1,7 @@
 """Many images: folders, batches, devices, results as a file, images that cannot be read, no network."""
 import argparse
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +25,11 @@ from pvt_timm.cli import results as results_module
 from pvt_timm.cli.classifiers import check_output, load_model, open_image, predict, whole_size
 from pvt_timm.cli.main import main
 from pvt_timm.cli.many import (
-    Stream, Transformed, Whole, as_pixels, choose_device, find_images, normalise, output_file)
+    Stream, Transformed, Whole, as_pixels, choose_device, find_images, normalise, output_file, print_json)
 from pvt_timm.cli.predict import PREDICTIONS
 from pvt_timm.detection import detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.images import natural_key
-from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn
+from pvt_timm.segmentation import SemanticFpn, segmenter_to_mmseg, semantic_fpn
 from tests.support.systems import symlink
 from weights_conversion.cli import main as convert_main
 
@@ -227,6 +229,35 @@ def test_detections_do_not_depend_on_the_batch(cli, photos, weights, tmp_path, n
     assert lines_of(tmp_path / 'x.jsonl') == alone
 
 
+def test_segments_do_not_depend_on_the_batch(cli, photos, weights, tmp_path, monkeypatch):
+    """Segments are the same one by one and in batches, where only images of one size go together."""
+    seen, segment = [], SemanticFpn.segment
+
+    def noted(self, images):
+        seen.append(segment(self, images))
+        return seen[-1]
+
+    monkeypatch.setattr(SemanticFpn, 'segment', noted)
+    argv = ['segment', photos, '--checkpoint', weights / 'segmenter.pth']
+    alone = json.loads(cli(*argv, '--json'))['images']
+    maps, seen[:] = list(seen), []
+    together = json.loads(cli(*argv, '--json', '--batch-size', 7))['images']
+    sizes = [(record['height'], record['width']) for record in alone]
+    assert [tuple(batch.shape) for batch in maps] == [(1, *size) for size in sizes]
+    assert [tuple(batch.shape) for batch in seen] == [
+        (len(list(group)), *size) for size, group in itertools.groupby(sizes)] and len(seen) < len(maps)
+    maps, in_batches = ([labels for batch in batches for labels in batch] for batches in (maps, seen))
+    for one, other in zip(maps, in_batches, strict=True):  # a pixel may have two classes of almost the same logits
+        assert len(one.unique()) > 1 and (one == other).float().mean() > 0.998
+    for one, other in zip(alone, together, strict=True):
+        assert (one['image'], one['width'], one['height']) == (other['image'], other['width'], other['height'])
+        shares = [{row['label']: row['share'] for row in record['classes']} for record in (one, other)]
+        for label in {*shares[0], *shares[1]}:
+            assert shares[0].get(label, 0) == pytest.approx(shares[1].get(label, 0), abs=0.002)
+    cli(*argv, '--output', tmp_path / 'x.jsonl', '--batch-size', 7)
+    assert lines_of(tmp_path / 'x.jsonl') == together
+
+
 def test_pictures_and_results_together(cli, photos, weights, tmp_path):
     """Of two `--output`, the one with an extension is the file. Pictures are in subfolders as their images are."""
     argv = ['segment', photos, '--checkpoint', weights / 'segmenter.pth', '--output', tmp_path / 'pictures']
@@ -239,7 +270,7 @@ def test_pictures_and_results_together(cli, photos, weights, tmp_path):
         shares = [float(row['share']) for row in rows if row['image'] == file.path]
         assert sum(shares) == pytest.approx(1, abs=1e-4)
     assert 'at most' in cli(*argv, '--output', tmp_path / 'more', fails=True)
-    assert '--json or --output' in cli(*argv, '--json', '--output', tmp_path / 'y.csv', fails=True)
+    assert '--json or --output FILE, not both' in cli(*argv, '--json', '--output', tmp_path / 'y.csv', fails=True)
 
 
 # features -------------------------------------------------------------------------------------------------------------
@@ -263,6 +294,23 @@ def test_features_of_many_images(cli, photos, tmp_path, batch_size):
     assert len(list((tmp_path / 'maps').rglob('*.*'))) == 7
 
 
+def test_features_at_a_size_lose_the_proportions(cli, photos, tmp_path, capsys):
+    """With --img-size the whole image is resized to that size, and the help of --crop says so."""
+    image = photos / 'in' / '4.png'  # 40x100
+    cli('features', image, *TEST_PVT, '--img-size', 64, 96, '--save', tmp_path / 'x.safetensors')
+    model = timm.create_model('test_pvt', pretrained=True, features_only=True, img_size=(64, 96)).eval()
+    data = dict(timm.data.resolve_model_data_config(model), input_size=(3, 64, 96), crop_pct=1., crop_mode='squash')
+    x = timm.data.create_transform(**data, is_training=False)(open_image(image))
+    with torch.inference_mode():
+        expected = model(x[None])
+    for saved, level in zip(load_file(tmp_path / 'x.safetensors').values(), expected, strict=True):
+        torch.testing.assert_close(saved, level[0], rtol=0, atol=2e-5)
+    with pytest.raises(SystemExit):
+        main(['features', '--help'])
+    assert 'With --img-size the whole image is resized to that size without keeping its proportions' in ' '.join(
+        capsys.readouterr().out.split())
+
+
 def test_centre_crop(cli, photos, tmp_path):
     image = str(photos / '0.png')
     out = cli('features', image, *TEST_PVT, '--crop', '--save', tmp_path / 'x.safetensors', '--output',
@@ -283,9 +331,9 @@ def test_pictures_of_many_images(cli, photos, tmp_path):
 
 
 @pytest.mark.parametrize('argv, says', [
-    (['{photos}', '--save', '{tmp}/x.safetensors'], 'Expected a folder'),
+    (['{photos}', '--save', '{tmp}/x.safetensors'], 'Expected a folder for the output files of several images'),
     (['{photos}/0.png', '{photos}/in/1.png', '--output', '{tmp}/x.png'], 'Expected a folder'),
-    (['{photos}/0.png', '{tmp}/0.png', '--save', '{tmp}/maps'], 'Expected images of different names'),
+    (['{photos}/0.png', '{tmp}/0.png', '--save', '{tmp}/maps'], 'because each output file is named after its image'),
     (['{tmp}/0', '{tmp}/0.png', '--output', '{tmp}'], '0.png is read and would be replaced'),
     (['{photos}/0.png', '--save', '{tmp}/maps.npz'], 'Expected a file that ends in .safetensors as --save'),
     (['{photos}/0.png', '--save', '{tmp}/x', '--output', '{tmp}/../{name}/x'], 'Expected two files'),
@@ -386,6 +434,107 @@ def test_processes_do_not_print_at_once(tmp_path):
         output_file(args, PREDICTIONS, two)
 
 
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    'predict': TEST_PVT,
+    'detect': ['--checkpoint', '{weights}/mask_rcnn.pth', '--threshold', '0.01'],
+    'detect coco': ['--checkpoint', '{weights}/mask_rcnn.pth', '--threshold', '0.01', '--format', 'coco'],
+    'segment': ['--checkpoint', '{weights}/segmenter.pth'],
+}
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """Return a function that runs a command with --json.
+
+    It returns the exit code, and what stdout held after each result and at the end.
+    """
+    results = Stream.results
+
+    def run(*argv):
+        held = []
+
+        def noted(self, *args, **kwargs):
+            for result in results(self, *args, **kwargs):
+                yield result
+                held.append((tmp_path / 'stdout').read_text())
+
+        with open(tmp_path / 'stdout', 'w') as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, 'stdout', stdout)
+            patch.setattr(Stream, 'results', noted)
+            code = main([*map(str, argv), '--json'])
+        return code, held, (tmp_path / 'stdout').read_text()
+    return run
+
+
+def ended(text, command):
+    """Return the list in an unfinished JSON document, whose end is added."""
+    found = json.loads(text + (']' if 'coco' in command else ']}'))
+    return found if 'coco' in command else found['images']
+
+
+@pytest.mark.parametrize('batch_size', [1, 3])
+@pytest.mark.parametrize('command', MODELS)
+def test_json_is_printed_as_results_come(watched, photos, weights, command, batch_size):
+    """Each image is printed before the next one is computed. At the end there is one document."""
+    model = [arg.format(weights=weights) for arg in MODELS[command]]
+    code, held, out = watched(command.split()[0], photos, *model, '--batch-size', batch_size)
+    document = json.loads(out)
+    assert code == 0 and out == json.dumps(document, indent=2) + '\n'
+    if command == 'detect coco':
+        ids = [int(Path(file.path).stem) for file in find_images([str(photos)])]
+        assert ids[-1] == document[-1]['image_id'] and len(held) == len(SIZES)
+        for i, text in enumerate(held, start=1):
+            assert ended(text, command) == [row for row in document if row['image_id'] in ids[:i]]
+        return
+    assert list(document)[-1] == 'images' and len(document['images']) == len(held) == len(SIZES)
+    for i, text in enumerate(held, start=1):
+        assert ended(text, command) == document['images'][:i]
+
+
+@pytest.mark.parametrize('command', MODELS)
+def test_json_has_no_end_after_an_error(cli, watched, photos, weights, tmp_path, command, capsys):
+    """After an error there are the results from before it. If there are none, nothing is printed."""
+    model = [arg.format(weights=weights) for arg in MODELS[command]]
+    command = [command.split()[0], *model]
+    broken = tmp_path / '99.png'
+    broken.write_text('no image')
+    images = [photos / '0.png', photos / '3.png']
+    whole = watched(*command, *images)[2]
+    capsys.readouterr()
+    code, held, out = watched(*command, *images, broken)
+    err = capsys.readouterr().err
+    assert code == 2 and err.count('\n') == 1 and f'Cannot read the image {broken}' in err
+    assert len(held) == 2 and out == held[-1] + '\n' and whole.startswith(held[-1])
+    assert whole[len(held[-1]):] in ('\n]\n', '\n  ]\n}\n')
+    with pytest.raises(ValueError):
+        json.loads(out)
+    assert '99.png' in cli(*command, broken, *images, '--json', fails=True)
+
+
+def test_json_without_results_has_an_empty_list(capsys):
+    for others in (dict(), dict(name='images'), dict(name='images', model='x]')):
+        print_json(iter([]), **others)
+        expected = {'model': 'x]', 'images': []} if 'model' in others else {'images': []} if others else []
+        assert capsys.readouterr().out == json.dumps(expected, indent=2) + '\n'
+
+
+def test_coco_ids_of_the_images_that_can_be_read(watched, photos, weights, tmp_path):
+    """Without the image that cannot be read, all names are numbers. So the numbers are the ids of the images."""
+    model = [arg.format(weights=weights) for arg in MODELS['detect coco']]
+    folder = tmp_path / 'some'
+    folder.mkdir()
+    for name in ('139.png', '42.png'):
+        (folder / name).write_bytes((photos / '0.png').read_bytes())
+    (folder / 'x.png').write_text('no image')
+    code, held, out = watched('detect', folder, *model, '--skip-errors')
+    assert code == 0 and {row['image_id'] for row in json.loads(out)} == {42, 139}
+    (folder / 'x.png').write_bytes((photos / '0.png').read_bytes())
+    code, held, out = watched('detect', folder, *model)
+    assert code == 0 and {row['image_id'] for row in json.loads(out)} == {1, 2, 3} and held[0]
+
+
 # no network -----------------------------------------------------------------------------------------------------------
 
 ANY_SCRIPT = 'import sys\nprint(sys.argv)'
@@ -446,7 +595,7 @@ def test_no_network(cli, photos, tmp_path, monkeypatch, scripts, cut_off, argv, 
     assert time.monotonic() - start < 30  # it was 59; a busy machine takes seconds to get here
     assert f'Cannot load {model}: no network to ' in error and cut_off in error
     url = timm.models.get_pretrained_cfg(model).url
-    assert f'({option} FILE takes a download of {url}, `pvt-timm demo` and --model test_pvt need none)' in error
+    assert f'(download {url} elsewhere and give the file as {option} FILE; `pvt-timm demo` and --model' in error
     assert sorted(file.name for file in tmp_path.iterdir()) == ['train.py', 'validate.py']
 
 
@@ -595,14 +744,14 @@ def test_pictures_in_another_folder_are_other_settings(cli, photos, weights, tmp
     argv = ['detect', photos, '--checkpoint', weights / 'retinanet.pth', '--output', tmp_path / 'x.jsonl', '--output']
     add = results_module.Results.add
 
-    def add_and_end(self, file, row):
-        add(self, file, row)
+    def add_and_end(self, file, row, state):
+        add(self, file, row, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(results_module.Results, 'add', add_and_end)
         assert main([str(arg) for arg in (*argv, tmp_path / 'one')]) == 130
-    assert 'of a run with another pictures' in cli(*argv, tmp_path / 'two', fails=True)
+    assert 'of a run with other settings (pictures)' in cli(*argv, tmp_path / 'two', fails=True)
     monkeypatch.chdir(tmp_path)
     cli(*argv, 'one')  # the same folder by another name
     assert len(list((tmp_path / 'one').rglob('*.png'))) == len(SIZES)

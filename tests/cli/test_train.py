@@ -110,7 +110,7 @@ def test_goes_on_from_the_newest_complete_checkpoint(start, folder):
     save(folder / 'recovery-11-7.pth.tar', 11)  # from the middle of an epoch, not to be taken
     code, argv, err = start('--lr', '0.1')
     assert argv[argv.index('--resume') + 1] == str(folder / 'last.pth.tar') and err.count('\n') == 1
-    assert 'after epoch 10' in err and 'learning rate and weight decay are those in it' in err
+    assert 'after epoch 10' in err and 'learning rate and weight decay are taken from this file' in err
 
     (folder / 'last.pth.tar').unlink()  # timm removes it before it puts the new one in its place
     assert str(folder / 'checkpoint-10.pth.tar') in start()[1]
@@ -119,7 +119,7 @@ def test_goes_on_from_the_newest_complete_checkpoint(start, folder):
     for name in ('last', 'checkpoint-10'):
         (folder / f'{name}.pth.tar').write_bytes(damaged)
     code, argv, err = start()
-    assert str(folder / 'checkpoint-9.pth.tar') in argv and err.count('passing over') == 2
+    assert str(folder / 'checkpoint-9.pth.tar') in argv and err.count('cannot be read and is not used: ') == 2
 
     assert start('--resume', 'own.pth')[1].count('--resume') == 1  # the user's own choice counts
 

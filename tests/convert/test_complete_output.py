@@ -355,7 +355,7 @@ def test_what_is_no_file_is_not_replaced(kind, tmp_path):
     else:
         symlink(out / 'source', tmp_path)
     before = sorted(out.iterdir())
-    with pytest.raises(ValueError, match='or none: it is something else'):
+    with pytest.raises(ValueError, match='or not to exist: it is '):
         convert(file, out, force=True, keep_source=True)
     assert sorted(out.iterdir()) == before
 

@@ -462,7 +462,7 @@ def test_verify_notices_what_is_wrong(theirs, refused, monkeypatch):
     for module, name, value, says in (
             (Weights, 'embed_norm_eps', 1e-6, r'failed.*: stage 1 by \d\.\de-0[3-7],'),
             (weights_module, 'map_to_timm', swapped, r'failed.*stage 2 by \d\.\de-1\d, stage 3 by \d\.\de-0[1-4],'),
-            (safetensors.torch, 'save', changed, 'differs from what was meant in norm.bias')):
+            (safetensors.torch, 'save', changed, 'not written correctly: norm.bias changed')):
         with monkeypatch.context() as m:
             m.setattr(module, name, value)
             assert re.search(says, refused(theirs, '--verify'))

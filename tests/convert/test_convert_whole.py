@@ -81,7 +81,7 @@ def test_a_pvt_that_the_layout_cannot_say_is_refused(tmp_path):
     model = randomize(pvt_retinanet('test_pvt', 3, out_channels=16, model_args=dict(img_size=64, num_heads=(4,) * 4)))
     torch.save({'state_dict': model.state_dict(), KEY: describe_model(model)}, tmp_path / 'x.ckpt')
     code, _, err = run(tmp_path / 'x.ckpt', '-o', tmp_path / 'out', '--to', 'mmdet', '--whole')
-    assert code == 2 and 'num_heads=[4, 4, 4, 4], which the file cannot say' in err and not (tmp_path / 'out').exists()
+    assert code == 2 and 'num_heads=[4, 4, 4, 4], which the file cannot hold' in err and not (tmp_path / 'out').exists()
 
 
 def test_nothing_is_written_that_is_read_back_otherwise(tmp_path, monkeypatch):

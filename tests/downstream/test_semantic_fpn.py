@@ -70,6 +70,19 @@ def test_segment_leaves_the_model_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize('size', [(64, 96), (50, 133)])
+def test_segment_takes_several_images_at_once(size):
+    """Images that go through the model together get the classes that each of them gets alone."""
+    model = build(min_size=64).double()
+    images = torch.rand(3, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batches = []
+    model.backbone.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    together = model.segment(images)
+    assert together.shape == (3, *size) and len(together.unique()) > 1
+    assert torch.equal(together, torch.stack([model.segment(image) for image in images]))
+    assert batches == [3, 1, 1, 1]
+
+
 @pytest.mark.parametrize('in_chans, mean', [(1, (.449,)), (3, (.485, .456, .406)), (5, (.449,) * 5)])
 def test_images_of_other_channels(in_chans, mean):
     model = semantic_fpn('test_pvt', 4, channels=24, model_args=dict(in_chans=in_chans))
@@ -83,6 +96,8 @@ def test_images_of_other_channels(in_chans, mean):
     (torch.rand(3, 40, 50) * 255, r'values from 0 to 1, got values up to 25\d'),
     (torch.zeros(3, 40, 50, dtype=torch.uint8), 'floats from 0 to 1, got torch.uint8'),
     (torch.rand(1, 40, 50), r'shape \(3, height, width\), got \(1, 40, 50\)'),
+    (torch.rand(40, 50), r'shape \(3, height, width\), got \(40, 50\)'),
+    (torch.rand(2, 1, 40, 50), r'shape \(3, height, width\), got \(1, 40, 50\)'),
 ])
 def test_wrong_images_are_refused(image, message):
     with pytest.raises(ValueError, match=message):
