@@ -88,8 +88,8 @@ def fit(settings: AnySettings) -> Dict[str, float]:
         trainer.check_val_every_n_epoch = settings.eval_every
     total_steps = steps_per_epoch * epochs
     if 2 * settings.warmup_steps > total_steps:
-        _say(f'the learning rate rises in the first {settings.warmup_steps} steps, and this training has {total_steps}: '
-             'give fewer --warmup-steps, or train for longer')
+        _say(f'the learning rate rises in the first {settings.warmup_steps} steps, and this training has '
+             f'{total_steps}: give fewer --warmup-steps, or train for longer')
     module_args.update(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     module: Any
     if isinstance(settings, DetectorSettings):
