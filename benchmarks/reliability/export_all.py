@@ -147,7 +147,7 @@ def main() -> None:
             results[key] = run_case(*case)
         print(key, results[key], flush=True)
         save_atomically(path, lambda f: f.write(json.dumps(results, indent=1).encode()))
-        (args.output / 'export.md').write_text(markdown(results))
+        (args.output / 'export.md').write_text(markdown(results), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -222,7 +222,7 @@ def plots(results: Dict[str, Any], output: Path, device: str) -> None:
 
 
 def report(results, output, device) -> None:
-    (output / f'{device}.md').write_text(markdown(results, device))
+    (output / f'{device}.md').write_text(markdown(results, device), encoding='utf-8')
     plots(results, output, device)
 
 

@@ -32,7 +32,7 @@ def test_report(tmp_path):
             original=dict(bytes=b * s * 1e4), fused=dict(bytes=b * s * 2e3)))
             for b, s in ((1, 224), (1, 448), (16, 224))])
     report.report(json.loads(json.dumps(results)), tmp_path, 'cpu_avx2')
-    text = (tmp_path / 'cpu_avx2.md').read_text()
+    text = (tmp_path / 'cpu_avx2.md').read_text(encoding='utf-8')
     assert '| throughput small 16x224 fp32 | ours, fused against original code | 2.00x the speed |' in text
     assert '| latency small 1x800x1344 fp32 | ours, fused against original code | 4.00x the speed |' in text
     assert '| OpenVINO | – |' in text
