@@ -1,4 +1,4 @@
-""" Options of pytest that say which tests may be skipped. tests/conftest.py has these hooks, so all tests have them. """
+""" Options of pytest that say which tests may be skipped. These hooks are those of tests/conftest.py. """
 import re
 from collections import Counter
 from pathlib import Path
