@@ -1,10 +1,8 @@
 """ Fixtures for all tests. No test reaches a real model hub, and none uses the caches of the user who runs them. """
 import os
-import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,8 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # the tests run in parallel, their operators need not
 
 from tests.support import loopback  # noqa: E402
+from tests.support.skips import (  # noqa: E402, F401
+    pytest_addoption, pytest_sessionfinish, pytest_terminal_summary)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,39 +28,6 @@ os.environ.update(_env)
 def pytest_unconfigure(config):
     _server.close()
     _scratch.cleanup()
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        '--allowed-skips', metavar='FILE', help='fail on a skip whose reason matches no regular expression in FILE')
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session):
-    path = session.config.getoption('allowed_skips')
-    if path is None or hasattr(session.config, 'workerinput'):
-        return
-    lines = Path(path).read_text(encoding='utf-8').splitlines()
-    allowed = [line for line in lines if line and not line.startswith('#')]
-    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
-    reasons = {report.longrepr[2] for report in reporter.stats.get('skipped', []) if isinstance(report.longrepr, tuple)}
-    for reason in sorted(reason for reason in reasons if not any(re.search(line, reason) for line in allowed)):
-        reporter.write_line(f'\nNot on {path}: {reason}', red=True)
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """If skips are checked, print the names of tests that were skipped because a checkout is missing."""
-    if config.getoption('allowed_skips') is None:
-        return
-    for name in ('PVT_CHECKOUT', 'TIMM_CHECKOUT'):
-        reports = terminalreporter.stats.get('skipped', [])
-        skipped = [r for r in reports if isinstance(r.longrepr, tuple) and name in r.longrepr[2]]
-        counts = Counter(report.nodeid.partition('[')[0] for report in skipped)
-        if counts:
-            terminalreporter.section(f'not run without {name}: {len(skipped)} tests')
-            for test, count in sorted(counts.items()):
-                terminalreporter.write_line(f'{count:4d} {test}')
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@
 
 Weights are random. `export` compares each file with PyTorch at three sizes. Then the file's runtime reads it once more,
 in a process without this package, on images of another size. Cases that are in the results are not run again, so a run
-that was stopped continues where it was. `--again` runs them again.
+that was stopped continues where it was. `--again` runs them again. Every case keeps the machine that it ran on.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ from typing import Any, Dict, Tuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'support')]
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks' / 'speed')]
 
 import timm  # noqa: E402
 import pvt_timm  # noqa: E402, F401
@@ -26,7 +26,8 @@ from pvt_timm.export import TARGETS, comparing, export  # noqa: E402
 from pvt_timm.export.comparing import TOLERANCE  # noqa: E402
 from pvt_timm.export.graphs import make_graph, reference_of  # noqa: E402
 from pvt_timm.files import save_atomically  # noqa: E402
-from runtimes import read_alone  # noqa: E402
+from run import machine  # noqa: E402
+from tests.support.runtimes import read_alone  # noqa: E402
 
 VARIANTS = ('tiny', 'small', 'medium', 'large')
 KINDS = ('classifier', 'features', 'retinanet')
@@ -64,7 +65,7 @@ def run_case(kind: str, variant: str, target: str, half: bool) -> Dict[str, Any]
         kind=kind, variant=variant, target=target, half=half,
         differences={'x'.join(map(str, size)): value for size, value in done.differences.items()},
         alone=_difference(actual, expected, kind, x), alone_on='x'.join(map(str, x.shape)),
-        seconds=round(done.seconds, 1), bytes=done.bytes)
+        seconds=round(done.seconds, 1), bytes=done.bytes, machine=machine('cpu'))
 
 
 def _difference(actual: Any, expected: Any, kind: str, x: torch.Tensor) -> float:
@@ -77,20 +78,37 @@ def _difference(actual: Any, expected: Any, kind: str, x: torch.Tensor) -> float
     return max(float('inf') if missing else distance for distance, missing in found)
 
 
+def describe_machine(row: Dict[str, Any]) -> str:
+    if 'machine' not in row:
+        return 'not recorded'
+    m = row['machine']
+    limit = ' (limited to it)' if m['emulated'] else ''
+    versions = ', '.join(f'{name} {version}' for name, version in m['versions'].items())
+    return f'{m["cpu"]}; {m["cpus"]} CPUs, {m["threads"]} threads, {m["capability"]}{limit}; {m["system"]}; {versions}'
+
+
 def markdown(results: Dict[str, Dict[str, Any]]) -> str:
+    """Return the table. If the cases ran on several machines, it has a column with their numbers."""
+    ran = [row for row in results.values() if 'refused' not in row]
+    machines = list(dict.fromkeys(map(describe_machine, ran)))
+    several = len(machines) > 1
     lines = [
         '# Exports', '',
         'Written by `benchmarks/reliability/export_all.py`. Differences from PyTorch are shares of the largest value',
         "(boxes: of an image's longer side), the largest of three sizes. `alone` is the same on images of another",
         'size, read by the runtime in a process without this package. The machine did other work meanwhile.', '',
-        '| model | target | half | largest difference | alone | seconds | MB |', '|---|---|---|---:|---:|---:|---:|']
+        *(f'{f"{n}. " * several}Machine: {machine}' for n, machine in enumerate(machines, 1)), '',
+        '| model | target | half | largest difference | alone | seconds | MB |' + ' machine |' * several,
+        '|---|---|---|---:|---:|---:|---:|' + '---:|' * several]
     for row in results.values():
         name = f'| pvt_{row["variant"]} {row["kind"]} | {row["target"]} | {"yes" if row["half"] else ""} |'
         if 'refused' in row:
-            lines.append(f'{name} {row["refused"]} | | | |')
+            lines.append(f'{name} {row["refused"]} | | | |' + ' |' * several)
             continue
         largest = max(row['differences'].values())
-        lines.append(f'{name} {largest:.0e} | {row["alone"]:.0e} | {row["seconds"]:.0f} | {row["bytes"] / 1e6:.1f} |')
+        number = f' {machines.index(describe_machine(row)) + 1} |' if several else ''
+        lines.append(
+            f'{name} {largest:.0e} | {row["alone"]:.0e} | {row["seconds"]:.0f} | {row["bytes"] / 1e6:.1f} |{number}')
     return '\n'.join(lines) + '\n'
 
 
@@ -129,7 +147,7 @@ def main() -> None:
             results[key] = run_case(*case)
         print(key, results[key], flush=True)
         save_atomically(path, lambda f: f.write(json.dumps(results, indent=1).encode()))
-        (args.output / 'export.md').write_text(markdown(results))
+        (args.output / 'export.md').write_text(markdown(results), encoding='utf-8')
 
 
 if __name__ == '__main__':

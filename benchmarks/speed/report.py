@@ -102,8 +102,9 @@ def markdown(results, device) -> str:
     m = results['machine']
     lines = [f'# Results: {device.replace("_", ", ")}', '', 'Written by `run.py`.', '']
     kind = m['capability'] + (', as a CPU with AVX-512 emulates it (`--avx2`)' if m['emulated'] else '')
+    load = 'unknown' if m['load'] is None else f'{m["load"]:.1f}'
     lines += [f'{m["gpu"] or m["cpu"]}; {m["cpus"]} CPUs, {m["threads"]} threads, {kind}; load average at '
-              f'the start {m["load"]:.1f}; {m["when"]}.', '']
+              f'the start {load}; {m["when"]}.', '']
     if results.get('clock') == 'cpu':
         lines += ['Times are processor time of one thread (`--clock cpu`), other programs ran meanwhile.', '']
     lines += [', '.join(f'{k} {v}' for k, v in m['versions'].items()) + f', Python {m["python"]}.', '']
@@ -222,7 +223,7 @@ def plots(results: Dict[str, Any], output: Path, device: str) -> None:
 
 
 def report(results, output, device) -> None:
-    (output / f'{device}.md').write_text(markdown(results, device))
+    (output / f'{device}.md').write_text(markdown(results, device), encoding='utf-8')
     plots(results, output, device)
 
 

@@ -55,7 +55,8 @@ def machine(device: str) -> dict:
         except PackageNotFoundError:
             pass
     return dict(
-        cpu=cpu, cpus=os.cpu_count(), threads=torch.get_num_threads(), load=os.getloadavg()[0],
+        cpu=cpu, cpus=os.cpu_count(), threads=torch.get_num_threads(),
+        load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
         capability=torch.backends.cpu.get_cpu_capability(),
         emulated=all(os.environ.get(k) == v for k, v in AVX2.items()), bf16=contenders.has_bf16(),
         amx=contenders.has_amx(),

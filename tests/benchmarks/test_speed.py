@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from tests.support.scripts import import_script
 
@@ -31,13 +32,20 @@ def test_report(tmp_path):
             original=dict(bytes=b * s * 1e4), fused=dict(bytes=b * s * 2e3)))
             for b, s in ((1, 224), (1, 448), (16, 224))])
     report.report(json.loads(json.dumps(results)), tmp_path, 'cpu_avx2')
-    text = (tmp_path / 'cpu_avx2.md').read_text()
+    text = (tmp_path / 'cpu_avx2.md').read_text(encoding='utf-8')
     assert '| throughput small 16x224 fp32 | ours, fused against original code | 2.00x the speed |' in text
     assert '| latency small 1x800x1344 fp32 | ours, fused against original code | 4.00x the speed |' in text
     assert '| OpenVINO | – |' in text
     assert '| ours, fused | 102% |' in text  # 16 * 7.64 GFLOP in 0.6 s of 200 GFLOP/s
-    assert sorted(p.name for p in tmp_path.glob('*.png')) == [
+    pictures = sorted(tmp_path.glob('*.png'))
+    assert [p.name for p in pictures] == [
         f'cpu_avx2_{name}.png' for name in ('latency', 'memory', 'peak', 'throughput', 'training')]
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert min(image.size) > 100, picture.name
+            colours = image.convert('RGB').getcolors(1 << 24)
+        bars = [(n, colour) for n, colour in colours if len(set(colour)) > 1]  # text and axes are grey
+        assert len(bars) > 1 and sum(n for n, _ in bars) > 1000, picture.name
 
 
 def test_charts_have_no_gaps_and_show_values():

@@ -3,6 +3,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 from pvt_timm.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +27,37 @@ def test_no_paths_of_one_system():
         text = file.read_text(encoding='utf-8')
         found = re.findall(r'os\.rename\(|/dev/|/proc/|[\'"]/tmp|^import (?:fcntl|resource)\b', text, re.MULTILINE)
         assert not found, (file, found)
+
+
+SKIPPED = '''
+import pytest
+@pytest.mark.parametrize('name', ['openvino', 'pyarrow.parquet'])
+def test_skipped(name):
+    pytest.skip(f'could not import {name!r}')
+def test_passes():
+    pass
+'''
+
+
+@pytest.mark.parametrize('allowed, options, says', [
+    ("# why\n'(nncf|openvino|pyarrow.*)'\n", [], ''),
+    ("'(nncf|openvino|pyarrow.*)'\n", ['-k', 'passes', '--needed', 'openvino'], ''),
+    ("'(nncf|openvino|pyarrow.*)'\n", ['--needed', 'nncf,GPU'], ''),
+    ("'(nncf|openvino|pyarrow.*)'\n", ['--needed', 'nncf,pyarrow'], 'Needed here (pyarrow): Skipped: could not'),
+    ("'openvino'\n", [], "Not on allowed: Skipped: could not import 'pyarrow.parquet'"),
+    (None, ['--needed', 'openvino'], 'Needed here (openvino): Skipped: could'),
+    (None, [], ''),
+])
+def test_which_skips_fail_a_run(python, tmp_path, allowed, options, says):
+    """A skip fails a run if its reason is not in the file of allowed ones, or names something that the run needs."""
+    (tmp_path / 'test_it.py').write_text(SKIPPED)
+    if allowed is not None:
+        (tmp_path / 'allowed').write_text(allowed)
+        options = [*options, '--allowed-skips=allowed']
+    done = python('-m', 'pytest', '-q', '-p', 'tests.support.skips', '-p', 'no:cacheprovider', *options,
+                  PYTEST_ADDOPTS='', PYTEST_DISABLE_PLUGIN_AUTOLOAD='1')
+    assert done.returncode == bool(says) and says in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count('Needed here') + done.stdout.count('Not on') == bool(says)
 
 
 def test_release_notes(python, tmp_path):

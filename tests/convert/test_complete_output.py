@@ -393,7 +393,7 @@ def test_a_kept_source_is_not_taken_for_the_weights(to, tmp_path):
 
 
 @needs_resource
-@pytest.mark.parametrize('to', ['timm', 'original'])
+@pytest.mark.parametrize('to', ['timm', pytest.param('original', marks=pytest.mark.slow)])
 def test_full_disk(to, program, tmp_path):
     """If the disk is full, the old output stays. A limit of file sizes makes writing the weights fail in the middle."""
     file, out = files.save(files.make('original'), tmp_path / 'x.pth'), tmp_path / 'place' / 'out'

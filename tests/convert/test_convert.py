@@ -624,16 +624,11 @@ def test_too_few_arguments(command):
 
 
 def test_as_a_program(original, tmp_path, client_env):
-    def program(*args):
-        return subprocess.run(
-            [sys.executable, '-m', 'weights_conversion', *args], env=client_env, cwd=tmp_path, capture_output=True,
-            text=True)
-
-    done = program('x.pth', '--output', 'out')
+    done = subprocess.run(
+        [sys.executable, '-m', 'weights_conversion', 'x.pth', '--output', 'out'], env=client_env, cwd=tmp_path,
+        capture_output=True, text=True)
     assert done.returncode == 0 and 'model.safetensors' in done.stdout and done.stderr == ''
-    done = program('inspect', 'nowhere.pth')
-    assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr == 'pvt-convert: error: No such file or folder: nowhere.pth\n'
+    assert run('inspect', 'nowhere.pth') == (2, '', 'pvt-convert: error: No such file or folder: nowhere.pth\n')
     assert run(original, '--output', tmp_path / 'out2', '--quiet') == (0, '', '')
     assert (tmp_path / 'out2' / 'model.safetensors').read_bytes() == (
         tmp_path / 'out' / 'model.safetensors').read_bytes()

@@ -3,20 +3,19 @@ import base64
 import io
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.scripts import BENCHMARKS, import_script
+
 pytest.importorskip('matplotlib')
 
-DEMOS = Path(__file__).resolve().parents[2] / 'benchmarks' / 'demos'
-sys.path.insert(0, str(DEMOS))
-
-import photo_pyramid  # noqa: E402
-from run_notebook import NOTEBOOK, code_cells, run_cells  # noqa: E402
+DEMOS = BENCHMARKS / 'demos'
+photo_pyramid = import_script('demos', 'photo_pyramid')
+run_notebook = import_script('demos', 'run_notebook')
+NOTEBOOK, code_cells = run_notebook.NOTEBOOK, run_notebook.code_cells
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_notebook_runs(notebook, tmp_path, monkeypatch):
     shutil.copy(DEMOS / 'photo.jpg', tmp_path)
     monkeypatch.chdir(tmp_path)
     kept = pictures_of(notebook)
-    names = run_cells(notebook)
+    names = run_notebook.run_cells(notebook)
 
     assert [len(pictures) for pictures in pictures_of(notebook)] == [len(pictures) for pictures in kept]
     assert tuple(names['embedding'].shape) == (1, 64)

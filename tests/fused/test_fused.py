@@ -73,8 +73,8 @@ def test_sizes(monkeypatch, fast_calls, size, dtype, tolerance, products):
 
 @needs_onednn
 @pytest.mark.parametrize('name, kwargs', [
-    *((f'pvt_{name}', dict(features_only=features)) for name in ('tiny', 'small', 'medium', 'large')
-      for features in (False, True)),
+    *(pytest.param(f'pvt_{name}', dict(features_only=features), marks=[pytest.mark.slow] * (name == 'medium'))
+      for name in ('tiny', 'small', 'medium', 'large') for features in (False, True)),
     *(('test_pvt', kwargs) for kwargs in (
         dict(global_pool='avg'),
         dict(global_pool=''),

@@ -25,7 +25,10 @@ def assert_same(actual, expected):
         torch.testing.assert_close(a, e, rtol=0, atol=TOLERANCE[e.dtype] * max(1., e.abs().max().item()))
 
 
-@pytest.fixture(params=['cheaper', 'folded', 'projected'])
+FOLDINGS = ('cheaper', 'folded', 'projected')
+
+
+@pytest.fixture(params=FOLDINGS)
 def folding(request, monkeypatch):
     """Test both forms of attention at every place, and the choice by the number of operations."""
     if request.param != 'cheaper':
@@ -177,19 +180,24 @@ def test_what_cannot_be_simplified_is_refused(monkeypatch):
         simplify(make_model())
 
 
-@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('kwargs', [DEEP, dict(DEEP, features_only=True)], ids=['classification', 'features'])
-@pytest.mark.parametrize('form', [
-    torch.jit.script,
-    lambda model: torch.jit.trace(model, make_input(2, 256, 320), check_trace=False),
-    lambda model: torch.export.export(model, (make_input(2, 256, 320),), dynamic_shapes=({
+FORMS = dict(
+    script=torch.jit.script,
+    trace=lambda model: torch.jit.trace(model, make_input(2, 256, 320), check_trace=False),
+    export=lambda model: torch.export.export(model, (make_input(2, 256, 320),), dynamic_shapes=({
         0: torch.export.Dim('batch', max=64),
         2: torch.export.Dim('height', min=64, max=4096),
-        3: torch.export.Dim('width', min=64, max=4096)},)).module(),
-], ids=['script', 'trace', 'export'])
+        3: torch.export.Dim('width', min=64, max=4096)},)).module())
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('kwargs', [DEEP, dict(DEEP, features_only=True)], ids=['classification', 'features'])
+@pytest.mark.parametrize('folding, form', [
+    # an export takes long, and has both forms of attention if the cheaper one is chosen at every place
+    pytest.param(folding, form, marks=[pytest.mark.slow] * (form == 'export' and folding != 'cheaper'))
+    for folding in FOLDINGS for form in FORMS], indirect=['folding'])
 def test_forms(folding, form, kwargs):
     model = make_model(**kwargs)
-    made = form(simplify(model))
+    made = FORMS[form](simplify(model))
     with torch.no_grad():
         for size in ((2, 256, 320), (1, 64, 64), (3, 113, 227)):
             assert_same(made(make_input(*size)), model(make_input(*size)))

@@ -11,8 +11,7 @@ from pvt_timm.pvt import Attention
 from tests.support.reference import features, images, load_original, logits, max_diff, randomize, tokens
 
 PUBLISHED = ('pvt_tiny', 'pvt_small', 'pvt_medium', 'pvt_large')
-SLOW_LARGER = [
-    'pvt_tiny', 'pvt_small', *(pytest.param(name, marks=pytest.mark.slow) for name in ('pvt_medium', 'pvt_large'))]
+SLOW_LARGER = ['pvt_tiny', *(pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED[1:])]
 
 
 def dense_of(name, state_dict, **kwargs):
@@ -99,7 +98,8 @@ def test_transformers_float32(name):
     *(('pvt_tiny', size) for size in ((32, 32), (224, 224), (230, 230), (448, 448), (112, 448), (256, 320))),
     *(('test_pvt', size) for size in ((32, 32), (33, 47), (96, 40), (224, 160))),
     pytest.param('pvt_tiny', (800, 1344), marks=pytest.mark.slow),
-    *((name, (70, 45)) for name in (*PUBLISHED, 'pvt_huge_v2')),
+    *(pytest.param(name, (70, 45), marks=[pytest.mark.slow] * (name in ('pvt_medium', 'pvt_large')))
+      for name in (*PUBLISHED, 'pvt_huge_v2')),
 ], ids=str)
 def test_reference(models, name, size):
     model, dense = models(name)

@@ -6,6 +6,7 @@ uses the server without any setting, a client in a subprocess needs `env=client_
 """
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -25,13 +26,20 @@ BODY_FAULTS = ('truncate', 'short', 'garbage', 'html', 'claim', 'endless', 'part
 
 
 class _File:
-    """The content of a file, with the hashes that the hub reports."""
+    """The content of a file, with the hashes that the hub reports. They are computed when they are asked for."""
 
     def __init__(self, content: Content):
         content = content.read_bytes() if isinstance(content, Path) else content
         self.data = content.encode() if isinstance(content, str) else content
-        self.size, self.sha256 = len(self.data), hashlib.sha256(self.data).hexdigest()
-        self.git_oid = hashlib.sha1(b'blob %d\0' % self.size + self.data).hexdigest()
+        self.size = len(self.data)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @functools.cached_property
+    def git_oid(self) -> str:
+        return hashlib.sha1(b'blob %d\0' % self.size + self.data).hexdigest()
 
 
 @dataclass

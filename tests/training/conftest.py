@@ -1,16 +1,14 @@
 """ Fixtures: small data sets of generated shapes, and functions that run the commands on them. """
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pvt_timm.cli.main import main
+from tests.support.scripts import import_script
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / 'benchmarks' / 'demos'))
+shapes = import_script('demos', 'shapes')
 
 # The category ids of the shapes: not from 1, with gaps, not in the order of the classes
 CATEGORY_IDS = {1: 30, 2: 7, 3: 18}
@@ -18,8 +16,6 @@ CATEGORY_IDS = {1: 30, 2: 7, 3: 18}
 
 def make_folder(root, train, val):
     """Write images for training and evaluation, with annotations in COCO's format and label maps."""
-    import shapes
-
     for split, count, seed in (('train', train, 1), ('val', val, 2)):
         samples = shapes.make_samples(count, seed, low=60, high=80)
         content = shapes.coco_annotations(samples)

@@ -14,6 +14,7 @@ pytest.importorskip('pycocotools')
 
 from pvt_timm.detection import detector_from_mmdet  # noqa: E402
 from pvt_timm.segmentation import semantic_fpn_from_mmseg  # noqa: E402
+from tests.support.systems import needs_kill  # noqa: E402
 from tests.support.training_options import DETECTOR, MASKS, SEGMENTER  # noqa: E402
 
 NAMES = {30: 'disc', 7: 'box', 18: 'triangle'}  # category ids with gaps
@@ -51,6 +52,7 @@ def kill_after_a_checkpoint(process, folder):
     assert process.returncode == -signal.SIGKILL
 
 
+@needs_kill
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['retinanet', 'mask_rcnn', 'semantic_fpn'])
 def test_from_annotations_to_a_file_for_openmmlab(typed, write_shapes, kind):

@@ -24,6 +24,7 @@ from pvt_timm.detection.trained import describe_model  # noqa: E402
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn, semantic_fpn_from_mmseg  # noqa: E402
 from pvt_timm.training import load_trained  # noqa: E402
 from pvt_timm.training.published import PAPER  # noqa: E402
+from tests.support.systems import needs_kill, needs_resource  # noqa: E402
 from tests.support.training_options import DETECTOR, MASKS, SEGMENTER  # noqa: E402
 
 NAMES = ['box', 'triangle', 'disc']  # in the order of their ids, 7, 18 and 30
@@ -357,6 +358,7 @@ def test_one_class_and_365(cli, shapes_folder, tmp_path, kind, count):
     assert equal(load_trained(copy.copy(model.state_dict())).state_dict(), model.state_dict())
 
 
+@needs_resource
 def test_a_full_disk_leaves_the_last_checkpoint(cli, trained, shapes_folder, tmp_path, monkeypatch):
     """If the disk is full, the last checkpoint stays. A limit of file sizes makes writing fail."""
     import resource
@@ -599,6 +601,7 @@ def test_two_processes(command, trained, shapes_folder, tmp_path, name, task, la
                     '--workers', '0']))
 
 
+@needs_kill
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(command, shapes_folder, tmp_path):
     """After several kills, the final weights are those of a run without kills."""
