@@ -87,9 +87,6 @@ def fit(settings: AnySettings) -> Dict[str, float]:
     if settings.epochs is not None:
         trainer.check_val_every_n_epoch = settings.eval_every
     total_steps = steps_per_epoch * epochs
-    if 2 * settings.warmup_steps > total_steps:
-        _say(f'the learning rate rises during the first {settings.warmup_steps} steps, and the whole training has '
-             f'{total_steps} steps: give fewer --warmup-steps, or train for longer')
     module_args.update(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     module: Any
     if isinstance(settings, DetectorSettings):
@@ -112,6 +109,9 @@ def fit(settings: AnySettings) -> Dict[str, float]:
             _say(f'the training is finished: {output / LAST} is from its last epoch')
             return dict(before[KEY]['figures'])
         _say(f'going on after epoch {done} of {epochs} from {output / LAST}')
+    if 2 * settings.warmup_steps > total_steps:
+        _say(f'the learning rate rises during the first {settings.warmup_steps} steps, and the whole training has '
+             f'{total_steps} steps: give fewer --warmup-steps, or train for longer')
     with _quiet():
         trainer.fit(module.train(), datamodule=data, ckpt_path=None if before is None else str(output / LAST))
     return dict(module.figures)
