@@ -3,6 +3,7 @@ import http.client
 import urllib.request
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # comes with huggingface_hub
 
@@ -31,6 +32,8 @@ def download(url: str, file: PathLike, max_bytes: int = MAX_BYTES, progress: boo
     file = Path(file)
     if not url.lower().startswith(('http://', 'https://')):  # urllib also opens files of this machine
         raise ValueError('Expected an address that starts with http:// or https://.')
+    if '@' in urlsplit(url).netloc:  # urllib takes it for a port, and shows it in its message
+        raise ValueError('Expected an address without a user and a password: download the file in another way.')
     request = urllib.request.Request(url, headers={'User-Agent': 'pvt-timm'})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
         said = response.headers.get('Content-Length', '')

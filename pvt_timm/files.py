@@ -93,7 +93,10 @@ def check_folder(folder: PathLike) -> None:
     For output whose folder is created with the first file: an error on the way there leaves no empty folder behind.
     """
     folder = Path(folder).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    # lexists: also a link that points to nothing
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+    if there is None:  # a drive that does not exist
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     if not there.is_dir():
         number = errno.EEXIST if there == folder else errno.ENOTDIR
     elif not os.access(there, os.W_OK | os.X_OK):

@@ -45,7 +45,9 @@ MANY_KEYS = 128
 
 # The types of modules that the fast path supports, by their place in the stage. With any other module (an adapter, a
 # quantized linear layer, a norm in place of a dropout) the plain path is taken.
-_NORM, _DROP, _PATH = (nn.LayerNorm, LayerNorm), (nn.Dropout, nn.Identity), (DropPath, nn.Identity)
+NORMS = (nn.LayerNorm, LayerNorm)
+NOTHING = (nn.Dropout, DropPath, nn.Identity)  # layers that do nothing in evaluation mode
+_NORM, _DROP, _PATH = NORMS, (nn.Dropout, nn.Identity), (DropPath, nn.Identity)
 _STAGE: Parts = dict(patch_embed=(PatchEmbed,), pos_drop=_DROP, blocks=(nn.ModuleList,))
 _MLP: Parts = dict(fc1=(nn.Linear,), act=(nn.GELU,), drop1=_DROP, norm=(nn.Identity,), fc2=(nn.Linear,), drop2=_DROP)
 _PARTS: Dict[type, Parts] = {
@@ -104,6 +106,25 @@ def patched() -> str:
         if getattr(owner, name) is not original:
             return f'{owner.__name__}.{name}'
     return ''
+
+
+def is_plain(module: Any, kinds: Tuple[type, ...]) -> bool:
+    """Return whether a module's class is one of `kinds`, not a derived one, and its forward is that of the class."""
+    hooks = module is not None and (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) in kinds and 'forward' not in module.__dict__ and not hooks
+
+
+def needs_class_token_only(model: Any) -> bool:
+    """Return whether the output of a model depends on the class token of its last block, and on no other token."""
+    return (
+        is_plain(model, (PyramidVisionTransformer,))
+        and not {'forward_features', 'forward_head', 'pool'} & model.__dict__.keys()
+        and model.global_pool == 'token'
+        and is_plain(model.stages, (nn.Sequential,))
+        and all(is_plain(stage, (type(stage),)) for stage in model.stages)
+        and is_plain(model.norm, NORMS)
+        and is_plain(model.head_drop, NOTHING)
+    )
 
 
 def _watched() -> str:
@@ -306,8 +327,9 @@ class FusedStage(PyramidVisionTransformerStage):
         if not plain and not _works(self.pos_embed.dtype):
             plain = f'no fast operators for {self.pos_embed.dtype}'
         if plain:
-            return f'path=plain ({plain})'
-        path = 'path=fast (without gradients)' if state.requires_grad else 'path=fast'
+            path = f'path=plain ({plain})'
+        else:
+            path = 'path=fast (without gradients)' if state.requires_grad else 'path=fast'
         return f'{path}, class token only' if self.class_token_only else path
 
     def _inspect(self) -> _State:
@@ -446,22 +468,28 @@ def fuse(model: nn.Module, inplace: bool = False, class_token_only: bool = False
             its fused form is a new object that shares the stage's parameters.
         class_token_only: Whether the last block computes its result for the class token only, which is all that a
             classifier needs. `forward` returns the same. `forward_features` returns the class token (B, 1, C) in place
-            of all tokens, and `forward_intermediates` is not possible.
+            of all tokens, and `forward_intermediates` does not work for the last stage. On the plain path, all tokens
+            are computed and the others left out. The pooling must not be changed after that.
 
     Returns:
         The model with fused stages. A stage of a derived class, or with another forward, is not changed.
 
     Raises:
         ValueError: There is no stage in the model. Scripted models and those made with `feature_cls='fx'` have none.
-            Or `class_token_only` is set and the model is not a PVT that pools its class token.
+            Or `class_token_only` is set, and the output of the model needs other tokens too, or may need them.
     """
     if not any(isinstance(module, PyramidVisionTransformerStage) for module in model.modules()):
         raise ValueError(
             f'Expected a model with PVT stages inside, got {type(model).__name__}, which has none: fuse a model before '
             "it is scripted or exported, and one with features by another feature_cls than 'fx'.")
-    if class_token_only and not (
-            isinstance(model, PyramidVisionTransformer) and model.num_prefix_tokens and model.global_pool == 'token'):
-        raise ValueError("Expected a PVT with global_pool 'token' for class_token_only, as others use more tokens")
+    if class_token_only:
+        if not needs_class_token_only(model):
+            raise ValueError(
+                "Expected an unchanged PVT classifier with global_pool='token' for class_token_only, because others "
+                f'use the other tokens too, got {type(model).__name__}')
+        last: Any = model.stages[-1]  # type: ignore[index]
+        if type(last) not in (PyramidVisionTransformerStage, FusedStage):
+            raise ValueError(f'Expected a last stage that can be fused for class_token_only, got {type(last).__name__}')
     if not inplace:
         with torch.inference_mode(False):  # parameters that are copied in inference mode force the plain path
             model = copy.deepcopy(model)
@@ -475,8 +503,5 @@ def fuse(model: nn.Module, inplace: bool = False, class_token_only: bool = False
                     fused[child] = FusedStage.from_stage(child)
                 setattr(module, name, fused[child])
     if class_token_only:
-        last: Any = model.stages[-1]
-        if not isinstance(last, FusedStage):
-            raise ValueError(f'Expected a last stage that can be fused for class_token_only, got {type(last).__name__}')
-        last.class_token_only = True
+        model.get_submodule('stages')[-1].class_token_only = True  # type: ignore[index]
     return model

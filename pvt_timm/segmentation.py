@@ -131,9 +131,12 @@ class SemanticFpn(nn.Module):
         enlarged to multiples of 32. Unlike in these two, values are not rounded to bytes in between.
 
         Raises:
-            ValueError: The image has another number of channels, no floating point numbers, or values up to 255.
+            ValueError: An image has another number of channels, no floating point numbers, or values up to 255. Or
+                there is no image in the batch.
         """
         images = image if image.ndim == 4 else image[None]
+        if not len(images):
+            raise ValueError('Expected one image or more, got an empty batch')
         for one in images:
             check_image(one, self.in_chans)
         h, w = image.shape[-2:]

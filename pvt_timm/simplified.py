@@ -15,16 +15,13 @@ from typing import Any, Iterator, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, Mlp, to_2tuple
+from timm.layers import Mlp, to_2tuple
 
-from .fused import MANY_KEYS, patched
+from .fused import MANY_KEYS, NORMS, NOTHING, is_plain, needs_class_token_only, patched
 from .pvt import Attention, Block, PyramidVisionTransformer, PyramidVisionTransformerStage
 from .sliced_mlp import SlicedMlp
 
 __all__ = ['simplify']
-
-_NORMS = (nn.LayerNorm, LayerNorm)
-_NOTHING = (nn.Dropout, DropPath, nn.Identity)  # layers that do nothing in evaluation mode
 
 
 def simplify(model: nn.Module, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> nn.Module:
@@ -50,7 +47,7 @@ def simplify(model: nn.Module, img_size: Optional[Union[int, Tuple[int, int]]] =
     if patched():
         raise ValueError(f'Expected the code of the layers as it was imported, but {patched()} is patched')
     small: Any = copy.deepcopy(model).eval().requires_grad_(False)
-    token_stage = small.stages[-1] if _returns_class_token_only(small) else None
+    token_stage = small.stages[-1] if needs_class_token_only(small) else None
     found = False
     for stage, grid in _stages_and_grids(small, img_size):
         found = True
@@ -86,18 +83,12 @@ def folding_is_cheaper(queries: int, keys: int, dim: int, heads: int) -> bool:
     return folded < projected
 
 
-def _is_plain(module: Any, kinds: Tuple[type, ...]) -> bool:
-    """Return whether a module's class is one of `kinds`, not a derived one, and its forward is that of the class."""
-    hooks = module is not None and (module._forward_hooks or module._forward_pre_hooks)
-    return type(module) in kinds and 'forward' not in module.__dict__ and not hooks
-
-
 def _is_plain_attention(attn: Any) -> bool:
     return (
-        _is_plain(attn, (Attention,))
-        and all(_is_plain(linear, (nn.Linear,)) for linear in (attn.q, attn.kv, attn.proj))
-        and _is_plain(attn.attn_drop, _NOTHING)
-        and _is_plain(attn.proj_drop, _NOTHING)
+        is_plain(attn, (Attention,))
+        and all(is_plain(linear, (nn.Linear,)) for linear in (attn.q, attn.kv, attn.proj))
+        and is_plain(attn.attn_drop, NOTHING)
+        and is_plain(attn.proj_drop, NOTHING)
         and all(type(p) is nn.Parameter and p.is_floating_point() for p in attn.parameters())
     )
 
@@ -106,27 +97,16 @@ def _is_plain_block(block: Block) -> bool:
     """Return whether all layers of a block except its attention process each token on its own."""
     mlp: Any = block.mlp
     return (
-        _is_plain(block, (Block,))
-        and _is_plain(block.norm1, _NORMS)
-        and _is_plain(block.norm2, _NORMS)
-        and _is_plain(block.drop_path1, _NOTHING)
-        and _is_plain(block.drop_path2, _NOTHING)
-        and _is_plain(mlp, (Mlp, SlicedMlp))
-        and _is_plain(mlp.norm, (nn.Identity,))
-        and _is_plain(mlp.fc1, (nn.Linear,))
-        and _is_plain(mlp.fc2, (nn.Linear,))
+        is_plain(block, (Block,))
+        and is_plain(block.norm1, NORMS)
+        and is_plain(block.norm2, NORMS)
+        and is_plain(block.drop_path1, NOTHING)
+        and is_plain(block.drop_path2, NOTHING)
+        and is_plain(mlp, (Mlp, SlicedMlp))
+        and is_plain(mlp.norm, (nn.Identity,))
+        and is_plain(mlp.fc1, (nn.Linear,))
+        and is_plain(mlp.fc2, (nn.Linear,))
         and type(mlp.act).__module__.startswith(('torch.nn.modules.activation', 'timm.layers.activations'))
-    )
-
-
-def _returns_class_token_only(model: Any) -> bool:
-    if not _is_plain(model, (PyramidVisionTransformer,)) or model.global_pool != 'token':
-        return False
-    return (
-        _is_plain(model.stages, (nn.Sequential,))
-        and all(_is_plain(stage, (type(stage),)) for stage in model.stages)
-        and _is_plain(model.norm, _NORMS)
-        and _is_plain(model.head_drop, _NOTHING)
     )
 
 

@@ -15,11 +15,13 @@ from pvt_timm.weights import PARTS
 
 from .converter import DTYPES, TARGETS, convert, inspect
 from .detectors import convert_whole
+from .output import check_output
 from .upload import check_repo, publish, push
 
 __all__ = ['main']
 
 COMMANDS = ('convert', 'inspect', 'publish')
+_OPTIONS_OF_WHOLE = ('source', 'output', 'to', 'prefix', 'force', 'max_bytes')  # that --whole supports
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -147,8 +149,12 @@ def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
             check_upload(repo)
     elif private or dry_run:
         raise ValueError('Expected --push OWNER/REPO with --private or --dry-run.')
+    whole = args.pop('whole')
+    if whole:
+        _refuse_options_of_classifiers(args)
+    check_output(args['output'], args['force'])
     check_source(args['source'], 'SOURCE')
-    if args.pop('whole'):
+    if whole:
         _convert_whole(args, as_json, quiet)
         return
     report = convert(**args)
@@ -162,13 +168,15 @@ def _convert(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
             print(f'\n{done} {", ".join(pushed["files"])} to {pushed["url"] or repo}')
 
 
-def _convert_whole(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
-    taken = ('source', 'output', 'to', 'prefix', 'force', 'max_bytes')
+def _refuse_options_of_classifiers(args: Dict[str, Any]) -> None:
     usual = vars(_parser().parse_args(['convert', args['source'], '--output', args['output']]))
-    others = [name for name, value in args.items() if name not in taken and value != usual[name]]
+    others = [name for name, value in args.items() if name not in _OPTIONS_OF_WHOLE and value != usual[name]]
     if others:
         raise ValueError(f'Expected no --{others[0].replace("_", "-")} with --whole, which does not support it.')
-    report = convert_whole(**{name: args[name] for name in taken})
+
+
+def _convert_whole(args: Dict[str, Any], as_json: bool, quiet: bool) -> None:
+    report = convert_whole(**{name: args[name] for name in _OPTIONS_OF_WHOLE})
     if as_json:
         print(json.dumps(report, indent=2))
     elif not quiet:

@@ -47,9 +47,8 @@ def has_bf16() -> bool:
 
 
 def has_amx() -> bool:
-    """Return whether the CPU has AMX, with which products in bfloat16 and int8 are fast, and it is not switched off."""
-    emulates = os.environ.get('ONEDNN_MAX_CPU_ISA') == 'AVX2'
-    return getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)() and not emulates
+    """Return whether the CPU has AMX, with which products in bfloat16 and int8 are fast."""
+    return getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
 
 
 class Skipped(Exception):

@@ -104,7 +104,7 @@ def in_python(model: torch.nn.Module, data: dict, files: list[ImageFile]) -> np.
 
 
 def memory(args: argparse.Namespace, folder: Path) -> dict:
-    """Return the peak memory of `embed` with its workers, on many small images and on a few."""
+    """Return the peak memory of `embed`, with its workers if it has any, on many small images and on a few."""
     peaks = {}
     for count in (64, args.memory):
         images = folder / str(count)

@@ -3,7 +3,7 @@
 timm and torchvision convert such images with Pillow, which cuts off values above 255: the images become white.
 """
 import io
-from typing import Any, Tuple
+from typing import Any, Callable, Tuple
 
 import timm.data
 from PIL import Image
@@ -48,7 +48,8 @@ class AsSeen:
         image = Image.open(file)  # reads only the start of the file
         if has_more_than_8_bits(image):
             eight_bits = io.BytesIO()
-            _seen(image, self.reader.filename(index, absolute=True), 1).save(eight_bits, 'png', compress_level=0)
+            seen = _seen(image, lambda: self.reader.filename(index, absolute=True), 1)
+            seen.save(eight_bits, 'png', compress_level=0)
             file = eight_bits
         file.seek(0)
         return (file, *more)
@@ -65,11 +66,11 @@ class AsSeen:
 def load_as_seen(path: str) -> Image.Image:
     """Return an image as RGB, as torchvision's `default_loader` does, but with more than 8 bits as `predict` does."""
     with Image.open(path) as image:
-        return _seen(image, path, 3) if has_more_than_8_bits(image) else image.convert('RGB')
+        return _seen(image, lambda: path, 3) if has_more_than_8_bits(image) else image.convert('RGB')
 
 
-def _seen(image: Image.Image, name: str, channels: int) -> Image.Image:
+def _seen(image: Image.Image, name: Callable[[], str], channels: int) -> Image.Image:
     try:
         return as_seen(image, channels)
     except ValueError as e:
-        raise ValueError(f'Cannot read the image {name}: {e}') from e
+        raise ValueError(f'Cannot read the image {name()}: {e}') from e

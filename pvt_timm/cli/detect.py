@@ -101,10 +101,13 @@ def _run(args: argparse.Namespace, task: Task, processes: Processes) -> None:
             print(f'{clean(args.output, 4096)}: {task.key} of {count:,} images')
         stream.say()
         return
-    records: Iterable[Dict[str, Any]] = stream.records(files, model.in_chans, as_pixels, compute)
+    numbered = have_numbers(file.path for file in files)
+    # the images that can be read may be numbered, even if not all images are: this is known at the end
+    waits = args.format == 'coco' and args.skip_errors and not numbered
+    records: Iterable[Dict[str, Any]] = stream.records(
+        files, model.in_chans, as_pixels, compute, prints=not waits)
     if args.format == 'coco':
-        numbered = have_numbers(file.path for file in files)
-        if args.skip_errors and not numbered:  # the images that can be read, known at the end, may be numbered
+        if waits:
             records = list(records)
             numbered = have_numbers(record['image'] for record in records)
         print_json(coco_results(records, model.categories, numbered))

@@ -78,7 +78,8 @@ def _embed_all(args: argparse.Namespace, processes: Processes) -> None:
         check_output(vectors, classifier.name)
         return list(vectors.float().cpu().numpy())
 
-    classifier.model = stream.place(classifier.model, class_token_only=layer == 'token')
+    pools_token = classifier.model.global_pool == 'token'
+    classifier.model = stream.place(classifier.model, class_token_only=layer == 'token' and pools_token)
     count = stream.write(
         files, classifier.data['input_size'][0], Transformed(classifier.data), compute, results, settings,
         info=dict(model=classifier.name, layer=layer))

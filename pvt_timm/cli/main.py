@@ -67,7 +67,7 @@ def _parser() -> Parser:
     add_images(images)
     images.add_argument(
         '--json', action='store_true', help='print the results as one JSON document. Each of its images is printed as '
-        'soon as it is computed. After an error the document has no end, and the exit code is 2')
+        'soon as it is computed. After an error the exit code is 2, and what was printed is not a complete document')
     model = Parser(add_help=False)
     model.add_argument(
         '--model', type=filled, help='name of a model, with or without tag (see `list`), or hf-hub:OWNER/REPO '
@@ -117,7 +117,8 @@ def _parser() -> Parser:
         '--format', choices=('plain', 'coco'), default='plain',
         help="format of --json: plain (default), where labels count from 0, or COCO's results format. There the ids of "
         "categories are COCO's if the classes are COCO's 80, otherwise 1, 2, 3... The ids of images are the numbers in "
-        'their file names if each name is a different number, otherwise 1, 2, 3...')
+        'their file names if each name is a different number, otherwise 1, 2, 3... With --skip-errors, these are only '
+        'known at the end, and printed then')
     add_many_options(
         detect, 1, '. Images of different sizes always go one by one, as padding them to one size would change results')
     detect.add_argument(

@@ -1,11 +1,12 @@
-""" Run many images through a model, on any device. Images are found in folders, read by worker processes and batched.
+""" Run many images through a model, on any device. Images are found in folders, read in parallel and batched.
 
 A command makes a `Stream` from its options. It iterates over `Stream.results` or `Stream.records`, or calls
 `Stream.write` to write the results to one file. `print_json` prints results as JSON. An image that cannot be read ends
 the command. With `--skip-errors` such images are named and counted, and the command continues.
 
-timm's transforms prepare the images, and PyTorch's `DataLoader` reads them. timm's `create_loader` is made for images
-of one size with a class. It has no place for the name and the error of an image, and no images of several sizes.
+timm's transforms prepare the images. Threads read them, or the worker processes of PyTorch's `DataLoader`. timm's
+`create_loader` is made for images of one size with a class. It has no place for the name and the error of an image, and
+no images of several sizes.
 """
 import argparse
 import functools
@@ -77,8 +78,8 @@ def add_output_options(
     parser.add_argument(
         '--output', type=_path, metavar=metavar, help=f'{what}: {formats}, as its extension says. '
         'FILE is written as a whole at the end. Until then the results are in the folder FILE.parts. After a crash the '
-        'same command continues from this folder, also with torchrun. It is refused if an image has another size or '
-        f'time of change than before{more}', **kwargs)
+        'same command continues from this folder, also with torchrun. The command is refused if an image file was '
+        f'changed since then (its size in bytes or its time of change){more}', **kwargs)
     parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
 
 
@@ -110,7 +111,8 @@ def add_many_options(parser: argparse.ArgumentParser, batch_size: int = BATCH_SI
         '--workers', type=functools.partial(whole_number, smallest=0), metavar='N',
         help='processes that read images while the model computes (default: one per core if the model is on an '
         f'accelerator, {_MOST_WORKERS} at most; none on a CPU, and for a few images). With 0, threads read each batch '
-        'before the model computes it. On a CPU this is faster, unless the images are on a slow disk')
+        'before the model computes it. On a CPU this is faster with batches of several images, unless the images are '
+        'on a slow disk')
     parser.add_argument(
         '--skip-errors', action='store_true', help='continue after an image that cannot be read. Such images are '
         'named, and counted at the end (default: the first one ends the command)')
@@ -406,7 +408,7 @@ class Stream:
         Args:
             files: Images to read.
             channels: Number of channels of the pixels, 1 or 3.
-            prepare: Turns an image into pixels. The worker processes call it.
+            prepare: Turns an image into pixels. Worker processes, or several threads at once, call it.
             compute: Computes results for images from their pixels (B, C, H, W), which have 8 bits and are on the
                 device.
             prints: Whether the caller prints each result at once. On a terminal these results show the progress, so
@@ -440,21 +442,21 @@ class Stream:
             loader: Any = DataLoader(images, batch_size=self._batch_size, num_workers=workers, collate_fn=list)
             yield from loader
             return
-        with ThreadPoolExecutor(_cores() // self.processes.local_count or 1) as pool:
+        with ThreadPoolExecutor(min(_MOST_WORKERS, self._batch_size, self._cores())) as pool:
             for start in range(0, len(images), self._batch_size):
                 numbers = range(start, min(start + self._batch_size, len(images)))
                 yield list(pool.map(images.__getitem__, numbers))
 
     def records(
             self, files: Sequence[ImageFile], channels: int, prepare: Prepare,
-            compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]]) -> Iterator[Any]:
-        """Yield the results as `results` does, to be printed at once.
+            compute: Callable[[List[Loaded], torch.Tensor], Sequence[Any]], prints: bool = True) -> Iterator[Any]:
+        """Yield the results as `results` does, without the images. At the end at least one has to be there.
 
         Raises:
             UnreadableImage: An image cannot be read, and errors are not skipped.
             ValueError: None of the images could be read.
         """
-        for _, record in self.results(files, channels, prepare, compute, prints=True):
+        for _, record in self.results(files, channels, prepare, compute, prints):
             yield record
         self.refuse_none()
 
@@ -528,12 +530,18 @@ class Stream:
     def _worker_count(self, images: int) -> int:
         if self._workers is not None:
             return self._workers
-        if self.device.type == 'cpu':  # workers would take cores from the model, which then waits for its slowest core
+        # Workers would take cores from the model, which then waits for its slowest core: `predict` had 0.88 of the
+        # speed of the model alone with a worker, 0.95 without (benchmarks/results/many_images.json)
+        if self.device.type == 'cpu':
             return 0
         batches = math.ceil(images / self._batch_size)
         if batches < 3:  # starting processes would take longer than reading the images
             return 0
-        return max(1, min(_MOST_WORKERS, batches, _cores() // self.processes.local_count))
+        return min(_MOST_WORKERS, batches, self._cores())
+
+    def _cores(self) -> int:
+        """Return the number of cores for this process."""
+        return max(1, _cores() // self.processes.local_count)
 
     def refuse_none(self) -> None:
         """Raise an error if no image could be read. All processes call this, and their images are counted together.

@@ -154,7 +154,8 @@ def _reach(url: str) -> None:
     parts = urlsplit(url)
     if not parts.hostname:
         return
-    request = urllib.request.Request(f'{parts.scheme}://{parts.netloc}/', method='HEAD')
+    host = parts.netloc.rpartition('@')[2]  # without a user and a password
+    request = urllib.request.Request(f'{parts.scheme}://{host}/', method='HEAD')
     problem = [f'no answer within {_SECONDS} s']
 
     def ask() -> None:

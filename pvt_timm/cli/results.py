@@ -105,7 +105,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def file_state(path: str) -> State:
-    """Return the size of a file and the time of its last change, by which another content of the file is noticed.
+    """Return the size of a file and the time of its last change, which show whether the file was changed.
 
     The list is empty if there is no such file.
     """
@@ -141,7 +141,10 @@ class _RecordParts:
 
 
 class _VectorParts:
-    """Reads and writes parts with one float32 vector per image, as safetensors. Metadata: names and states of files."""
+    """Reads and writes parts with one float32 vector per image, as safetensors.
+
+    The metadata of a part holds the names of the files, and their states (see `file_state`).
+    """
     suffix = '.safetensors'
 
     def content(self, files: Sequence[str], rows: Sequence[Any], states: Sequence[State]) -> bytes:
@@ -287,12 +290,13 @@ class Results:
 
     def _refuse_changed(self, index: _Index) -> None:
         """Refuse results of images that are other files now: of another size or time of change, older or newer."""
-        states = [self._read(self._kind.states_in, path) for path in index.parts]
-        for file, (part, row) in index.rows.items():
-            if file_state(file) != states[part][row]:
-                raise ValueError(
-                    f'{clean(file, 4096)} was changed after its result was computed (it has another size or time of '
-                    f'change): remove {self.folder} to start anew, or choose another --output')
+        for part, path in enumerate(index.parts):
+            files, states = (self._read(read, path) for read in (self._kind.files_in, self._kind.states_in))
+            for row, (file, state) in enumerate(zip(files, states, strict=True)):
+                if index.rows[file] == (part, row) and file_state(file) != state:
+                    raise ValueError(
+                        f'{clean(file, 4096)} was changed after its result was computed (its size in bytes or its time '
+                        f'of change): remove {self.folder} to start anew, or choose another --output')
 
     def close(self) -> None:
         """Release the lock, so that other runs can use the folder."""

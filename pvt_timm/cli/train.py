@@ -37,13 +37,15 @@ _SCHEDULE = {
 
 
 def run_run(args: argparse.Namespace) -> List[str]:
-    """Return the script's command line. validate.py gets the device of the machine, unless `--device` is given.
+    """Return the script's command line. timm's validate.py gets the device of the machine, unless `--device` is given.
 
     Its own default is cuda, on every machine.
     """
     command = _script(args)
-    is_validate = Path(args.script).name == 'validate.py'
-    if is_validate and machine_device() != 'cuda':
+    script = Path(args.script)
+    is_validate = script.name == 'validate.py'
+    has_device = "'--device'" in script.read_text(encoding='utf-8', errors='replace')  # a user's own script may not
+    if is_validate and has_device and machine_device() != 'cuda':
         command[1:1] = ['--device', machine_device()]  # in front: the last --device counts, also an abbreviated one
     model = _value_of(args.script_args, '--model', '-m')
     # validate.py loads pretrained weights whenever it has no others
@@ -108,8 +110,8 @@ def run_train(args: argparse.Namespace) -> List[str]:
             _say(end)
             return []
         command += ['--resume', str(latest)]
-    pretrained = latest is None and bool(now.get('pretrained')) and not (
-        now.get('pretrained_path') or now.get('initial_checkpoint'))
+    # train.py loads them also before it continues from a checkpoint
+    pretrained = bool(now.get('pretrained')) and not (now.get('pretrained_path') or now.get('initial_checkpoint'))
     check_hub_model(now.get('model') or '', pretrained)
     if pretrained:
         check_pretrained(now.get('model') or '', '--pretrained-path')
@@ -225,7 +227,7 @@ def latest_checkpoint(
             continue
         _check_same_model(file, state.get('args'), settings or {})
         for line in broken:
-            say(f'this checkpoint cannot be read and is not used: {line}')
+            say(f'this checkpoint is not used: {line}')
         say(f'going on after epoch {clean(state["epoch"], 20)} from {file}: weights, optimizer, learning rate and '
             f'weight decay are taken from this file, other values for them in the options or the config have no effect')
         return file

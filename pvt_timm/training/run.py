@@ -109,9 +109,10 @@ def fit(settings: AnySettings) -> Dict[str, float]:
             _say(f'the training is finished: {output / LAST} is from its last epoch')
             return dict(before[KEY]['figures'])
         _say(f'going on after epoch {done} of {epochs} from {output / LAST}')
-    if 2 * settings.warmup_steps > total_steps:
-        _say(f'the learning rate rises during the first {settings.warmup_steps} steps, and the whole training has '
-             f'{total_steps} steps: give fewer --warmup-steps, or train for longer')
+    if before is None and 2 * settings.warmup_steps > total_steps and is_first_process():
+        warnings.warn(
+            f'The learning rate rises during the first {settings.warmup_steps} steps, and the whole training has '
+            f'{total_steps} steps: give fewer --warmup-steps, or train for longer.', stacklevel=2)
     with _quiet():
         trainer.fit(module.train(), datamodule=data, ckpt_path=None if before is None else str(output / LAST))
     return dict(module.figures)

@@ -12,6 +12,7 @@ from pvt_timm.cli.detect import coco_results, compressed, run_lengths
 from pvt_timm.cli.overlays import _overlap, _place_label, distinct_color, draw_detections, draw_segments
 from pvt_timm.detection import coco_categories, detector_from_mmdet, detector_to_mmdet, pvt_mask_rcnn, pvt_retinanet
 from pvt_timm.segmentation import segmenter_to_mmseg, semantic_fpn, semantic_fpn_from_mmseg
+from tests.support.systems import symlink
 
 
 @pytest.fixture(scope='module')
@@ -368,6 +369,13 @@ def test_a_folder_that_cannot_be_made_is_refused_first(cli, folder, tmp_path, ar
         error = cli(*args, '--output', tmp_path / output, fails=True)
         assert f'{tmp_path}{os.sep}file' in error and 'none.pth' not in error
     assert sorted(file.name for file in tmp_path.iterdir()) == ['file', 'x.png']
+
+
+def test_a_link_to_nothing_is_no_folder(cli, folder, tmp_path):
+    symlink(tmp_path / 'link', tmp_path / 'nowhere')
+    argv = ['detect', folder / 'a.png', '--checkpoint', 'none.pth', '--output', tmp_path / 'link']
+    assert str(tmp_path / 'link') in cli(*argv, fails=True)
+    assert not (tmp_path / 'nowhere').exists()
 
 
 def test_pictures_do_not_replace_images(cli, folder, tmp_path):

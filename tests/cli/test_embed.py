@@ -126,6 +126,11 @@ def test_default_is_what_the_head_takes(cli, images, expected, tmp_path, kwargs,
     x = torch.stack([transform(Image.open(file).convert('RGB')) for file in expected[0]])
     with torch.inference_mode():
         check(tmp_path / 'x.npz', (expected[0], model(x).numpy()))
+    token = ['embed', images, '--checkpoint', tmp_path / 'w.pth', '--output', tmp_path / 't.npz', '--layer', 'token']
+    if 'global_pool' in kwargs:  # the class token, although the head does not take it
+        cli(*token)
+        with torch.inference_mode():
+            check(tmp_path / 't.npz', (expected[0], model.forward_features(x)[:, 0].numpy()))
     if 'class_token' in kwargs:
         assert 'has none' in cli('embed', images, '--checkpoint', tmp_path / 'w.pth', '--output', tmp_path / 'y.npz',
                                  '--layer', 'token', fails=True)

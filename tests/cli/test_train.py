@@ -119,7 +119,7 @@ def test_goes_on_from_the_newest_complete_checkpoint(start, folder):
     for name in ('last', 'checkpoint-10'):
         (folder / f'{name}.pth.tar').write_bytes(damaged)
     code, argv, err = start()
-    assert str(folder / 'checkpoint-9.pth.tar') in argv and err.count('cannot be read and is not used: ') == 2
+    assert str(folder / 'checkpoint-9.pth.tar') in argv and err.count('this checkpoint is not used: ') == 2
 
     assert start('--resume', 'own.pth')[1].count('--resume') == 1  # the user's own choice counts
 
@@ -176,7 +176,9 @@ def started(request, start, script):
 
 
 @pytest.mark.parametrize('suffix, context', [
-    *((suffix, None) for suffix in DEEP), *(('png', method) for method in multiprocessing.get_all_start_methods())])
+    *((suffix, None) for suffix in DEEP),
+    *(pytest.param('png', method, marks=[pytest.mark.slow] * (method != 'fork'))  # others import everything again
+      for method in multiprocessing.get_all_start_methods())])
 @pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
 def test_images_of_16_bits_are_read_as_by_predict(started, tmp_path, dataset, suffix, context):
     """Also in worker processes. Pillow's conversion would make them white, or black if they have values from 0 to 1."""
@@ -220,13 +222,15 @@ def test_readers_of_such_images(started, tmp_path, caplog):
     ('cuda', 'validate.py', ['data'], ['data']),
     (None, 'validate.py', ['--device', 'cuda:1'], ['--device', 'cpu', '--device', 'cuda:1']),  # the last one counts
     (None, 'benchmark.py', ['--model', 'test_pvt'], ['--model', 'test_pvt']),
+    (None, 'mine/validate.py', ['data'], ['data']),  # a script of the user, without such an option
 ])
 def test_device_of_validate(start, tmp_path, monkeypatch, gpu, script, args, command):
     started = []
     monkeypatch.setattr('pvt_timm.cli.main.run_script', started.append)
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda: gpu is not None)
     monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.device(gpu))
-    (tmp_path / script).touch()
+    (tmp_path / script).parent.mkdir(exist_ok=True)
+    (tmp_path / script).write_text('' if 'mine' in script else "parser.add_argument('--device', default='cuda')")
     assert main(['run', str(tmp_path / script), *args]) == 0
     assert started == [[str(tmp_path / script), *command]]
 

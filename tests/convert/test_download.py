@@ -27,6 +27,13 @@ def test_what_comes_is_saved(hub, url, tmp_path):
         download(f'file://{file}', tmp_path / 'z')
 
 
+@pytest.mark.parametrize('user', ['user:secret', 'secret'])
+def test_a_user_in_the_address_is_refused_and_not_shown(url, tmp_path, user):
+    with pytest.raises(ValueError, match='without a user and a password') as e:
+        download(url.replace('://', f'://{user}@'), tmp_path / 'x.pth')
+    assert 'secret' not in str(e.value)
+
+
 def test_what_is_too_large_is_not_fetched(hub, url, tmp_path):
     with pytest.raises(CheckpointError, match='Expected at most 0.3 MB, x.pth has 0.3 MB'):
         download(url, tmp_path / 'x.pth', max_bytes=len(CONTENT) - 1)

@@ -98,6 +98,7 @@ def test_images_of_other_channels(in_chans, mean):
     (torch.rand(1, 40, 50), r'shape \(3, height, width\), got \(1, 40, 50\)'),
     (torch.rand(40, 50), r'shape \(3, height, width\), got \(40, 50\)'),
     (torch.rand(2, 1, 40, 50), r'shape \(3, height, width\), got \(1, 40, 50\)'),
+    (torch.rand(0, 3, 40, 50), 'one image or more, got an empty batch'),
 ])
 def test_wrong_images_are_refused(image, message):
     with pytest.raises(ValueError, match=message):

@@ -198,8 +198,8 @@ def exported_detector(tmp_path_factory):
 @pytest.mark.parametrize('kind, target, half', [
     pytest.param(
         kind, target, half, id=f'{kind}-{target}-{"half" if half else "float32"}',
-        # Mask R-CNN is a Faster R-CNN with masks
-        marks=[pytest.mark.slow] * (target == 'openvino' or kind == 'faster_rcnn'))
+        # Mask R-CNN is a Faster R-CNN with masks, and half precision is tested with RetinaNet
+        marks=[pytest.mark.slow] * (target == 'openvino' or kind == 'faster_rcnn' or half and kind == 'mask_rcnn'))
     for kind in DETECTORS for target in ('onnx', 'openvino') for half in (False, True)])
 def test_detectors_are_read_by_the_runtime_alone(exported_detector, kind, target, half, tmp_path):
     """An exported detector works for an image of another size and content than the export used."""

@@ -73,7 +73,8 @@ def test_sizes(monkeypatch, fast_calls, size, dtype, tolerance, products):
 
 @needs_onednn
 @pytest.mark.parametrize('name, kwargs', [
-    *(pytest.param(f'pvt_{name}', dict(features_only=features), marks=[pytest.mark.slow] * (name == 'medium'))
+    *(pytest.param(
+        f'pvt_{name}', dict(features_only=features), marks=[pytest.mark.slow] * (name in ('medium', 'large')))
       for name in ('tiny', 'small', 'medium', 'large') for features in (False, True)),
     *(('test_pvt', kwargs) for kwargs in (
         dict(global_pool='avg'),
@@ -123,7 +124,8 @@ def test_class_token_only(fast_calls, name, dtype, tolerance, size):
     copy.deepcopy,
     lambda fused: pickle.loads(pickle.dumps(fused)),
     torch.jit.script,
-    lambda fused: torch.compile(fused, fullgraph=True, backend='aot_eager'),
+    pytest.param(
+        lambda fused: torch.compile(fused, fullgraph=True, backend='aot_eager'), marks=pytest.mark.slow),
 ], ids=['gradients', 'copy', 'pickle', 'script', 'compile'])
 def test_class_token_only_on_every_path(form):
     model, x = make_model(), make_input(2, 32, 64)
@@ -131,11 +133,17 @@ def test_class_token_only_on_every_path(form):
     assert_same(fused(x), model(x))
 
 
+def test_class_token_only_stays_true_on_the_plain_path():
+    fused = fuse(make_model(), class_token_only=True)
+    assert fused.forward_features(make_input(2, 32, 64)).shape == (2, 1, 64)  # with gradients
+    assert 'class token only' in repr(fused.train().stages[3])
+
+
 @pytest.mark.parametrize('model', [
     make_model(global_pool='avg'), make_model(class_token=False), make_model(features_only=True),
     make_model().stages[3], nn.Sequential(make_model())], ids=['average', 'dense', 'features', 'stage', 'inside'])
 def test_class_token_only_needs_a_class_token_that_is_pooled(model):
-    with pytest.raises(ValueError, match="a PVT with global_pool 'token'"):
+    with pytest.raises(ValueError, match="an unchanged PVT classifier with global_pool='token'"):
         fuse(model, class_token_only=True)
 
 
@@ -146,7 +154,22 @@ def test_class_token_only_needs_a_stage_that_can_be_fused():
     model = make_model()
     model.stages[3].__class__ = Stage
     with pytest.raises(ValueError, match='a last stage that can be fused .* got Stage'):
-        fuse(model, class_token_only=True)
+        fuse(model, inplace=True, class_token_only=True)
+    assert type(model.stages[0]) is PyramidVisionTransformerStage  # nothing was replaced
+
+
+def test_class_token_only_is_not_for_models_that_were_changed():
+    class Mean(pvt.PyramidVisionTransformer):
+        def forward_head(self, x, pre_logits=False):
+            return x.mean(1)
+
+    derived, patched, hooked = make_model(), make_model(), make_model()
+    derived.__class__ = Mean
+    patched.forward_head = lambda x: x.mean(1)
+    hooked.stages[3].register_forward_hook(lambda module, args, out: None)
+    for model in (derived, patched, hooked):
+        with pytest.raises(ValueError, match='an unchanged PVT classifier'):
+            fuse(model, class_token_only=True)
 
 
 @needs_onednn

@@ -61,6 +61,6 @@ def start(rank, folder, wrap):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('wrap', [ddp, fsdp2])
+@pytest.mark.parametrize('wrap', [ddp, pytest.param(fsdp2, marks=pytest.mark.slow)])
 def test_gradients_equal_one_process(wrap, tmp_path):
     mp.spawn(start, (tmp_path, wrap), nprocs=WORLD_SIZE)

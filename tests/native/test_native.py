@@ -7,7 +7,7 @@ from timm.utils import AttentionExtract
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
-from tests.support.forms import KINDS, SIZES, assert_equal_at, gradients, loss_of, make_input, make_model
+from tests.support.forms import FEATURES_SLOW, KINDS, SIZES, assert_equal_at, gradients, loss_of, make_input, make_model
 from tests.support.reference import images, randomize
 
 SIZE = (2, 256, 320)  # the forms are made with
@@ -35,7 +35,7 @@ def export(model, dynamic=False, strict=False):
     return torch.export.export(model, (make_input(*SIZE),), dynamic_shapes=dynamic_shapes, strict=strict)
 
 
-@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('kwargs', FEATURES_SLOW)
 def test_all_sizes_with_one_compilation(kwargs):
     model = make_model(img_size=SIZE[1:], **kwargs)
     backend = CompileCounterWithBackend('eager')
@@ -72,7 +72,7 @@ def test_export_to_aot_inductor(dynamic, tmp_path):
     assert_equal_at(torch._inductor.aoti_load_package(path), model, SIZES if dynamic else [SIZE])
 
 
-@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('kwargs', FEATURES_SLOW)
 @pytest.mark.parametrize('form', [
     lambda model: torch.compile(model, fullgraph=True, backend='aot_eager'),
     lambda model: export(model).module()], ids=['compile', 'export'])

@@ -10,6 +10,7 @@ from tests.support.reference import images, randomize
 # (batch, height, width). The last one is never used for compiling or exporting.
 SIZES = ((1, 224, 224), (2, 256, 320), (3, 160, 288))
 KINDS = [pytest.param({}, id='classification'), pytest.param(dict(features_only=True), id='features')]
+FEATURES_SLOW = [KINDS[0], pytest.param(dict(features_only=True), id='features', marks=pytest.mark.slow)]
 
 
 def make_model(name='test_pvt', **kwargs):

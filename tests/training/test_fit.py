@@ -103,7 +103,7 @@ def test_stopped_after_an_epoch_it_goes_on_as_if_it_had_not(
     cli(*argv)  # nothing is left to do
     assert (tmp_path / 'out' / 'last.ckpt').read_bytes() == before
     error = cli(*argv, '--lr', '1', '--workers', '1', code=2)
-    assert "begun with lr=0.002, now it is 1.0" in error
+    assert "started with lr=0.002, now it is 1.0" in error
 
 
 def moved(rows, shapes_folder, file):
@@ -535,7 +535,7 @@ def test_half_precision(cli, trained, shapes_folder, tmp_path, name, task):
                            '--precision', 'bf16-mixed'))
     assert history['evaluations'][-1] == dict(step=4, epoch=2, **found['figures'])  # as in training
     error = cli(*argv[:-1], '32-true', code=2)
-    assert "begun with precision='bf16-mixed', now it is '32-true'" in error
+    assert "started with precision='bf16-mixed', now it is '32-true'" in error
 
 
 # ---- processes of their own ------------------------------------------------------------------------------------------
