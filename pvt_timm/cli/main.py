@@ -66,15 +66,16 @@ def _parser() -> Parser:
     images = Parser(add_help=False)
     add_images(images)
     images.add_argument(
-        '--json', action='store_true', help='print the results as one JSON document. Each of its images is printed as '
-        'soon as it is computed. After an error the exit code is 2, and what was printed is not a complete document')
+        '--json', action='store_true', help='print the results as one JSON document. The result of each image is '
+        'printed as soon as it is computed. After an error the exit code is 2, and what was printed is not a complete '
+        'document')
     model = Parser(add_help=False)
     model.add_argument(
         '--model', type=filled, help='name of a model, with or without tag (see `list`), or hf-hub:OWNER/REPO '
         f'(default {DEFAULT_MODEL}, or the model of the checkpoint)')
     model.add_argument(
         '--checkpoint', type=filled, metavar='SOURCE', help='weights: a file of any supported format, a folder of timm '
-        'or transformers, a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default the published ones)')
+        'or transformers, a url, or hf-hub:OWNER/REPO[@REVISION][:FILE] (default: the published weights)')
     model.add_argument(
         '--prefix', help='part before the names of the weights, such as encoder.model., if the checkpoint holds '
         'several models')
@@ -103,7 +104,7 @@ def _parser() -> Parser:
     add_output_options(predict)
     add_many_options(predict)
     add_features_options(add('features', run_features, 'draw or save feature maps of images', parents=[model]))
-    add_embed_options(add('embed', run_embed, 'one vector per image, of many images', parents=[model]))
+    add_embed_options(add('embed', run_embed, 'compute one vector per image', parents=[model]))
     add_export_options(add('export', run_export, 'write a model as a file for another runtime', parents=[model]))
     detect = add('detect', run_detect, 'find the objects in images', parents=[images, drawn])
     which = detect.add_mutually_exclusive_group()
@@ -117,8 +118,8 @@ def _parser() -> Parser:
         '--format', choices=('plain', 'coco'), default='plain',
         help="format of --json: plain (default), where labels count from 0, or COCO's results format. There the ids of "
         "categories are COCO's if the classes are COCO's 80, otherwise 1, 2, 3... The ids of images are the numbers in "
-        'their file names if each name is a different number, otherwise 1, 2, 3... With --skip-errors, these are only '
-        'known at the end, and printed then')
+        'their file names if each name is a different number, otherwise 1, 2, 3... With --skip-errors and '
+        'ids 1, 2, 3..., all results are printed at the end')
     add_many_options(
         detect, 1, '. Images of different sizes always go one by one, as padding them to one size would change results')
     detect.add_argument(
@@ -131,17 +132,17 @@ def _parser() -> Parser:
     add_many_options(segment, 1, '. Images of different sizes always go one by one')
     add_training(subparsers)
     train = add(
-        'train', run_train, "run timm's train.py, with recovery", usage='%(prog)s [-h] SCRIPT [ARGS ...]',
-        description="Run timm's train.py with ARGS and the models registered. --config also takes the name of a recipe "
+        'train', run_train, "run timm's train.py, and continue after a crash", usage='%(prog)s [-h] SCRIPT [ARGS ...]',
+        description="Run timm's train.py with ARGS. It knows the PVT models. --config also takes the name of a recipe "
                     f'({", ".join(RECIPES)}). Device and mixed precision are chosen for the machine unless ARGS '
                     'set them. If the folder of the experiment holds a checkpoint, training continues after its last '
-                    'epoch (--resume FILE for another checkpoint). The names of the classes are saved in this folder. '
-                    'Grey images of 16 bits are read as by `predict`.')
+                    'epoch (--resume FILE chooses another checkpoint). The names of the classes are saved in this '
+                    'folder. Grey images of 16 bits are read as by `predict`.')
     train.add_argument('script', metavar='SCRIPT', help="timm's train.py")
     run = add(
-        'run', run_run, 'run a Python script with the models registered', usage='%(prog)s [-h] SCRIPT [ARGS ...]',
-        description="Run a Python script, such as timm's validate.py, as `python SCRIPT ARGS ...` would, with the "
-                    'models registered. Datasets of timm read grey images of 16 bits as `predict` does. validate.py '
+        'run', run_run, 'run a Python script that knows the PVT models', usage='%(prog)s [-h] SCRIPT [ARGS ...]',
+        description="Run a Python script, such as timm's validate.py, as `python SCRIPT ARGS ...` would. It "
+                    'knows the PVT models. Datasets of timm read grey images of 16 bits as `predict` does. validate.py '
                     'runs on the device of the machine unless ARGS have --device. For several processes: '
                     'torchrun --nproc-per-node=2 -m pvt_timm run SCRIPT')
     run.add_argument('script', metavar='SCRIPT', help='the script')

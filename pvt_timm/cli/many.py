@@ -76,10 +76,11 @@ def add_output_options(
         kwargs: Passed to `add_argument` for `--output`.
     """
     parser.add_argument(
-        '--output', type=_path, metavar=metavar, help=f'{what}: {formats}, as its extension says. '
+        '--output', type=_path, metavar=metavar, help=f'{what}. Its extension sets the format: {formats}. '
         'FILE is written as a whole at the end. Until then the results are in the folder FILE.parts. After a crash the '
-        'same command continues from this folder, also with torchrun. The command is refused if an image file was '
-        f'changed since then (its size in bytes or its time of change){more}', **kwargs)
+        'same command continues from this folder, also with torchrun. It is refused if a setting differs, or if an '
+        f'image file was changed after its result was computed (its size in bytes or its time of change){more}',
+        **kwargs)
     parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
 
 
@@ -89,8 +90,8 @@ def _path(text: str) -> Path:
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        '--device', metavar='NAME', help='where the model runs: cpu, cuda, cuda:1, mps, xpu (default the accelerator '
-        'of the machine, otherwise its CPU)')
+        '--device', metavar='NAME', help='where the model runs: cpu, cuda, cuda:1, mps, xpu (default: the accelerator '
+        'if there is one, otherwise the CPU)')
     parser.add_argument(
         '--dtype', choices=list(DTYPES), default='float32', help='type of the numbers that the model computes with '
         '(default float32). The other types are less exact, and faster on GPUs and on CPUs that support them')
@@ -109,13 +110,12 @@ def add_many_options(parser: argparse.ArgumentParser, batch_size: int = BATCH_SI
         help=f'images that go through the model together (default {batch_size}){how}')
     parser.add_argument(
         '--workers', type=functools.partial(whole_number, smallest=0), metavar='N',
-        help='processes that read images while the model computes (default: one per core if the model is on an '
-        f'accelerator, {_MOST_WORKERS} at most; none on a CPU, and for a few images). With 0, threads read each batch '
-        'before the model computes it. On a CPU this is faster with batches of several images, unless the images are '
-        'on a slow disk')
+        help='processes that read images while the model computes. Default on a CPU, or for a few images: 0, then '
+        f'threads read each batch before it is computed. Default on an accelerator: one per core, {_MOST_WORKERS} at '
+        'most. On a CPU, try 1 or more if the images are on a slow disk')
     parser.add_argument(
-        '--skip-errors', action='store_true', help='continue after an image that cannot be read. Such images are '
-        'named, and counted at the end (default: the first one ends the command)')
+        '--skip-errors', action='store_true', help='continue after an image that cannot be read. Each such image is '
+        'named, and their number is printed at the end (default: the first one ends the command)')
 
 
 def whole_number(text: str, smallest: int = 1) -> int:
