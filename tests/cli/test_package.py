@@ -10,6 +10,7 @@ from pvt_timm.version import __version__
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_torch_hub(python):
     done = python('-c', f"""if True:
         import torch

@@ -329,6 +329,7 @@ DISTRIBUTED = '''if True:
 '''
 
 
+@pytest.mark.slow
 def test_processes_on_cpu_warn_of_nothing(python, tmp_path):
     """Training on a CPU prints no FutureWarning about `broadcast_buffers`, which train.py passes."""
     (tmp_path / 'ddp.py').write_text(DISTRIBUTED)

@@ -190,11 +190,14 @@ FORMS = dict(
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('kwargs', [DEEP, dict(DEEP, features_only=True)], ids=['classification', 'features'])
-@pytest.mark.parametrize('folding, form', [
-    # an export takes long, and has both forms of attention if the cheaper one is chosen at every place
-    pytest.param(folding, form, marks=[pytest.mark.slow] * (form == 'export' and folding != 'cheaper'))
-    for folding in FOLDINGS for form in FORMS], indirect=['folding'])
+@pytest.mark.parametrize('folding, form, kwargs', [
+    pytest.param(
+        folding, form, kwargs, id=f'{folding}-{form}-{kind}',
+        # an export takes long, and has both forms of attention if the cheaper one is chosen at every place
+        marks=[pytest.mark.slow] * (form == 'export' and (folding, kind) != ('cheaper', 'classification')))
+    for folding in FOLDINGS for form in FORMS
+    for kind, kwargs in (('classification', DEEP), ('features', dict(DEEP, features_only=True)))],
+    indirect=['folding'])
 def test_forms(folding, form, kwargs):
     model = make_model(**kwargs)
     made = FORMS[form](simplify(model))

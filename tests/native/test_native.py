@@ -54,7 +54,7 @@ def test_inductor(dynamic, kwargs):
         assert_equal_at(form, model, (SIZE, (2, 224, 224), SIZES[2]) if dynamic else [SIZE])
 
 
-@pytest.mark.parametrize('kwargs', KINDS)
+@pytest.mark.parametrize('kwargs', FEATURES_SLOW)
 @pytest.mark.parametrize('strict', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export_of_all_sizes(strict, kwargs, tmp_path):
     model = make_model(img_size=SIZE[1:], **kwargs)
