@@ -290,7 +290,8 @@ def gradients_from_elsewhere(model):
     """Set gradients without a forward pass, as on a worker of a parameter server, and make a step."""
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
+    # larger steps would move all weights to one side, and rounding count
+    torch.optim.SGD(model.parameters(), lr=0.01, fused=True).step()
 
 
 def write_through_numpy(model):
