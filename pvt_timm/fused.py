@@ -89,6 +89,11 @@ def _pack_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool 
     return partial(_linear, weight=weight, bias=None if bias is None else bias.detach(), gelu=gelu)
 
 
+def has_amx() -> bool:
+    """Return whether the CPU has AMX, with which products in bfloat16 and int8 are fast."""
+    return getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
+
+
 @cache
 def _multiplies_faster() -> bool:
     """Return whether `_linear` is faster than the matrix products inside `scaled_dot_product_attention`.
@@ -96,8 +101,7 @@ def _multiplies_faster() -> bool:
     In float32 MKL computes these products, and it does not use AVX-512 on AMD. On a CPU with AMX, PyTorch has a fast
     variant of them.
     """
-    amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
-    return torch.backends.cpu.get_cpu_capability() == 'AVX512' and not amx
+    return torch.backends.cpu.get_cpu_capability() == 'AVX512' and not has_amx()
 
 
 def patched() -> str:

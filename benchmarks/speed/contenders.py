@@ -46,11 +46,6 @@ def has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def has_amx() -> bool:
-    """Return whether the CPU has AMX, with which products in bfloat16 and int8 are fast."""
-    return getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
-
-
 class Skipped(Exception):
     """Raised if a contender cannot run here. The message says why."""
 

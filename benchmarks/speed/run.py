@@ -30,6 +30,7 @@ import torch  # noqa: E402
 
 import contenders  # noqa: E402
 from pvt_timm.files import save_atomically  # noqa: E402
+from pvt_timm.fused import has_amx  # noqa: E402
 from contenders import CPU, CUDA, ENGINES, NOT_PVT, RUNTIMES, TRAIN, TRAIN_CUDA, Skipped  # noqa: E402
 
 GMACS = {'tiny': 1.93, 'small': 3.82, 'medium': 6.66, 'large': 9.81}  # at 224x224, attention included
@@ -54,12 +55,12 @@ def machine(device: str) -> dict:
             versions[name] = version(name)
         except PackageNotFoundError:
             pass
+    emulated = all(os.environ.get(k) == v for k, v in AVX2.items())
     return dict(
         cpu=cpu, cpus=os.cpu_count(), threads=torch.get_num_threads(),
         load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
         capability=torch.backends.cpu.get_cpu_capability(),
-        emulated=all(os.environ.get(k) == v for k, v in AVX2.items()), bf16=contenders.has_bf16(),
-        amx=contenders.has_amx(),
+        emulated=emulated, bf16=contenders.has_bf16(), amx=has_amx() and not emulated,
         python=platform.python_version(), system=platform.platform(terse=True), versions=versions,
         gpu=torch.cuda.get_device_name() if device == 'cuda' else None,
         when=time.strftime('%Y-%m-%d %H:%M'))

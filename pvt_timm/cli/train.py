@@ -17,6 +17,7 @@ from timm.models import get_pretrained_cfg
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..files import read_checkpoint, save_atomically
+from ..fused import has_amx
 from ..images import natural_key
 from ..labels import LABELS_FILE, labels_text
 from ..recipes import RECIPES
@@ -192,7 +193,7 @@ def machine_settings(settings: Dict[str, Any], given: Dict[str, Any]) -> Dict[st
         if device != 'cuda':  # train.py's default
             machine['device'] = device
     if settings.get('amp') and not given.keys() & {'amp', 'amp_dtype'}:
-        if device == 'cpu' and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        if device == 'cpu' and not (torch.cpu._is_avx512_bf16_supported() or has_amx()):
             machine['amp'] = False  # bfloat16 would be emulated, many times slower than float32
         elif device == 'cpu':
             machine['amp_dtype'] = 'bfloat16'

@@ -14,6 +14,14 @@ def test_summary():
     assert run.summary([4., 1., 2., 3.]) == dict(median=2.5, min=1., spread=0.4, rounds=4)
 
 
+def test_emulation_is_not_called_amx(monkeypatch):
+    monkeypatch.setattr(run, 'has_amx', lambda: True)
+    assert run.machine('cpu')['amx']
+    for name, value in run.AVX2.items():
+        monkeypatch.setenv(name, value)
+    assert not run.machine('cpu')['amx']
+
+
 def test_report(tmp_path):
     pytest.importorskip('matplotlib')
 
